@@ -1,0 +1,174 @@
+"""MACs and parameters of an arch, as pure arithmetic: no network is built and nothing is run.
+
+Both are polynomials in one-hot encodings and use only `+` and `*`, so the same lines give an exact integer for an
+`Arch`, a vector for a batch of archs, and a differentiable number for the one-hots of the architecture generator.
+
+**MACs** are multiply-accumulates per image at batch 1, of the convolutions and matrix products that really run
+(what papers and timm's tables call FLOPs; `torch.utils.flop_counter.FlopCounterMode` counts two per MAC).
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .space import Arch, SearchSpace
+
+__all__ = ['format_count', 'macs', 'macs_range', 'params', 'parse_count']
+
+HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
+OneHots = Sequence[torch.Tensor]
+CONVENTIONS = ('fused', 'reference')
+
+
+def macs(
+        space: SearchSpace,
+        arch: Arch | Sequence[Arch] | OneHots,
+        convention: str = 'fused',
+) -> int | torch.Tensor:
+    """Multiply-accumulates per image of an arch.
+
+    Args:
+        space: A bound search space (the `space` of a model).
+        arch: An `Arch`; a sequence of N archs; or one-hots, one tensor of shape [..., number of values] per choice.
+        convention: 'fused' counts what this package runs. 'reference' counts relative position as AutoFormer's
+            published code computes it (with tables of N x N x 64), for comparison with published figures.
+
+    Returns:
+        An int for one arch, an int64 tensor [N] for a sequence, a differentiable float64 tensor [...] for one-hots.
+
+    Raises:
+        ValueError: If the space is unbound, the arch is not in it, or the convention is unknown.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
+    return _evaluate(space, arch, lambda sizes, geometry: _shiftformer_macs(sizes, geometry, convention))
+
+
+def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
+    """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
+    return _evaluate(space, arch, _shiftformer_params)
+
+
+def macs_range(space: SearchSpace) -> tuple[int, int]:
+    """MACs of the smallest and of the largest arch."""
+    return macs(space, space.smallest), macs(space, space.largest)
+
+
+def _evaluate(space, arch, polynomial):
+    geometry = space.geometry
+    if isinstance(arch, Arch):
+        space.validate(arch)
+        return round(polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).item())
+    if len(arch) and isinstance(arch[0], torch.Tensor):
+        return polynomial(_shiftformer_sizes(space, arch), geometry)
+    return polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).round().long()
+
+
+# -- ShiftFormer -------------------------------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """What the ViT polynomials are written in; `width` is [...], the others are [..., layers]."""
+    width: torch.Tensor
+    active: torch.Tensor  # 1 where the layer exists
+    heads: torch.Tensor
+    hidden: torch.Tensor
+
+
+def _shiftformer_sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
+    embed, depth, *layers = (one_hot.double() for one_hot in one_hots)
+    dims, depths = space.values('embed_dim'), space.values('depth')
+    heads, ratios = space.values('num_heads'), space.values('mlp_ratio')
+
+    def constant(data) -> torch.Tensor:
+        return torch.tensor(data, dtype=torch.float64, device=embed.device)
+
+    # A hidden width is int(embed_dim * mlp_ratio): it depends on two choices, so it reads their outer product.
+    hidden = embed @ constant([[int(dim * ratio) for ratio in ratios] for dim in dims])
+    return _Sizes(
+        width=embed @ constant(dims),
+        active=depth @ constant([[float(layer < value) for layer in range(depths[-1])] for value in depths]),
+        heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
+        hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
+    )
+
+
+def fused_head_dim(grid_size: tuple[int, int]) -> int:
+    """Channels of a head in the fused form of relative position: 64, the grid's rows and columns and a flag for the
+    class token, padded to a multiple of 8 (fused kernels need it)."""
+    return math.ceil((HEAD_DIM + sum(grid_size) + 1) / 8) * 8
+
+
+def _shiftformer_macs(sizes: _Sizes, geometry: dict, convention: str) -> torch.Tensor:
+    rows, cols, patches, tokens, patch_values = _tokens(geometry)
+    embed = patches * patch_values * sizes.width
+    qkv_proj = 4 * HEAD_DIM * tokens * sizes.heads * sizes.width[..., None]
+    mlp = 2 * tokens * sizes.width[..., None] * sizes.hidden
+    if not geometry['relative_position']:
+        attention = 2 * tokens ** 2 * HEAD_DIM * sizes.heads
+    elif convention == 'reference':
+        attention = 4 * tokens ** 2 * HEAD_DIM * sizes.heads
+    else:
+        # one attention of wider heads, and the products of queries, and of attention masses, with the tables
+        tables = 2 * patches * HEAD_DIM * (rows + cols)
+        attention = (2 * tokens ** 2 * fused_head_dim((rows, cols)) + tables) * sizes.heads
+    layers = (sizes.active * (qkv_proj + attention + mlp)).sum(-1)
+    return embed + layers + geometry['num_classes'] * sizes.width
+
+
+def _shiftformer_params(sizes: _Sizes, geometry: dict) -> torch.Tensor:
+    _, _, patches, tokens, patch_values = _tokens(geometry)
+    positions = tokens if not geometry['no_embed_class'] else patches
+    embed = patch_values + 1 + geometry['class_token'] + positions * geometry['pos_embed'] + 2 * geometry['final_norm']
+    width, inner, bias = sizes.width[..., None], HEAD_DIM * sizes.heads, geometry['proj_bias']
+    tables = 4 * (2 * geometry['max_relative_position'] + 2) * HEAD_DIM if geometry['relative_position'] else 0
+    attention = 3 * inner * (width + geometry['qkv_bias']) + tables + inner * width + width * bias
+    mlp = 2 * width * sizes.hidden + (sizes.hidden + width) * bias
+    layers = (sizes.active * (attention + mlp + 4 * width)).sum(-1)
+    head = geometry['num_classes'] * (sizes.width + 1)
+    return embed * sizes.width + layers + head
+
+
+def _tokens(geometry: dict) -> tuple[int, int, int, int, int]:
+    """Rows, columns, patches, tokens, and the number of values in one patch."""
+    (height, width), (patch_h, patch_w) = geometry['img_size'], geometry['patch_size']
+    rows, cols = height // patch_h, width // patch_w
+    patches = rows * cols
+    return rows, cols, patches, patches + geometry['class_token'], patch_h * patch_w * geometry['in_chans']
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+_UNITS = {'': 1, 'k': 10 ** 3, 'm': 10 ** 6, 'g': 10 ** 9, 't': 10 ** 12}
+
+
+def parse_count(value: int | float | str, name: str = 'flops') -> float:
+    """A budget as a number: `1.4e9`, `'1.4G'`, `'1400M'` and `'1400000000'` are the same.
+
+    Raises:
+        ValueError: If `value` is not a positive, finite number with an optional unit of k, M, G or T.
+    """
+    number = math.nan
+    if isinstance(value, str):
+        match = re.fullmatch(r'\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKmMgGtT]?)\s*', value)
+        try:
+            number = float(match[1]) * _UNITS[match[2].lower()] if match else math.nan
+        except ValueError:
+            pass
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name}={value!r} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
+    return number
+
+
+def format_count(value: float) -> str:
+    """A count in the unit a reader expects: 1281370368 -> '1.281G'."""
+    for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if value >= scale:
+            return f'{value / scale:.4g}{unit}'
+    return f'{value:.4g}'
