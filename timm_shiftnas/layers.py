@@ -1,0 +1,330 @@
+"""Elastic layers: timm's layers whose forward takes the width to compute, and 2D relative position for attention.
+
+A width is an **int** (slice the shared weights: the fast path) or a **0/1 mask of full width** (differentiable: the
+path of the architecture generator). The *input* width is always read off the tensor, and nothing is kept on a layer.
+Masks multiply exactly once, where a value is read: after a LayerNorm, on the attention output, after the activation of
+the MLP, and once per residual branch. Writes to the residual stream stay unmasked, or the gradient of every inactive
+unit would be exactly zero and the generator could never learn to grow.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .complexity import HEAD_DIM, fused_head_dim
+
+__all__ = [
+    'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
+    'ElasticPatchEmbed', 'ElasticQKV', 'RelativeAttention', 'RelativeBlock', 'RelativePosition2d', 'extend_table',
+]
+
+Width = int | Tensor | None  # None: the full width
+
+
+class BlockWidths(NamedTuple):
+    """What one transformer block is to compute; every entry an int, or every entry a mask of full width."""
+    embed_dim: int | Tensor
+    num_heads: int | Tensor
+    hidden: int | Tensor
+    active: Tensor | None = None  # 0-d, masks only: 0 skips the block
+
+
+def _slice(width: Width) -> int | None:
+    """The width to slice to; masks compute at full width."""
+    return None if isinstance(width, Tensor) else width
+
+
+# -- linear, norm, embedding, MLP --------------------------------------------------------------------------------------
+
+
+class ElasticLinear(nn.Linear):
+    """Linear layer that computes its first `out` outputs from the first `x.shape[-1]` inputs."""
+
+    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+        bias = None if self.bias is None else self.bias[:out]
+        return F.linear(x, self.weight[:out, :x.shape[-1]], bias)
+
+
+class ElasticQKV(nn.Linear):
+    """The joint projection to queries, keys and values, laid out as timm's: rows q | k | v, heads of 64 in each.
+
+    Args:
+        dim: Largest input width.
+        num_heads: Largest number of heads.
+        bias_slicing: How fewer heads read the bias. 'role': the first heads of each of q, k and v, as the weight.
+            'joint': the first 3 * 64 * heads entries, split into q, k and v, as AutoFormer's published supernets were
+            trained; only its converter sets this.
+    """
+
+    def __init__(self, dim: int, num_heads: int, bias: bool = True, bias_slicing: str = 'role', device=None, dtype=None):
+        super().__init__(dim, 3 * num_heads * HEAD_DIM, bias=bias, device=device, dtype=dtype)
+        self.bias_slicing = bias_slicing
+
+    def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [3 * 64 * heads, dim] and bias of the first `heads` heads."""
+        rows = heads * HEAD_DIM
+        if 3 * rows == self.out_features:
+            return self.weight[:, :dim], self.bias
+        weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].reshape(3 * rows, dim)
+        if self.bias is None or self.bias_slicing == 'joint':
+            return weight, None if self.bias is None else self.bias[:3 * rows]
+        return weight, self.bias.view(3, -1)[:, :rows].reshape(-1)
+
+    def forward(self, x: Tensor, heads: Width = None) -> Tensor:
+        if not isinstance(heads, Tensor):
+            heads = self.out_features // (3 * HEAD_DIM) if heads is None else heads
+            return F.linear(x, *self.sliced(x.shape[-1], heads))
+        bias = self.bias
+        if bias is not None and self.bias_slicing == 'joint':
+            # Active heads read the bias that their number gives; the others the one that they would have in full.
+            rows = int(heads.detach().sum().round()) * HEAD_DIM
+            bias = torch.cat([bias[:3 * rows].view(3, rows), bias.view(3, -1)[:, rows:]], dim=1).flatten()
+        return F.linear(x, self.weight[:, :x.shape[-1]], bias)
+
+
+class ElasticLayerNorm(LayerNorm):
+    """LayerNorm over the first `width` channels; a mask gives moments over the active ones and masks the output."""
+
+    def forward(self, x: Tensor, width: Width = None) -> Tensor:
+        if not isinstance(width, Tensor):
+            dim = x.shape[-1]
+            return F.layer_norm(x, (dim,), self.weight[:dim], self.bias[:dim], self.eps)
+        count = width.sum()
+        x = x - (x * width).sum(-1, keepdim=True) / count
+        variance = (x * x * width).sum(-1, keepdim=True) / count
+        return (x * torch.rsqrt(variance + self.eps) * self.weight + self.bias) * width
+
+
+class ElasticPatchEmbed(PatchEmbed):
+    """timm's patch embedding, computing its first `out` channels: [B, C, H, W] -> [B, patches, out]."""
+
+    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+        if x.shape[-2:] != tuple(self.img_size):
+            raise ValueError(
+                f'input of size {tuple(x.shape[-2:])} for a network of {tuple(self.img_size)}; '
+                'resize the images or call set_input_size')
+        bias = None if self.proj.bias is None else self.proj.bias[:out]
+        x = F.conv2d(x, self.proj.weight[:out], bias, self.proj.stride)
+        return x.flatten(2).transpose(1, 2)
+
+
+class ElasticMlp(Mlp):
+    """timm's MLP with elastic hidden and output widths."""
+
+    def __init__(self, in_features, hidden_features, act_layer=nn.GELU, norm_layer=None, bias=True, drop=0.,
+                 device=None, dtype=None) -> None:
+        # what is replaced is built on the meta device, at no cost
+        super().__init__(in_features, hidden_features, act_layer=act_layer, bias=bias, drop=drop, device='meta')
+        self.fc1 = ElasticLinear(in_features, hidden_features, bias=bias, device=device, dtype=dtype)
+        self.fc2 = ElasticLinear(hidden_features, in_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, hidden: Width = None, out: int | None = None) -> Tensor:
+        x = self.drop1(self.act(self.fc1(x, _slice(hidden))))
+        if isinstance(hidden, Tensor):
+            x = x * hidden
+        return self.drop2(self.fc2(x, out))
+
+
+# -- attention with 2D relative position -------------------------------------------------------------------------------
+
+
+class RelativeIndex(NamedTuple):
+    """Constants of relative position on a token grid of R x C; made once per forward and shared by the layers."""
+    grid_size: tuple[int, int]
+    rows: Tensor  # [R, R] table row of (query row, key row)
+    cols: Tensor  # [C, C] the same for columns
+    columns: Tensor  # [tokens, fused width - 64] one-hot row, one-hot column and class flag of every key
+
+
+class RelativePosition2d(nn.Module):
+    """Tables of 2D relative position on keys and on values, shared by the heads of one layer (AutoFormer).
+
+    A table has 2M + 2 rows of 64 channels: row `clamp(key - query, -M, M) + M + 1` for a distance along an axis, and
+    row 0 of *both* axes whenever query or key is the class token.
+
+    Args:
+        grid_size: Token grid (rows, columns).
+        max_distance: M, the distance at which positions are clipped.
+    """
+
+    def __init__(self, grid_size: tuple[int, int], max_distance: int = 14, device=None, dtype=None) -> None:
+        super().__init__()
+        self.grid_size = tuple(grid_size)
+        self.max_distance = max_distance
+        for name in ('k_rows', 'k_cols', 'v_rows', 'v_cols'):
+            table = torch.empty(2 * max_distance + 2, HEAD_DIM, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(table))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for table in self.parameters():
+            trunc_normal_(table, std=.02)
+
+    reset_parameters = init_weights  # the name that timm's weight_init='reset' calls
+
+    def index(self, num_prefix: int, device=None, dtype=None) -> RelativeIndex:
+        """Constants for attention over `num_prefix` (0 or 1) class tokens followed by the grid."""
+        (rows, cols), limit = self.grid_size, self.max_distance
+
+        def table_rows(size: int) -> Tensor:
+            position = torch.arange(size, device=device)
+            return (position - position[:, None]).clamp(-limit, limit) + limit + 1
+
+        columns = torch.zeros(num_prefix + rows * cols, fused_head_dim(self.grid_size) - HEAD_DIM, device=device, dtype=dtype)
+        patches = columns[num_prefix:].view(rows, cols, -1)
+        patches[:, :, :rows] = torch.eye(rows, device=device, dtype=dtype)[:, None]
+        patches[:, :, rows:rows + cols] = torch.eye(cols, device=device, dtype=dtype)
+        columns[:num_prefix, rows + cols] = 1
+        return RelativeIndex(self.grid_size, table_rows(rows), table_rows(cols), columns)
+
+    @staticmethod
+    def _on_grid(x: Tensor, index: RelativeIndex) -> Tensor:
+        """Patch tokens of [B, heads, tokens, C] as [B, heads, rows, columns, C]."""
+        rows, cols = index.grid_size
+        return x[:, :, -rows * cols:].unflatten(2, (rows, cols))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, **attention) -> Tensor:
+        """Attention with relative position through one fused call, exactly; all of [B, heads, tokens, 64].
+
+        Each key (and value) is extended by its one-hot row, one-hot column and class flag, each query by its dot
+        products with the tables. One attention then adds the key term to its logits, and returns in the extra value
+        columns the attention mass per row, per column and on the class token, which the value tables turn into the
+        value term. The key term of the class token as a *query* is the same for every key, so softmax drops it.
+        """
+        rows, cols = index.grid_size
+        prefix = q.shape[2] - rows * cols
+
+        def tables(row_table: Tensor, col_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return row_table[index.rows], col_table[index.cols], row_table[0] + col_table[0]
+
+        by_row, by_col, by_class = tables(self.k_rows, self.k_cols)
+        patches = self._on_grid(q, index)
+        extra = torch.cat([
+            torch.einsum('bhrcd,rsd->bhrcs', patches, by_row).flatten(2, 3),
+            torch.einsum('bhrcd,csd->bhrcs', patches, by_col).flatten(2, 3),
+            (q[:, :, prefix:] * by_class).sum(-1, keepdim=True).to(q.dtype),
+        ], dim=-1)
+        extra = F.pad(extra, (0, index.columns.shape[-1] - extra.shape[-1], prefix, 0))
+        columns = index.columns.to(q.dtype).expand(*k.shape[:2], -1, -1)
+        x = F.scaled_dot_product_attention(
+            torch.cat([q, extra], dim=-1), torch.cat([k, columns], dim=-1), torch.cat([v, columns], dim=-1),
+            scale=HEAD_DIM ** -0.5, **attention)
+
+        by_row, by_col, by_class = tables(self.v_rows, self.v_cols)
+        x, row_mass, col_mass, class_mass, _ = x.split(
+            [HEAD_DIM, rows, cols, 1, index.columns.shape[-1] - rows - cols - 1], dim=-1)
+        value = class_mass[:, :, prefix:] * by_class
+        value = value + torch.einsum('bhrcs,rsd->bhrcd', self._on_grid(row_mass, index), by_row).flatten(2, 3)
+        value = value + torch.einsum('bhrcs,csd->bhrcd', self._on_grid(col_mass, index), by_col).flatten(2, 3)
+        if prefix:
+            # every key is at the class distance from the class token (masses sum to one, dropout aside)
+            mass = row_mass[:, :, :1].sum(-1, keepdim=True) + class_mass[:, :, :1]
+            value = torch.cat([mass * by_class, value], dim=2)
+        return x + value.to(x.dtype)
+
+    def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, drop: nn.Module,
+                       mask: Tensor | None = None) -> Tensor:
+        """The same by the definition, with tables of [tokens, tokens, 64]: slow, no fused attention needed."""
+        rows, cols = index.grid_size
+        prefix = q.shape[2] - rows * cols
+
+        def pairs(row_table: Tensor, col_table: Tensor) -> Tensor:
+            by_row = index.rows.repeat_interleave(cols, 0).repeat_interleave(cols, 1)
+            by_col = index.cols.repeat(rows, rows)
+            by_row, by_col = (F.pad(by, (prefix, 0, prefix, 0)) for by in (by_row, by_col))  # row 0: the class token
+            return row_table[by_row] + col_table[by_col]
+
+        logits = q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, pairs(self.k_rows, self.k_cols))
+        logits = logits * HEAD_DIM ** -0.5
+        attention = drop((logits if mask is None else logits + mask).softmax(dim=-1))
+        return attention @ v + torch.einsum('bhqk,qkd->bhqd', attention, pairs(self.v_rows, self.v_cols))
+
+
+def extend_table(table: Tensor, trained: int, max_distance: int) -> Tensor:
+    """A relative-position table for other distances: rows beyond the trained ones repeat the last trained row.
+
+    Args:
+        table: [2M + 2, 64].
+        trained: The largest distance that was ever read, e.g. grid side - 1; rows further out hold their initial noise.
+        max_distance: M of the returned table, [2 * max_distance + 2, 64].
+    """
+    limit = table.shape[0] // 2 - 1
+    reach = min(trained, limit)
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device).clamp(-reach, reach)
+    return torch.cat([table[:1], table[distance + limit + 1]])
+
+
+class RelativeAttention(Attention):
+    """timm's attention with heads of 64 channels and, when `rel_pos` is set, 2D relative position."""
+
+    def __init__(self, dim: int, num_heads: int, **kwargs) -> None:
+        super().__init__(dim, num_heads, attn_head_dim=HEAD_DIM, **kwargs)
+        self.rel_pos: RelativePosition2d | None = None
+
+    def attend(self, qkv: Tensor, index: RelativeIndex | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """[B, tokens, 3 * 64 * heads] -> [B, heads, tokens, 64]."""
+        q, k, v = qkv.unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        if is_causal and (attn_mask is None):
+            attn_mask = q.new_full((q.shape[2], q.shape[2]), -math.inf).triu(1)
+        dropout = self.attn_drop.p if self.training else 0.
+        if self.rel_pos is None and self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        if self.rel_pos is None:
+            logits = q * HEAD_DIM ** -0.5 @ k.transpose(-2, -1)
+            return self.attn_drop((logits if attn_mask is None else logits + attn_mask).softmax(dim=-1)) @ v
+        if index is None:
+            rows, cols = self.rel_pos.grid_size
+            index = self.rel_pos.index(q.shape[2] - rows * cols, q.device, q.dtype)
+        if self.fused_attn:
+            return self.rel_pos.attend(q, k, v, index, attn_mask=attn_mask, dropout_p=dropout)
+        return self.rel_pos.attend_plainly(q, k, v, index, self.attn_drop, attn_mask)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                index: RelativeIndex | None = None) -> Tensor:
+        x = self.attend(self.qkv(x), index, attn_mask, is_causal)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class RelativeBlock(Block):
+    """timm's pre-norm block, handing the constants of relative position to its attention."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                index: RelativeIndex | None = None) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, index=index))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class ElasticAttention(RelativeAttention):
+    """`RelativeAttention` computing its first heads and its first output channels."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, proj_bias: bool = True, attn_drop: float = 0.,
+                 proj_drop: float = 0., device=None, dtype=None, **unused) -> None:
+        super().__init__(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop, device='meta')
+        self.qkv = ElasticQKV(dim, num_heads, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = ElasticLinear(self.attn_dim, dim, bias=proj_bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                index: RelativeIndex | None = None, heads: Width = None, out: int | None = None) -> Tensor:
+        x = self.attend(self.qkv(x, heads), index, attn_mask, is_causal)
+        if isinstance(heads, Tensor):
+            x = x * heads[:, None, None]
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2), out))
+
+
+class ElasticBlock(RelativeBlock):
+    """timm's pre-norm block at the given widths; without widths, the full block."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                index: RelativeIndex | None = None, widths: BlockWidths | None = None) -> Tensor:
+        embed, heads, hidden, active = widths or BlockWidths(None, None, None)
+        out = _slice(embed)
+        branch = self.attn(self.norm1(x, embed), attn_mask, is_causal, index, heads, out)
+        x = x + self.drop_path1(branch if active is None else branch * active)
+        branch = self.mlp(self.norm2(x, embed), hidden, out)
+        return x + self.drop_path2(branch if active is None else branch * active)

@@ -1,0 +1,518 @@
+"""ShiftFormer: an elastic vision transformer and its static subnets, on timm's `VisionTransformer`.
+
+The search spaces are those of AutoFormer (Chen et al., ICCV 2021, arXiv 2107.00651): token width and depth, and per layer
+the number of heads and the MLP width, with 2D relative position on keys and values. ShiftNAS (Zhang et al., ICCV 2023,
+arXiv 2307.08300) calls the network ShiftFormer. Attribute names and the layout of weights are timm's: with
+`relative_position=False` the state_dict of the full network is that of a timm ViT with heads of 64 channels.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm, Mlp, PatchEmbed, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, create_model, generate_default_cfgs, register_model
+from timm.models._input import update_model_args
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
+
+from .. import complexity
+from ..layers import (
+    HEAD_DIM, BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp,
+    ElasticPatchEmbed, RelativeAttention, RelativeBlock, RelativePosition2d, extend_table,
+)
+from ..masks import ArchMasks
+from ..space import Arch, SearchSpace, shiftformer_space, space_from_dict
+
+__all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
+
+# arguments of timm's VisionTransformer that elastic widths leave alone
+_PASSED_ON = frozenset((
+    'proj_bias', 'class_token', 'pos_embed', 'no_embed_class', 'final_norm', 'pool_include_prefix', 'drop_rate',
+    'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'fix_init', 'act_layer',
+))
+_POOLS = ('', 'avg', 'avgmax', 'max', 'token')
+
+
+class ShiftFormer(VisionTransformer):
+    """A vision transformer with its own number of heads and MLP width in every layer: a ShiftFormer subnet.
+
+    Input [B, in_chans, H, W], output [B, num_classes]. Everything is static; `ShiftFormerSupernet` is elastic.
+
+    Args:
+        arch: Widths and depth, an `Arch` or its dict (scalars go to every layer).
+        img_size: Input size, H and W.
+        patch_size: Patch size.
+        in_chans: Input channels.
+        num_classes: Classes; 0 leaves the head out.
+        global_pool: 'avg' (mean over patch tokens), 'token', 'max', 'avgmax' or ''.
+        fc_norm: Put the final norm after pooling instead of before it.
+        qkv_bias: Bias in the projection to queries, keys and values.
+        relative_position: 2D relative position on keys and values.
+        max_relative_position: Distance M at which relative positions are clipped.
+        norm_eps: Epsilon of the LayerNorms (AutoFormer: 1e-5).
+        weight_init: As in timm's `VisionTransformer`.
+        **kwargs: Further arguments of timm's `VisionTransformer` that elasticity can honour.
+
+    Raises:
+        ValueError: If the arch is not one, or for an argument that elastic widths cannot honour.
+    """
+    block_cls = RelativeBlock
+    layers = dict(embed_layer=PatchEmbed, mlp_layer=Mlp, attn_layer=RelativeAttention)
+    norm_cls = LayerNorm
+
+    def __init__(
+            self,
+            arch: Arch | Mapping[str, Any],
+            *,
+            img_size: int | tuple[int, int] = 224,
+            patch_size: int | tuple[int, int] = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            fc_norm: bool = False,
+            qkv_bias: bool = True,
+            relative_position: bool = True,
+            max_relative_position: int = 14,
+            norm_eps: float = 1e-5,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        _refuse_unsupported(kwargs, global_pool)
+        arch = _static_arch(arch)
+
+        def block_fn(depth: int, num_heads: int, mlp_ratio: float, **block_kwargs) -> nn.Module:
+            return self.block_cls(
+                num_heads=arch.num_heads[depth], mlp_ratio=arch.mlp_ratio[depth], depth=depth, **block_kwargs)
+
+        super().__init__(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+            global_pool=global_pool, fc_norm=fc_norm, qkv_bias=qkv_bias, embed_dim=arch.embed_dim, depth=arch.depth,
+            norm_layer=partial(self.norm_cls, eps=norm_eps), block_fn=block_fn, **self.layers,
+            weight_init='skip', device=device, dtype=dtype, **kwargs)
+        if relative_position:
+            for block in self.blocks:
+                block.attn.rel_pos = RelativePosition2d(
+                    self.patch_embed.grid_size, max_relative_position, device=device, dtype=dtype)
+        # what reconstructs this network, whichever way it was made: extraction and saving read it
+        self.model_args: dict[str, Any] = dict(
+            kwargs, img_size=to_2tuple(img_size), patch_size=to_2tuple(patch_size), in_chans=in_chans,
+            num_classes=num_classes, global_pool=global_pool, fc_norm=fc_norm, qkv_bias=qkv_bias,
+            relative_position=relative_position, max_relative_position=max_relative_position, norm_eps=norm_eps)
+        self.arch = arch
+        if weight_init != 'skip':
+            self.weight_init_mode = weight_init
+            self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=.02)  # AutoFormer's; timm's is 1e-6
+
+    @property
+    def relative_position(self) -> bool:
+        return self.blocks[0].attn.rel_pos is not None
+
+    def _relative_index(self, x: Tensor):
+        """Constants of relative position for tokens `x`, made once and shared by all layers."""
+        if not self.relative_position:
+            return None
+        return self.blocks[0].attn.rel_pos.index(self.num_prefix_tokens, x.device, x.dtype)
+
+    def _run_blocks(self, x: Tensor, blocks: Sequence[tuple[nn.Module, dict]]) -> Tensor:
+        index = self._relative_index(x)
+        for block, kwargs in blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(partial(block, index=index, **kwargs), x)
+            else:
+                x = block(x, index=index, **kwargs)
+        return x
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        x = self._run_blocks(x, [(block, dict(attn_mask=attn_mask, is_causal=is_causal)) for block in self.blocks])
+        return self.norm(x)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        tables = {name for name, _ in self.named_parameters() if '.rel_pos.' in name}
+        return super().no_weight_decay() | tables
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            _refuse_unsupported({}, global_pool)
+        super().reset_classifier(num_classes, global_pool)
+        self.model_args.update(num_classes=num_classes, global_pool=self.global_pool)
+
+    def set_input_size(
+            self,
+            img_size: int | tuple[int, int] | None = None,
+            patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the input size: positions are resampled, and relative positions extended from the last trained ones."""
+        old_grid = self.patch_embed.grid_size
+        super().set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
+        self.model_args.update(img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
+        for block in self.blocks if self.relative_position else ():
+            rel_pos = block.attn.rel_pos
+            rel_pos.grid_size = self.patch_embed.grid_size
+            with torch.no_grad():
+                for name, table in rel_pos.named_parameters():
+                    trained = old_grid[name.endswith('cols')] - 1
+                    table.copy_(extend_table(table, trained, rel_pos.max_distance))
+
+
+class ShiftFormerSupernet(ShiftFormer):
+    """A ShiftFormer whose depth and widths are chosen per call: `net(x, arch)`.
+
+    The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is an
+    argument of `forward` and is stored nowhere, so copies, gradient checkpointing and compiled graphs just work.
+
+    Args:
+        space: The search space, or the dict of its `to_dict`.
+        qkv_bias_slicing: 'role', or 'joint' for converted AutoFormer checkpoints; see `layers.ElasticQKV`.
+        **kwargs: As for `ShiftFormer`.
+    """
+    block_cls = ElasticBlock
+    layers = dict(embed_layer=ElasticPatchEmbed, mlp_layer=ElasticMlp, attn_layer=ElasticAttention)
+    norm_cls = ElasticLayerNorm
+
+    def __init__(self, space: SearchSpace | Mapping[str, Any], *, qkv_bias_slicing: str = 'role', **kwargs) -> None:
+        space = space if isinstance(space, SearchSpace) else space_from_dict(space)
+        if space.family != 'shiftformer':
+            raise ValueError(f'a ShiftFormer needs a shiftformer space, got family={space.family!r}')
+        super().__init__(arch=space.largest, **kwargs)
+        del self.arch  # a supernet has no arch of its own
+        self._make_head_elastic()
+        self._unbound_space = space.unbind()
+        self.set_qkv_bias_slicing(qkv_bias_slicing)
+
+    # -- arch, MACs and parameters -------------------------------------------------------------------------------------
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space, bound to the present geometry of the network."""
+        args = self.model_args
+        return self._unbound_space.bind(
+            img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
+            num_classes=self.num_classes, class_token=self.has_class_token, no_embed_class=self.no_embed_class,
+            pos_embed=self.pos_embed is not None, final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'],
+            proj_bias=args.get('proj_bias', True), relative_position=args['relative_position'],
+            max_relative_position=args['max_relative_position'])
+
+    def macs(self, arch: Arch, convention: str = 'fused') -> int:
+        """Multiply-accumulates per image of the subnet; see `complexity.macs`."""
+        return complexity.macs(self.space, arch, convention)
+
+    def params(self, arch: Arch) -> int:
+        """Parameters of the extracted subnet."""
+        return complexity.params(self.space, arch)
+
+    def set_qkv_bias_slicing(self, mode: str) -> None:
+        """Choose how fewer heads read the qkv bias ('role' or 'joint'), and record it for saving and extraction."""
+        if mode not in ('role', 'joint'):
+            raise ValueError(f"qkv_bias_slicing={mode!r} is unknown; choose 'role' or 'joint'")
+        for block in self.blocks:
+            block.attn.qkv.bias_slicing = mode
+        self.model_args['qkv_bias_slicing'] = mode
+        if mode != 'role':
+            update_model_args(self, qkv_bias_slicing=mode)
+
+    def _widths(self, arch: Arch | ArchMasks | None) -> list[BlockWidths]:
+        """What every block is to compute, first to last."""
+        if isinstance(arch, ArchMasks):
+            return [BlockWidths(arch.embed_dim, *widths) for widths in zip(arch.num_heads, arch.hidden, arch.depth)]
+        if arch is None:
+            arch = self._unbound_space.largest
+        elif not torch.compiler.is_compiling():
+            self._unbound_space.validate(arch)
+        return [
+            BlockWidths(arch.embed_dim, heads, int(arch.embed_dim * ratio))
+            for heads, ratio in zip(arch.num_heads, arch.mlp_ratio)]
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, arch: Arch | ArchMasks | None = None) -> Tensor:
+        """Logits [B, num_classes] of one subnet for images [B, in_chans, H, W].
+
+        Args:
+            x: Images.
+            arch: The subnet; `None` is the largest one. `ArchMasks` compute the same at full width, differentiably.
+        """
+        return self.forward_head(self.forward_features(x, arch), arch=arch)
+
+    def forward_features(self, x: Tensor, arch: Arch | ArchMasks | None = None) -> Tensor:
+        widths = self._widths(arch)
+        embed = widths[0].embed_dim
+        x = self._pos_embed(self.patch_embed(x, None if isinstance(embed, Tensor) else embed))
+        x = self._run_blocks(x, [(block, dict(widths=width)) for block, width in zip(self.blocks, widths)])
+        return _norm(self.norm, x, embed)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, arch: Arch | ArchMasks | None = None) -> Tensor:
+        x = _norm(self.fc_norm, self.pool(x), arch.embed_dim if isinstance(arch, ArchMasks) else x.shape[-1])
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, at the width of `x`."""
+        dim = x.shape[-1]
+        position = None if self.pos_embed is None else self.pos_embed[..., :dim]
+        class_token = None if self.cls_token is None else self.cls_token[..., :dim].expand(x.shape[0], -1, -1)
+        if position is not None and self.no_embed_class:
+            x = x + position
+        if class_token is not None:
+            x = torch.cat([class_token, x], dim=1)
+        if position is not None and not self.no_embed_class:
+            x = x + position
+        return self.pos_drop(x)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self._make_head_elastic()
+
+    def _make_head_elastic(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            weight, bias = self.head.weight, self.head.bias
+            self.head = ElasticLinear(self.head.in_features, self.head.out_features, device='meta').train(self.training)
+            self.head.weight, self.head.bias = weight, bias
+
+    # -- extraction ----------------------------------------------------------------------------------------------------
+
+    def build_subnet(self, arch: Arch, **kwargs) -> ShiftFormer:
+        """The static network of an arch, with a copy of its weights; callers want `timm_shiftnas.extract`."""
+        self._unbound_space.validate(arch)
+        args = {k: v for k, v in self.model_args.items() if k != 'qkv_bias_slicing'}
+        subnet = create_model(
+            'shiftformer_subnet', arch=arch.to_dict(), pretrained_cfg=self._subnet_cfg(), **dict(args, **kwargs))
+        return subnet
+
+    def subnet_state_dict(self, arch: Arch) -> dict[str, Tensor]:
+        """Weights of a subnet under the static network's names, as views of the shared ones."""
+        self._unbound_space.validate(arch)
+        widths = self._widths(arch)
+        dim, state = arch.embed_dim, {}
+        for name, weight in self.state_dict().items():
+            part = name.split('.')
+            if part[0] != 'blocks':
+                state[name] = weight[:, :dim] if part[0] == 'head' and part[-1] == 'weight' else (
+                    weight if part[0] == 'head' else weight[..., :dim] if weight.ndim == 3 else weight[:dim])
+                continue
+            layer, inner = int(part[1]), '.'.join(part[2:])
+            if layer >= arch.depth:
+                continue
+            qkv_weight, qkv_bias = self.blocks[layer].attn.qkv.sliced(dim, widths[layer].num_heads)
+            rows, hidden = widths[layer].num_heads * HEAD_DIM, widths[layer].hidden
+            state[name] = {
+                'attn.qkv.weight': lambda w: qkv_weight,
+                'attn.qkv.bias': lambda w: qkv_bias,
+                'attn.proj.weight': lambda w: w[:dim, :rows],
+                'mlp.fc1.weight': lambda w: w[:hidden, :dim],
+                'mlp.fc1.bias': lambda w: w[:hidden],
+                'mlp.fc2.weight': lambda w: w[:dim, :hidden],
+            }.get(inner, lambda w: w if '.rel_pos.' in name else w[:dim])(weight)
+        return state
+
+    def _subnet_cfg(self) -> dict[str, Any]:
+        cfg = dict(getattr(self, 'pretrained_cfg', None) or _cfg())
+        for source in ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source'):
+            cfg.pop(source, None)
+        size = self.patch_embed.img_size
+        return dict(cfg, architecture='shiftformer_subnet', num_classes=self.num_classes,
+                    input_size=(self.in_chans, *size))
+
+
+def _norm(norm: nn.Module, x: Tensor, width) -> Tensor:
+    """Final norms may be switched off (an Identity)."""
+    return norm(x, width) if isinstance(norm, ElasticLayerNorm) else norm(x)
+
+
+def _static_arch(arch: Arch | Mapping[str, Any]) -> Arch:
+    """Read an arch that comes without a space: it is the only one of the space of its own values."""
+    fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
+    names = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
+    if sorted(fields) != sorted(names):
+        raise ValueError(f'arch={arch!r} is not a ShiftFormer arch; give a dict of {", ".join(names)}')
+
+    def values(name: str) -> list:
+        value = fields[name]
+        try:
+            return sorted(set(value)) if isinstance(value, (list, tuple)) else [value]
+        except TypeError:
+            raise ValueError(f'arch field {name}={value!r} is not a number or a list of numbers') from None
+
+    return shiftformer_space(**{name: values(name) for name in names}).arch(**fields)
+
+
+def _refuse_unsupported(kwargs: Mapping[str, Any], global_pool: str) -> None:
+    if global_pool not in _POOLS:
+        raise ValueError(f'global_pool={global_pool!r} is not elastic; choose one of {_POOLS}')
+    stock = inspect.signature(VisionTransformer.__init__).parameters
+    for name, value in kwargs.items():
+        if name in _PASSED_ON:
+            continue
+        if name in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio'):
+            raise ValueError(
+                f'{name} of a ShiftFormer is set by its space or arch; '
+                'type space=timm_shiftnas.shiftformer_space(embed_dim=..., depth=..., num_heads=..., mlp_ratio=...)')
+        if name not in stock:
+            raise TypeError(f'unexpected argument {name!r}')
+        raise ValueError(f'{name}={value!r}: this option of timm\'s VisionTransformer is not elastic; leave it out')
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> dict[str, Tensor]:
+    """Adapt a checkpoint to `model`: published AutoFormer supernets, plain timm ViTs, and other image sizes.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another search space or arch.
+    """
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = {name.removeprefix('module.'): weight for name, weight in state_dict.items()}
+    published = 'patch_embed_super.proj.weight' in state_dict
+    if published:
+        state_dict = _convert_autoformer(state_dict, model)
+        if isinstance(model, ShiftFormerSupernet):
+            model.set_qkv_bias_slicing('joint')
+    positions = state_dict.get('pos_embed')
+    state_dict = vit_filter_fn(state_dict, model)
+    if any('.rel_pos.' in name for name in state_dict):
+        _adapt_tables(state_dict, positions, model)
+    own = model.state_dict()
+    for name, weight in state_dict.items():
+        # the head (other classes) and the stem (other channels) are adapted by timm later
+        if name in own and name.split('.')[0] not in ('head', 'patch_embed') and weight.shape != own[name].shape:
+            raise ValueError(
+                f'the checkpoint is of another network: {name} is {tuple(weight.shape)} there and '
+                f'{tuple(own[name].shape)} here; create the model with the checkpoint\'s own space= (or arch=)')
+    return state_dict
+
+
+def _convert_autoformer(state_dict: dict[str, Tensor], model: ShiftFormer) -> dict[str, Tensor]:
+    """Rename AutoFormer's keys, undo its interleaving of qkv rows, and keep the prefix that `model` can reach.
+
+    AutoFormer's supernets are wider than any arch of their spaces (T: 256 for 240), and their qkv weight holds query,
+    key and value rows in turn, of which an arch with h heads uses the first 64 h of each.
+    """
+    renamed = {}
+    names = {
+        'patch_embed_super.': 'patch_embed.', 'attn_layer_norm.': 'norm1.', 'ffn_layer_norm.': 'norm2.',
+        '.fc1.': '.mlp.fc1.', '.fc2.': '.mlp.fc2.',
+        'rel_pos_embed_k.embeddings_table_v': 'rel_pos.k_rows', 'rel_pos_embed_k.embeddings_table_h': 'rel_pos.k_cols',
+        'rel_pos_embed_v.embeddings_table_v': 'rel_pos.v_rows', 'rel_pos_embed_v.embeddings_table_h': 'rel_pos.v_cols',
+    }
+    own = model.state_dict()
+    for name, weight in state_dict.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name.endswith('qkv.weight') and name in own:
+            rows = own[name].shape[0] // 3
+            weight = torch.cat([weight[role::3][:rows] for role in range(3)])
+        if name in own and name.split('.')[0] != 'head' and '.rel_pos.' not in name and name != 'pos_embed':
+            spatial = weight.ndim == 4
+            keep = own[name].shape[:1] if spatial else own[name].shape
+            weight = weight[tuple(slice(size) for size in keep)]
+        elif name == 'pos_embed' or name == 'head.weight':
+            weight = weight[..., :model.embed_dim]
+        if name in own or not name.startswith('blocks.') or int(name.split('.')[1]) < len(model.blocks):
+            renamed[name] = weight  # deeper layers than the space has are dropped, unknown names are left to report
+    return renamed
+
+
+def _adapt_tables(state_dict: dict[str, Tensor], positions: Tensor | None, model: ShiftFormer) -> None:
+    """Extend relative-position tables, in place, where `model` has a larger grid or clips farther away."""
+    grid = model.patch_embed.grid_size
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = grid if positions is None else (round((positions.shape[1] - prefix) ** .5),) * 2
+    if positions is not None and grid[0] * grid[1] == positions.shape[1] - prefix:
+        side = grid
+    distance = model.model_args['max_relative_position']
+    for name, table in state_dict.items():
+        if '.rel_pos.' in name and (side != grid or table.shape[0] != 2 * distance + 2):
+            state_dict[name] = extend_table(table, side[name.endswith('cols')] - 1, distance)
+
+
+# -- registered models -------------------------------------------------------------------------------------------------
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return dict(
+        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.875, interpolation='bicubic',
+        fixed_input_size=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+        first_conv='patch_embed.proj', classifier='head', license='apache-2.0') | kwargs
+
+
+default_cfgs = generate_default_cfgs({
+    'shiftformer_supernet.untrained': _cfg(),
+    'shiftformer_tiny_supernet.untrained': _cfg(),
+    'shiftformer_small_supernet.untrained': _cfg(),
+    'shiftformer_base_supernet.untrained': _cfg(),
+    'test_shiftformer_supernet.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+    'shiftformer_subnet.untrained': _cfg(),
+})
+
+
+def _create(cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    return build_model_with_cfg(
+        cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **kwargs)
+
+
+def _create_supernet(variant: str, pretrained: bool, **kwargs) -> ShiftFormerSupernet:
+    return _create(ShiftFormerSupernet, variant, pretrained, **kwargs)
+
+
+def _tiny() -> SearchSpace:
+    return shiftformer_space(embed_dim=(192, 216, 240), depth=(12, 13, 14), num_heads=(3, 4), mlp_ratio=(3.5, 4.0))
+
+
+@register_model
+def shiftformer_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
+    """`shiftformer_tiny_supernet` under the name of the family."""
+    return _create_supernet('shiftformer_supernet', pretrained, **dict(dict(space=_tiny()), **kwargs))
+
+
+@register_model
+def shiftformer_tiny_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
+    """The AutoFormer-T space: 1.281 to 2.442 GMACs at 224 px, 1,056,964,608 archs."""
+    return _create_supernet('shiftformer_tiny_supernet', pretrained, **dict(dict(space=_tiny()), **kwargs))
+
+
+@register_model
+def shiftformer_small_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
+    """The AutoFormer-S space: 2.958 to 7.509 GMACs at 224 px."""
+    space = shiftformer_space(
+        embed_dim=(320, 384, 448), depth=(12, 13, 14), num_heads=(5, 6, 7), mlp_ratio=(3.0, 3.5, 4.0))
+    return _create_supernet('shiftformer_small_supernet', pretrained, **dict(dict(space=space), **kwargs))
+
+
+@register_model
+def shiftformer_base_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
+    """The AutoFormer-B space: 9.076 to 16.25 GMACs at 224 px."""
+    space = shiftformer_space(
+        embed_dim=(528, 576, 624), depth=(14, 15, 16), num_heads=(9, 10), mlp_ratio=(3.0, 3.5, 4.0))
+    return _create_supernet('shiftformer_base_supernet', pretrained, **dict(dict(space=space), **kwargs))
+
+
+@register_model
+def test_shiftformer_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
+    """A small space for tests and the quickstart: 32 px, patches of 8, runs in milliseconds."""
+    space = shiftformer_space(
+        embed_dim=(32, 48, 64), depth=(4, 5, 6), num_heads=(1, 2, 3), mlp_ratio=(1.0, 2.0, 3.0))
+    args = dict(space=space, img_size=32, patch_size=8, max_relative_position=3)
+    return _create_supernet('test_shiftformer_supernet', pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def shiftformer_subnet(pretrained: bool = False, **kwargs) -> ShiftFormer:
+    """A static ShiftFormer of any arch; without `arch=`, the smallest one of the AutoFormer-T space."""
+    arch = dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=3.5)
+    return _create(ShiftFormer, 'shiftformer_subnet', pretrained, **dict(dict(arch=arch), **kwargs))
