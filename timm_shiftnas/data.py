@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import timm.data
@@ -40,7 +41,7 @@ class BrokenImageError(ValueError):
 # -- datasets ----------------------------------------------------------------------------------------------------------
 
 
-def create_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
+def create_dataset(name: str, root: str | os.PathLike | None, split: str, **kwargs: Any) -> Dataset:
     """A dataset by timm's name, or one of our own.
 
     Args:
@@ -66,6 +67,7 @@ def create_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Da
             raise ValueError(f"dataset {name!r} is unknown; the only one of this source is 'sklearn/digits'")
         ours = {k: kwargs[k] for k in ('input_img_mode', 'transform', 'target_transform') if kwargs.get(k) is not None}
         return Digits(split, **ours)
+    root = None if root is None else os.fspath(root)
     is_files = source not in TIMM_SOURCES
     if is_files:
         _check_root(name, root)
@@ -74,8 +76,9 @@ def create_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Da
             kwargs = {'cache_tarfiles': False, **kwargs}
     try:
         dataset = timm.data.create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f'cannot open dataset {name!r} in {root!r}: {_one_line(error)}') from error
+    except (AssertionError, RuntimeError, ValueError, OSError, tarfile.TarError) as error:
+        called = ' in '.join(repr(part) for part in (name, root) if part)
+        raise ValueError(f'cannot open dataset {called}: {_one_line(error)}') from error
     if not is_files:
         return dataset
     _check_image_files(dataset, root, split if kwargs.get('search_split', True) else '')
@@ -96,16 +99,14 @@ class ImageFiles(ImageDataset):
     """
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        path = self.filename(index, absolute=True)
         try:
             file, target = self.reader[index]
             with file:
                 image = file.read() if self.load_bytes else self._decode(file)
-        except IndexError:
-            raise  # ends an iteration over the dataset
-        except Exception as error:  # what decoders raise: OSError, SyntaxError, struct.error, ValueError, ...
+        except Exception as error:  # what decoders raise: OSError, SyntaxError, struct.error, IndexError, ...
             unknown = isinstance(error, UnidentifiedImageError)
-            reason = 'it is in no known image format' if unknown else f'{type(error).__name__}: {_one_line(error)}'
-            path = self.filename(index, absolute=True)
+            reason = 'it is in no known image format' if unknown else _one_line(error) or type(error).__name__
             raise BrokenImageError(f'cannot read the image {path!r} ({reason}); repair or remove it') from error
         if self.transform is not None:
             image = self.transform(image)
@@ -179,6 +180,8 @@ def _check_root(name: str, root: str | None) -> None:
         raise ValueError(f"{wanted} needs the path of its data folder; without one, use the dataset 'sklearn/digits'")
     if not os.path.exists(root):
         raise ValueError(f'the data folder {root!r} does not exist; give a folder that holds SPLIT/CLASS/IMAGE files')
+    if os.path.isfile(root) and not root.endswith('.tar'):
+        raise ValueError(f'the data {root!r} is neither a folder nor a .tar file; give one of these')
 
 
 def _check_image_files(dataset: ImageDataset, root: str, split: str) -> None:
@@ -229,7 +232,7 @@ class DatasetView(Dataset):
                 f'{type(base).__name__} streams its images, and a part of it cannot be taken; use a dataset with '
                 'random access, such as a folder of images or hfds/')
         if getattr(base, 'transform', None) is not None:
-            raise ValueError(f'the dataset has the transform {base.transform!r} already; take views of it before that')
+            raise ValueError('the dataset has a transform already; take views of it before it is given one')
         self.base = base
         self.indices = torch.as_tensor(indices, dtype=torch.long)  # a tensor: workers share it, unlike a list of ints
         self.transform = transform
@@ -291,7 +294,7 @@ class StepBatches:
     Args:
         dataset: A view, whose own transform is not used, or a dataset without a transform.
         batch_size: Images in a batch, all different; at most `len(dataset)` are taken.
-        seed: Non-negative or not, any integer.
+        seed: Any integer.
         input_size: Channels, height, width.
         mean: Per channel, of values in [0, 1].
         std: Per channel, likewise.
@@ -329,7 +332,7 @@ class StepBatches:
             crop_pct=crop_pct,
             crop_mode=crop_mode,
         )
-        view = dataset if isinstance(dataset, DatasetView) else DatasetView(dataset, range(len(dataset)))
+        view = dataset if isinstance(dataset, DatasetView) else DatasetView(dataset, torch.arange(len(dataset)))
         if not len(view):
             raise ValueError('the dataset is empty; batches need at least one image')
         self.view = view.with_transform(transform)
@@ -374,7 +377,7 @@ class StepBatches:
         """Stop the workers, if any; a later `batch` starts new ones."""
         self._stream = self._next = None
 
-    def _read_ahead(self, step: int):
+    def _read_ahead(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = DataLoader(
             self.view,
             batch_sampler=map(self.indices, itertools.count(step)),

@@ -1,0 +1,121 @@
+"""Accuracy of subnets, and the two ways to pick one for a budget: the generator, or a search over sampled archs."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.utils import AverageMeter, accuracy
+from torch import nn
+
+from . import complexity
+from .generator import ArchitectureGenerator
+from .models import Subnet
+from .sampling import BudgetGroups, stream
+from .space import Arch, SearchSpace
+
+__all__ = ['evaluate', 'evaluate_budgets', 'search_archs']
+
+Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Loader,
+        device: torch.device,
+        autocast: AbstractContextManager | None = None,
+        channels_last: bool = False,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back."""
+    top1, top5 = AverageMeter(), AverageMeter()
+    training = model.training
+    model.eval()
+    try:
+        for images, targets in loader:
+            images, targets = images.to(device), targets.to(device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast or nullcontext():
+                logits = model(images)
+            acc1, acc5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[-1])))
+            top1.update(float(acc1), len(targets))
+            top5.update(float(acc5), len(targets))
+    finally:
+        model.train(training)
+    return top1.avg, top5.avg
+
+
+def search_archs(
+        space: SearchSpace,
+        generator: ArchitectureGenerator,
+        groups: BudgetGroups,
+        samples: int,
+        net: nn.Module,
+        loader: Loader,
+        device: torch.device,
+        seed: int = 0,
+        **kwargs: Any,
+) -> list[Arch]:
+    """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
+
+    Candidates are uniform archs that fall into the group. Uniform sampling hardly reaches the ends of the range; what
+    is missing there is drawn from the generator for the group's upper edge, so that every group has its candidates.
+
+    Args:
+        samples: Candidates per group.
+        net: The supernet.
+        loader: Held-out images and class indices.
+        seed: Of the candidates.
+        **kwargs: As for `evaluate`.
+    """
+    noise = stream(seed, 'search', 0)
+    uniform = list(dict.fromkeys(space.sample(noise) for _ in range(100 * samples)))
+    macs = complexity.macs(space, uniform).tolist()
+    best = []
+    for low, high in zip(groups.edges, groups.edges[1:]):
+        candidates = [arch for arch, count in zip(uniform, macs) if low < count <= high][:samples]
+        missing = samples - len(candidates)
+        if missing:
+            drawn = dict.fromkeys(generator.sample(torch.full((4 * missing,), high, dtype=torch.float64), noise))
+            fitting = [arch for arch in drawn if complexity.macs(space, arch) <= high and arch not in candidates]
+            candidates += fitting[:missing] or ([] if candidates else [generator.propose(high)])
+        best.append(max(candidates, key=lambda arch: evaluate(Subnet(net, arch), loader, device, **kwargs)[0]))
+    return best
+
+
+def evaluate_budgets(
+        net: nn.Module,
+        groups: BudgetGroups,
+        archs: Sequence[Arch],
+        loader: Loader,
+        device: torch.device,
+        **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Rows of the budget table: the smallest subnet, one subnet for every group, and the largest.
+
+    Args:
+        net: The supernet.
+        groups: K budget groups.
+        archs: The K archs that serve them.
+        loader: Images and class indices.
+        **kwargs: As for `evaluate`.
+
+    Returns:
+        K + 2 dicts with name, budget (MACs, or None), macs, params, top1, top5 (percent) and arch.
+    """
+    space = net.space
+    named = [('smallest', None, space.smallest)]
+    named += [(f'group {k + 1}', budget, arch) for k, (budget, arch) in enumerate(zip(groups.budgets, archs))]
+    named += [('largest', None, space.largest)]
+    accuracies: dict[Arch, tuple[float, float]] = {}
+    rows = []
+    for name, budget, arch in named:
+        if arch not in accuracies:
+            accuracies[arch] = evaluate(Subnet(net, arch), loader, device, **kwargs)
+        top1, top5 = accuracies[arch]
+        rows.append(dict(
+            name=name, budget=budget, macs=complexity.macs(space, arch), params=complexity.params(space, arch),
+            top1=top1, top5=top5, arch=arch.to_dict()))
+    return rows

@@ -1,0 +1,7 @@
+"""Which budgets, and which archs, training draws: groups of budgets, the learned distribution over them, its signals."""
+from .estimators import ESTIMATORS, frozen, hypergradient
+from .groups import BudgetGroups
+from .random import stream
+from .shift import ProbabilityShift
+
+__all__ = ['ESTIMATORS', 'BudgetGroups', 'ProbabilityShift', 'frozen', 'hypergradient', 'stream']

@@ -1,0 +1,318 @@
+"""`ShiftNASTask`: timm's classification task, training a supernet by ShiftNAS (Zhang et al., ICCV 2023).
+
+One arch per micro-batch: a budget group k ~ P, a budget uniform in it, an arch from the generator. Beside the supernet's
+own step, every `generator_interval` updates the generator takes a step on the task loss and the resource term, and every
+`shift_interval` updates the probability shift reads its signal. Everything drawn is a function of (seed, step).
+
+The only module that imports `timm.task`.
+"""
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .generator import ArchitectureGenerator
+from .masks import arch_masks
+from .sampling import ESTIMATORS, BudgetGroups, ProbabilityShift, frozen, stream
+from .sampling.estimators import full_precision
+from .space import Arch, SearchSpace
+
+__all__ = [
+    'ShiftNASConfig', 'ShiftNASTask', 'check_checkpoint', 'load_task_ema_checkpoint', 'resume_task_checkpoint',
+]
+
+Batch = tuple[Tensor, Tensor]
+ShiftBatches = Callable[[int], tuple[Batch, Batch]]
+
+
+@dataclass(frozen=True)
+class ShiftNASConfig:
+    """How archs are drawn and what is learned about drawing them. Intervals and lengths count optimizer updates.
+
+    Args:
+        sampler: 'shiftnas', or 'uniform' for the baseline (archs uniform, nothing learned).
+        warmup_sampler: During warm-up, archs from the 'generator' at uniform P, or 'uniform' (the paper's first step).
+        warmup_updates: Length of the warm-up, in which P stays uniform.
+        total_updates: Length of the training; the Gumbel temperature falls over it.
+        shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation') or 'none'.
+        shift_interval: Updates between two shifts.
+        shift_lr: Step size of the shift.
+        shift_momentum: Decay of the moving averages of the signal.
+        shift_floor: Share of probability spread evenly over the groups.
+        generator_interval: Updates between two steps of the generator.
+        generator_images: Images of a micro-batch that the generator's task loss sees.
+        generator_lr: Learning rate of the generator (Adam).
+        resource_weight: Weight of the resource term beside the task loss (lambda).
+        resource_batch: Budgets in the resource term.
+        tau: Gumbel temperature at the first and at the last update.
+        accum_steps: Micro-batches per update.
+        seed: Of everything that is drawn.
+    """
+    sampler: str = 'shiftnas'
+    warmup_sampler: str = 'generator'
+    warmup_updates: int = 0
+    total_updates: int = 1
+    shift: str = 'hypergradient'
+    shift_interval: int = 100
+    shift_lr: float = 0.05
+    shift_momentum: float = 0.8
+    shift_floor: float = 0.2
+    generator_interval: int = 10
+    generator_images: int = 64
+    generator_lr: float = 1e-3
+    resource_weight: float = 1000.
+    resource_batch: int = 64
+    tau: tuple[float, float] = (1., .3)
+    accum_steps: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (('sampler', ('shiftnas', 'uniform')), ('warmup_sampler', ('generator', 'uniform'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {allowed}')
+        for name in ('total_updates', 'shift_interval', 'generator_interval', 'generator_images', 'resource_batch',
+                     'accum_steps'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+
+
+class ShiftNASTask(ClassificationTask):
+    """Train a supernet by ShiftNAS: `task(input, target)['loss'].backward()` as with any task of timm.
+
+    The generator stays on the CPU and has its own optimizer; the task owns both. It counts micro-batches itself.
+
+    Args:
+        model: A supernet.
+        criterion: Loss of the supernet, as for timm's `ClassificationTask` (which see for the last three too).
+        config: What is drawn and learned.
+        generator: The generator, usually already fitted to the resource constraint.
+        groups: Budget groups.
+        shift_batches: `shift_batches(n)` gives the (images, targets) pairs from training and from held-out data of the
+            n-th shift, without mixup; needed unless `shift` is 'none'.
+
+    Raises:
+        ValueError: If `shift_batches` is missing or the parts belong to different spaces.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: nn.Module | Callable | None = None,
+            *,
+            config: ShiftNASConfig,
+            generator: ArchitectureGenerator,
+            groups: BudgetGroups,
+            shift_batches: ShiftBatches | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        self.space = unwrap_model(model).space
+        if generator.space.to_dict() != self.space.to_dict():
+            raise ValueError('the generator belongs to another search space than the model; make one with model.space')
+        if config.sampler == 'shiftnas' and config.shift != 'none' and shift_batches is None:
+            raise ValueError(f"shift={config.shift!r} needs shift_batches (training and held-out images), or shift='none'")
+        self.config, self.groups, self._shift_batches = config, groups, shift_batches
+        self._generator = [generator]  # in a list: the supernet's optimizer and `.to(device)` leave it alone
+        self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
+        self.shift = ProbabilityShift(
+            len(groups), 'none' if config.sampler == 'uniform' else config.shift,
+            lr=config.shift_lr, momentum=config.shift_momentum, floor=config.shift_floor)
+        self.history: list[tuple[int, list[float]]] = [(0, self.shift.probabilities.tolist())]
+        self._micro_step = 0
+        self._archs: deque[Arch] = deque()
+        self._held_out_loss: Tensor | None = None
+
+    @property
+    def generator(self) -> ArchitectureGenerator:
+        return self._generator[0]
+
+    @property
+    def update(self) -> int:
+        """Index of the optimizer update that the next micro-batch belongs to."""
+        return self._micro_step // self.config.accum_steps
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> ShiftNASTask:
+        """As timm's; a single path leaves weights without a gradient, which DDP must be told."""
+        return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """Loss and logits of the arch that is due.
+
+        Args:
+            input: Images [B, C, H, W].
+            target: Targets, as the criterion takes them.
+
+        Returns:
+            'loss', 'output' (logits) and 'arch'.
+        """
+        if self._micro_step % self.config.accum_steps == 0:
+            self._learn_to_draw(input, target)
+        arch = self._next_arch()
+        self._micro_step += 1
+        output = self.trainable_module(input, arch)
+        return dict(loss=self.criterion(output, target), output=output, arch=arch)
+
+    def end_update(self) -> None:
+        """Tell that the optimizer has stepped: only needed where an update may have fewer micro-batches (an epoch's end)."""
+        self._micro_step = -(-self._micro_step // self.config.accum_steps) * self.config.accum_steps
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    def _next_arch(self) -> Arch:
+        config = self.config
+        warmup = self.update < config.warmup_updates
+        if config.sampler == 'uniform' or (warmup and config.warmup_sampler == 'uniform'):
+            self._archs.clear()
+            return self.space.sample(stream(config.seed, 'arch', self._micro_step))
+        if not self._archs:
+            # The generator changes every generator_interval updates at most: until then, archs come in one batch.
+            noise = stream(config.seed, 'arch', self._micro_step)
+            count = config.generator_interval * config.accum_steps
+            budgets = self.groups.draw(self.shift.probabilities, count, noise)
+            self._archs.extend(self.generator.sample(budgets, noise))
+        return self._archs.popleft()
+
+    def _learn_to_draw(self, input: Tensor, target: Tensor) -> None:
+        """The steps of the generator and of the shift that are due before this update."""
+        config, update = self.config, self.update
+        if config.sampler == 'uniform':
+            return
+        if update % config.generator_interval == 0:
+            self._update_generator(input[:config.generator_images], target[:config.generator_images])
+            self._archs.clear()
+        if config.shift != 'none':
+            if update == config.warmup_updates:
+                self.shift.end_warmup()
+            if update and update % config.shift_interval == 0:
+                self._update_shift()
+                self._archs.clear()
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def _update_generator(self, input: Tensor, target: Tensor) -> None:
+        """One step on task loss + lambda * resource term, with gradients of the generator alone."""
+        config, generator, net = self.config, self.generator, unwrap_model(self.trainable_module)
+        noise = stream(config.seed, 'generator', self.update)
+        share = min(self.update / config.total_updates, 1.)
+        tau = config.tau[0] + (config.tau[1] - config.tau[0]) * share
+        # the resource term sees the whole range and both of its ends, whatever P is
+        low, high = self.groups.edges[0], self.groups.edges[-1]
+        spread = low + (high - low) * torch.rand(config.resource_batch, generator=noise, dtype=torch.float64)
+        spread[0], spread[-1] = low, high
+        budgets = torch.cat([self.groups.draw(self.shift.probabilities, 1, noise), spread])
+        with torch.enable_grad():
+            rollout = generator(budgets, noise=noise, tau=tau)
+            masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
+            with frozen(net):
+                task_loss = self.criterion(net(input, masks), target)
+            resource = generator.resource_loss(budgets, rollout.one_hots)
+            loss = task_loss.cpu() + config.resource_weight * resource
+            parameters = list(generator.parameters())
+            gradients = torch.autograd.grad(loss, parameters)
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def _update_shift(self) -> None:
+        net = unwrap_model(self.trainable_module)
+        scores = self.shift_scores(net)
+        if self.update < self.config.warmup_updates:
+            self.shift.observe(scores)
+        else:
+            self.shift.update(scores)
+        self.history.append((self.update, self.shift.probabilities.tolist()))
+
+    def shift_scores(self, net: nn.Module) -> Tensor:
+        """The signal of every group, [K]: at the generator's arch for the upper edge, on the batches that are due."""
+        archs = self.generator.propose_many(self.groups.budgets)
+        train, held_out = self._shift_batches(self.update // self.config.shift_interval)
+
+        def loss(arch: Arch, batch: Batch) -> Tensor:
+            images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            return F.cross_entropy(net(images, arch).float(), targets)
+
+        with frozen(net), full_precision(self.device), torch.enable_grad():
+            scores = ESTIMATORS[self.config.shift](net, loss, archs, train, held_out)
+        if self.config.shift == 'variation':
+            losses, last = scores, self._held_out_loss
+            self._held_out_loss = losses
+            scores = (losses - (losses if last is None else last)).abs() / losses
+        return scores
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Everything beyond the weights that a resumed run needs: tensors and plain values only."""
+        if ema:
+            return {}
+        return dict(
+            space=self.space.to_dict(), edges=list(self.groups.edges), micro_step=self._micro_step,
+            generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
+            shift=self.shift.state_dict(), held_out_loss=self._held_out_loss,
+            archs=[arch.to_dict() for arch in self._archs], history=[[step, list(p)] for step, p in self.history])
+
+    def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
+                        ema: bool = False) -> None:
+        """Inverse of `get_task_state`.
+
+        Raises:
+            ValueError: If the state is of another search space, other groups or another signal.
+        """
+        if ema or not state:
+            return
+        check_same_space(state, self.space)
+        if list(state['edges']) != list(self.groups.edges):
+            raise ValueError(
+                f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
+                'resume with the same --num-groups or --group-width')
+        self.shift.load_state_dict(state['shift'])
+        self.generator.load_state_dict(state['generator'])
+        self._optimizer.load_state_dict(state['generator_optimizer'])
+        self._micro_step, self._held_out_loss = state['micro_step'], state['held_out_loss']
+        self._archs = deque(self.space.from_dict(arch) for arch in state['archs'])
+        self.history = [(step, list(p)) for step, p in state['history']]
+
+
+def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:
+    """Refuse the task state of another space with a line that says which field differs."""
+    mine, theirs = space.to_dict(), state.get('space', {})
+    mine, theirs = ({**data, **data.get('geometry', {})} for data in (mine, theirs))
+    for name, value in mine.items():
+        if name != 'geometry' and theirs.get(name) != value:
+            raise ValueError(
+                f'the checkpoint is of another search space: its {name} is {theirs.get(name)}, here it is {value}; '
+                'resume with the same --model and model flags')
+
+
+def check_checkpoint(path: str | Path, space: SearchSpace) -> None:
+    """Refuse a file that cannot be resumed from before anything is loaded into a model.
+
+    Raises:
+        ValueError: If the file is missing or broken, no checkpoint of this task, or of another search space.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'no checkpoint at {str(path)!r}; give a file such as output/NAME/last.pth.tar')
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {str(error).splitlines()[0]}') from None
+    if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
+        raise ValueError(
+            f'{str(path)!r} is no checkpoint of a ShiftNAS training; to start from its weights use --initial-checkpoint')
+    check_same_space(checkpoint['task_state'], space)
