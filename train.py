@@ -557,6 +557,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run; users' mistakes end in one line and exit code 2, Ctrl-C in one line and 130."""
     args = parse_args(argv)
     setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files after every epoch
     trainer = None
     try:
         trainer = Trainer(args)

@@ -60,12 +60,12 @@ def macs_range(space: SearchSpace) -> tuple[int, int]:
 
 def _evaluate(space, arch, polynomial):
     geometry = space.geometry
-    if isinstance(arch, Arch):
-        space.validate(arch)
-        return round(polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).item())
-    if len(arch) and isinstance(arch[0], torch.Tensor):
+    if isinstance(arch, Sequence) and len(arch) and isinstance(arch[0], torch.Tensor):
         return polynomial(_shiftformer_sizes(space, arch), geometry)
-    return polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).round().long()
+    if isinstance(arch, Sequence):
+        return polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).round().long()
+    one_hots = space.one_hot_of_indices(torch.tensor(space.encode(arch)))
+    return round(polynomial(_shiftformer_sizes(space, one_hots), geometry).item())
 
 
 # -- ShiftFormer -------------------------------------------------------------------------------------------------------
@@ -97,10 +97,10 @@ def _shiftformer_sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
     )
 
 
-def fused_head_dim(grid_size: tuple[int, int]) -> int:
-    """Channels of a head in the fused form of relative position: 64, the grid's rows and columns and a flag for the
-    class token, padded to a multiple of 8 (fused kernels need it)."""
-    return math.ceil((HEAD_DIM + sum(grid_size) + 1) / 8) * 8
+def fused_columns(grid_size: tuple[int, int]) -> int:
+    """Channels that the fused form of relative position appends to the 64 of a head: the grid's rows and columns and a
+    flag for the class token, padded to a multiple of 8 (fused kernels need it)."""
+    return (grid_size[0] + grid_size[1] + 1 + 7) // 8 * 8
 
 
 def _shiftformer_macs(sizes: _Sizes, geometry: dict, convention: str) -> torch.Tensor:
@@ -115,9 +115,10 @@ def _shiftformer_macs(sizes: _Sizes, geometry: dict, convention: str) -> torch.T
     else:
         # one attention of wider heads, and the products of queries, and of attention masses, with the tables
         tables = 2 * patches * HEAD_DIM * (rows + cols)
-        attention = (2 * tokens ** 2 * fused_head_dim((rows, cols)) + tables) * sizes.heads
+        attention = (2 * tokens ** 2 * (HEAD_DIM + fused_columns((rows, cols))) + tables) * sizes.heads
     layers = (sizes.active * (qkv_proj + attention + mlp)).sum(-1)
-    return embed + layers + geometry['num_classes'] * sizes.width
+    classified = tokens if geometry['global_pool'] == '' else 1  # without pooling the head runs on every token
+    return embed + layers + classified * geometry['num_classes'] * sizes.width
 
 
 def _shiftformer_params(sizes: _Sizes, geometry: dict) -> torch.Tensor:
@@ -167,7 +168,7 @@ def parse_count(value: int | float | str, name: str = 'flops') -> float:
 
 
 def format_count(value: float) -> str:
-    """A count in the unit a reader expects: 1281370368 -> '1.281G'."""
+    """A count in the unit a reader expects: 1281241344 -> '1.281G'."""
     for unit, scale in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
         if value >= scale:
             return f'{value / scale:.4g}{unit}'

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import tarfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -351,7 +352,7 @@ class StepBatches:
         Raises:
             ValueError: If the step is not a non-negative integer.
             BrokenImageError: If a file cannot be read.
-            RuntimeError: If a worker was killed; the next call starts new ones.
+            RuntimeError: If a worker failed or was killed; the next call starts new ones.
         """
         if not isinstance(step, int) or step < 0:
             raise ValueError(f'step={step!r} must be an integer, 0 or more')
@@ -361,8 +362,16 @@ class StepBatches:
         if step != self._next:
             self.close()
             self._stream = self._read_ahead(step)
-        self._next = None  # stays so when reading fails, so that the next call starts afresh
-        images, targets = next(self._stream)
+        self._next = None  # until the batch is here: what interrupts this call also loses the place in the stream
+        try:
+            images, targets = next(self._stream)
+        except Exception as error:
+            # The traceback holds the iterator in a cycle; torch stalls for seconds where that is collected later.
+            traceback.clear_frames(error.__traceback__)
+            self.close()
+            if isinstance(error, (RuntimeError, OSError, EOFError)):  # what torch lets out depends on the moment
+                raise RuntimeError(f'a process that reads batches ahead failed or was killed: {error!r}') from error
+            raise
         self._next = step + 1
         return images, targets.long()
 

@@ -35,16 +35,16 @@ from .generator import ArchitectureGenerator
 from .models import extract
 from .space import Arch, SearchSpace, space_from_dict
 
-__all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 'static_macs']
+__all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 'static_counts']
 
 KEY = 'timm_shiftnas'
 FORMAT = 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
 ROW = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')  # of the table of results, as `report` has it
 
-# Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; and layers.
+# Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; layers, choices.
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
-MAX_GENERATOR = 4096  # hidden units
+MAX_GENERATOR = 1024  # hidden units
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def save_pretrained(
     files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
     ours['files'] = {
         name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    config = _timm_config(net, _plain(ours), data_config, model_config)
+    ours = {name: _plain(value) for name, value in ours.items() if value is not None}
+    config = _timm_config(net, ours, data_config, model_config)
     # what could not be loaded is not written
     _check_config(config, CONFIG)
     _check_tensors(_build(config, CONFIG), tensors[WEIGHTS], WEIGHTS)
@@ -134,7 +135,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, 'tolist'):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None or k == 'budget'}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -277,13 +278,14 @@ class SavedModel:
     ) -> None:
         self.name = os.fspath(directory_or_repo)
         self._hub = None
-        if not Path(self.name).is_dir():
+        if not self.name or not Path(self.name).is_dir():
             _check_repo_id(directory_or_repo)
             self._hub = dict(
                 revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
                 local_files_only=local_files_only, library_name=KEY)
+        path = self._path(CONFIG)
         try:
-            content = self._path(CONFIG).read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
             raise ValueError(
                 f'{self} holds no config.json: it is not a model directory, or saving it was interrupted') from None
@@ -367,16 +369,16 @@ class SavedModel:
         return generator.eval()
 
 
-def static_macs(net: nn.Module) -> int:
-    """MACs of a static network: those of the only arch in the space of its own values."""
+def static_counts(net: nn.Module) -> tuple[int, int]:
+    """MACs and parameters of an extracted subnet."""
     space = _own_space(net)
-    family = space.family
-    supernet = create_model(f'{family}_supernet', space=space, device='meta', **net.model_args)
-    return supernet.macs(space.largest)
+    supernet = create_model(
+        f'{space.family}_supernet', space=space, device='meta', **dict(net.model_args, weight_init='skip'))
+    return supernet.macs(net.arch), sum(weight.numel() for weight in net.parameters())
 
 
 def _own_space(net: nn.Module) -> SearchSpace:
-    """The space of which a static network is the only arch."""
+    """The space of a subnet's own values."""
     values = {
         name: sorted(set(value)) if isinstance(value, list) else [value] for name, value in net.arch.to_dict().items()}
     return space_from_dict(dict(values, family=net.pretrained_cfg['architecture'].removesuffix('_subnet')))
@@ -384,12 +386,11 @@ def _own_space(net: nn.Module) -> SearchSpace:
 
 def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapping[str, Any] | None) -> None:
     """Refuse a saved subnet that is not what was asked for."""
-    counts = dict(flops=(static_macs, 'MACs'), params=(lambda net: sum(p.numel() for p in net.parameters()), 'parameters'))
-    for name, limit in limits.items():
-        count, unit = counts[name]
-        if count(net) > limit:
+    macs, params = static_counts(net)
+    for name, count in (('flops', macs), ('params', params)):
+        if count > limits.get(name, math.inf):
             raise ValueError(
-                f'this saved subnet has {count(net):,} {unit}, more than {name}={format_count(limit)}; '
+                f'this saved subnet has {count:,} {name}, more than the budget of {format_count(limits[name])}; '
                 'load a smaller one from its supernet')
     if arch is None:
         return
@@ -412,7 +413,7 @@ def _check_repo_id(name: str | os.PathLike) -> None:
     except (HFValidationError, TypeError):
         valid = False
     if not valid:
-        raise ValueError(f"{name} is not a directory, nor a repository 'owner/name' on the Hugging Face Hub")
+        raise ValueError(f"{os.fspath(name)!r} is not a directory, nor a repository 'owner/name' on the Hugging Face Hub")
 
 
 def _check_config(config: Any, where: str) -> None:
@@ -457,6 +458,8 @@ def _check_sizes(model_args: Mapping[str, Any], where: str) -> None:
             pending.extend(value.items())
         elif isinstance(value, list):
             pending.extend((name, item) for item in value)
+            if len(value) > MAX_DEPTH:
+                raise ValueError(f'{where} gives {len(value):,} values of {name}; no more than {MAX_DEPTH:,} are loaded')
         elif isinstance(value, (int, float)) and not abs(value) <= (limit := MAX_DEPTH if name == 'depth' else MAX_SIZE):
             raise ValueError(f'{where} asks for {name}={_short(value)}; nothing above {limit:,} is loaded')
 
@@ -510,7 +513,7 @@ def _build(config: Mapping[str, Any], where: str) -> nn.Module:
             config['architecture'], pretrained_cfg=dict(config['pretrained_cfg'], **labels), device='meta',
             **config['model_args'])
     except Exception as error:  # whatever timm raises over it, the config is at fault
-        raise ValueError(f'{where} does not describe a network: {error}') from error
+        raise ValueError(f'{where} does not describe a network ({type(error).__name__}: {error})') from error
     fits = hasattr(net, 'build_subnet') if config[KEY]['kind'] == 'supernet' else hasattr(net, 'arch')
     if not fits:
         raise ValueError(f'{where} says {config[KEY]["kind"]}, but {config["architecture"]!r} is none')

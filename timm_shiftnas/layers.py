@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import (
+    Attention, LayerNorm, Mlp, PatchEmbed, maybe_add_mask, register_notrace_function, resolve_self_attn_mask,
+    trunc_normal_,
+)
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .complexity import HEAD_DIM, fused_head_dim
+from .complexity import HEAD_DIM, fused_columns
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
@@ -62,7 +65,8 @@ class ElasticQKV(nn.Linear):
             trained; only its converter sets this.
     """
 
-    def __init__(self, dim: int, num_heads: int, bias: bool = True, bias_slicing: str = 'role', device=None, dtype=None):
+    def __init__(self, dim: int, num_heads: int, bias: bool = True, bias_slicing: str = 'role', device=None,
+                 dtype=None) -> None:
         super().__init__(dim, 3 * num_heads * HEAD_DIM, bias=bias, device=device, dtype=dtype)
         self.bias_slicing = bias_slicing
 
@@ -136,10 +140,40 @@ class ElasticMlp(Mlp):
 
 class RelativeIndex(NamedTuple):
     """Constants of relative position on a token grid of R x C; made once per forward and shared by the layers."""
-    grid_size: tuple[int, int]
     rows: Tensor  # [R, R] table row of (query row, key row)
     cols: Tensor  # [C, C] the same for columns
     columns: Tensor  # [tokens, fused width - 64] one-hot row, one-hot column and class flag of every key
+
+
+@torch.fx.wrap
+@register_notrace_function
+def relative_index(grid_size: tuple[int, int], num_prefix: int, max_distance: int, like: Tensor) -> RelativeIndex:
+    """Constants for attention over `num_prefix` (0 or 1) class tokens followed by the grid, in the type of `like`."""
+    rows, cols = grid_size
+    row, col = torch.arange(rows, device=like.device), torch.arange(cols, device=like.device)
+    columns = torch.zeros(num_prefix + rows * cols, fused_columns(grid_size), device=like.device, dtype=like.dtype)
+    patches = columns[num_prefix:].view(rows, cols, -1)
+    patches[:, :, :rows] = torch.eye(rows, device=like.device, dtype=like.dtype)[:, None]
+    patches[:, :, rows:rows + cols] = torch.eye(cols, device=like.device, dtype=like.dtype)
+    columns[:num_prefix, rows + cols] = 1
+    return RelativeIndex(
+        (row - row[:, None]).clamp(-max_distance, max_distance) + max_distance + 1,
+        (col - col[:, None]).clamp(-max_distance, max_distance) + max_distance + 1,
+        columns)
+
+
+def _read_tables(row_table: Tensor, col_table: Tensor, index: RelativeIndex) -> tuple[Tensor, Tensor, Tensor]:
+    """Table entries by pair of grid rows [R, R, 64], by pair of grid columns [C, C, 64], of the class token [64]."""
+    return row_table[index.rows], col_table[index.cols], row_table[0] + col_table[0]
+
+
+def _read_pairs(row_table: Tensor, col_table: Tensor, index: RelativeIndex, num_prefix: int) -> Tensor:
+    """Table entries by pair of tokens, [tokens, tokens, 64]."""
+    rows, cols = index.rows.shape[0], index.cols.shape[0]
+    by_row = index.rows.repeat_interleave(cols, 0).repeat_interleave(cols, 1)
+    by_col = index.cols.repeat(rows, rows)
+    pad = [num_prefix, 0, num_prefix, 0]  # with table row 0, that of the class token
+    return row_table[F.pad(by_row, pad)] + col_table[F.pad(by_col, pad)]
 
 
 class RelativePosition2d(nn.Module):
@@ -150,13 +184,18 @@ class RelativePosition2d(nn.Module):
 
     Args:
         grid_size: Token grid (rows, columns).
+        num_prefix: Class tokens before the grid, 0 or 1.
         max_distance: M, the distance at which positions are clipped.
     """
 
-    def __init__(self, grid_size: tuple[int, int], max_distance: int = 14, device=None, dtype=None) -> None:
+    def __init__(
+            self, grid_size: tuple[int, int], num_prefix: int = 1, max_distance: int = 14, device=None, dtype=None,
+    ) -> None:
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        self.grid_size = (grid_size[0], grid_size[1])
+        self.num_prefix = num_prefix
         self.max_distance = max_distance
+        self.scale = HEAD_DIM ** -0.5
         for name in ('k_rows', 'k_cols', 'v_rows', 'v_cols'):
             table = torch.empty(2 * max_distance + 2, HEAD_DIM, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(table))
@@ -168,28 +207,16 @@ class RelativePosition2d(nn.Module):
 
     reset_parameters = init_weights  # the name that timm's weight_init='reset' calls
 
-    def index(self, num_prefix: int, device=None, dtype=None) -> RelativeIndex:
-        """Constants for attention over `num_prefix` (0 or 1) class tokens followed by the grid."""
-        (rows, cols), limit = self.grid_size, self.max_distance
+    def index(self, like: Tensor) -> RelativeIndex:
+        """The constants that `attend` takes, in the type and place of `like`."""
+        return relative_index(self.grid_size, self.num_prefix, self.max_distance, like)
 
-        def table_rows(size: int) -> Tensor:
-            position = torch.arange(size, device=device)
-            return (position - position[:, None]).clamp(-limit, limit) + limit + 1
-
-        columns = torch.zeros(num_prefix + rows * cols, fused_head_dim(self.grid_size) - HEAD_DIM, device=device, dtype=dtype)
-        patches = columns[num_prefix:].view(rows, cols, -1)
-        patches[:, :, :rows] = torch.eye(rows, device=device, dtype=dtype)[:, None]
-        patches[:, :, rows:rows + cols] = torch.eye(cols, device=device, dtype=dtype)
-        columns[:num_prefix, rows + cols] = 1
-        return RelativeIndex(self.grid_size, table_rows(rows), table_rows(cols), columns)
-
-    @staticmethod
-    def _on_grid(x: Tensor, index: RelativeIndex) -> Tensor:
+    def _on_grid(self, x: Tensor) -> Tensor:
         """Patch tokens of [B, heads, tokens, C] as [B, heads, rows, columns, C]."""
-        rows, cols = index.grid_size
-        return x[:, :, -rows * cols:].unflatten(2, (rows, cols))
+        return x[:, :, self.num_prefix:].unflatten(2, self.grid_size)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, **attention) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, dropout: float = 0.,
+               attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attention with relative position through one fused call, exactly; all of [B, heads, tokens, 64].
 
         Each key (and value) is extended by its one-hot row, one-hot column and class flag, each query by its dot
@@ -197,53 +224,42 @@ class RelativePosition2d(nn.Module):
         columns the attention mass per row, per column and on the class token, which the value tables turn into the
         value term. The key term of the class token as a *query* is the same for every key, so softmax drops it.
         """
-        rows, cols = index.grid_size
-        prefix = q.shape[2] - rows * cols
+        rows, cols = self.grid_size
+        prefix, padding = self.num_prefix, fused_columns(self.grid_size) - rows - cols - 1
 
-        def tables(row_table: Tensor, col_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return row_table[index.rows], col_table[index.cols], row_table[0] + col_table[0]
-
-        by_row, by_col, by_class = tables(self.k_rows, self.k_cols)
-        patches = self._on_grid(q, index)
+        by_row, by_col, by_class = _read_tables(self.k_rows, self.k_cols, index)
+        patches = self._on_grid(q)
         extra = torch.cat([
             torch.einsum('bhrcd,rsd->bhrcs', patches, by_row).flatten(2, 3),
             torch.einsum('bhrcd,csd->bhrcs', patches, by_col).flatten(2, 3),
             (q[:, :, prefix:] * by_class).sum(-1, keepdim=True).to(q.dtype),
         ], dim=-1)
-        extra = F.pad(extra, (0, index.columns.shape[-1] - extra.shape[-1], prefix, 0))
-        columns = index.columns.to(q.dtype).expand(*k.shape[:2], -1, -1)
+        extra = F.pad(extra, [0, padding, prefix, 0])
+        columns = index.columns.to(q.dtype).expand(k.shape[0], k.shape[1], -1, -1)
         x = F.scaled_dot_product_attention(
             torch.cat([q, extra], dim=-1), torch.cat([k, columns], dim=-1), torch.cat([v, columns], dim=-1),
-            scale=HEAD_DIM ** -0.5, **attention)
+            attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
 
-        by_row, by_col, by_class = tables(self.v_rows, self.v_cols)
-        x, row_mass, col_mass, class_mass, _ = x.split(
-            [HEAD_DIM, rows, cols, 1, index.columns.shape[-1] - rows - cols - 1], dim=-1)
+        by_row, by_col, by_class = _read_tables(self.v_rows, self.v_cols, index)
+        x, row_mass, col_mass, class_mass, _ = x.split([v.shape[-1], rows, cols, 1, padding], dim=-1)
         value = class_mass[:, :, prefix:] * by_class
-        value = value + torch.einsum('bhrcs,rsd->bhrcd', self._on_grid(row_mass, index), by_row).flatten(2, 3)
-        value = value + torch.einsum('bhrcs,csd->bhrcd', self._on_grid(col_mass, index), by_col).flatten(2, 3)
-        if prefix:
+        value = value + torch.einsum('bhrcs,rsd->bhrcd', self._on_grid(row_mass), by_row).flatten(2, 3)
+        value = value + torch.einsum('bhrcs,csd->bhrcd', self._on_grid(col_mass), by_col).flatten(2, 3)
+        if prefix > 0:
             # every key is at the class distance from the class token (masses sum to one, dropout aside)
             mass = row_mass[:, :, :1].sum(-1, keepdim=True) + class_mass[:, :, :1]
             value = torch.cat([mass * by_class, value], dim=2)
         return x + value.to(x.dtype)
 
-    def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, drop: nn.Module,
-                       mask: Tensor | None = None) -> Tensor:
+    def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, dropout: float = 0.,
+                       attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The same by the definition, with tables of [tokens, tokens, 64]: slow, no fused attention needed."""
-        rows, cols = index.grid_size
-        prefix = q.shape[2] - rows * cols
-
-        def pairs(row_table: Tensor, col_table: Tensor) -> Tensor:
-            by_row = index.rows.repeat_interleave(cols, 0).repeat_interleave(cols, 1)
-            by_col = index.cols.repeat(rows, rows)
-            by_row, by_col = (F.pad(by, (prefix, 0, prefix, 0)) for by in (by_row, by_col))  # row 0: the class token
-            return row_table[by_row] + col_table[by_col]
-
-        logits = q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, pairs(self.k_rows, self.k_cols))
-        logits = logits * HEAD_DIM ** -0.5
-        attention = drop((logits if mask is None else logits + mask).softmax(dim=-1))
-        return attention @ v + torch.einsum('bhqk,qkd->bhqd', attention, pairs(self.v_rows, self.v_cols))
+        by_pair = _read_pairs(self.k_rows, self.k_cols, index, self.num_prefix)
+        logits = (q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, by_pair)) * self.scale
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))
+        attention = F.dropout(logits.softmax(dim=-1), dropout)
+        by_pair = _read_pairs(self.v_rows, self.v_cols, index, self.num_prefix)
+        return attention @ v + torch.einsum('bhqk,qkd->bhqd', attention, by_pair)
 
 
 def extend_table(table: Tensor, trained: int, max_distance: int) -> Tensor:
@@ -265,29 +281,29 @@ class RelativeAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, **kwargs) -> None:
         super().__init__(dim, num_heads, attn_head_dim=HEAD_DIM, **kwargs)
-        self.rel_pos: RelativePosition2d | None = None
+        self.rel_pos = None  # a RelativePosition2d, set by networks that use it
 
-    def attend(self, qkv: Tensor, index: RelativeIndex | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+               index: RelativeIndex | None = None) -> Tensor:
         """[B, tokens, 3 * 64 * heads] -> [B, heads, tokens, 64]."""
-        q, k, v = qkv.unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
-        if is_causal and (attn_mask is None):
-            attn_mask = q.new_full((q.shape[2], q.shape[2]), -math.inf).triu(1)
+        q, k, v = qkv.unflatten(-1, [3, -1, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.attn_drop.p if self.training else 0.
-        if self.rel_pos is None and self.fused_attn:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        if self.rel_pos is None:
-            logits = q * HEAD_DIM ** -0.5 @ k.transpose(-2, -1)
-            return self.attn_drop((logits if attn_mask is None else logits + attn_mask).softmax(dim=-1)) @ v
-        if index is None:
-            rows, cols = self.rel_pos.grid_size
-            index = self.rel_pos.index(q.shape[2] - rows * cols, q.device, q.dtype)
+        if self.rel_pos is not None:
+            if index is None:
+                index = self.rel_pos.index(q)
+            if self.fused_attn:
+                return self.rel_pos.attend(q, k, v, index, dropout, attn_mask, is_causal)
+            return self.rel_pos.attend_plainly(q, k, v, index, dropout, attn_mask, is_causal)
         if self.fused_attn:
-            return self.rel_pos.attend(q, k, v, index, attn_mask=attn_mask, dropout_p=dropout)
-        return self.rel_pos.attend_plainly(q, k, v, index, self.attn_drop, attn_mask)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+        logits = q * self.scale @ k.transpose(-2, -1)
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))
+        return F.dropout(logits.softmax(dim=-1), dropout) @ v
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None) -> Tensor:
-        x = self.attend(self.qkv(x), index, attn_mask, is_causal)
+        x = self.attend(self.qkv(x), attn_mask, is_causal, index)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -296,7 +312,7 @@ class RelativeBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, index=index))
+        x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask, is_causal, index))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
@@ -311,7 +327,7 @@ class ElasticAttention(RelativeAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None, heads: Width = None, out: int | None = None) -> Tensor:
-        x = self.attend(self.qkv(x, heads), index, attn_mask, is_causal)
+        x = self.attend(self.qkv(x, heads), attn_mask, is_causal, index)
         if isinstance(heads, Tensor):
             x = x * heads[:, None, None]
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2), out))

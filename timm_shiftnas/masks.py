@@ -1,7 +1,7 @@
 """Matrix mapping: from one-hot decisions to nested 0/1 masks that a supernet multiplies with (ShiftNAS, section 3.3).
 
-Choice 2 of (1, 2, 3) heads, the one-hot (0, 1, 0), becomes the mask (1, 1, 0): the one-hot times a matrix whose rows are
-the masks of the values. The map is linear, so gradients of a masked network reach the generator through it.
+Choice 2 of (1, 2, 3) heads, the one-hot (0, 1, 0), becomes the mask (1, 1, 0): the one-hot times a matrix whose rows
+are the masks of the values. The map is linear, so gradients of a masked network reach the generator through it.
 """
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class ArchMasks(NamedTuple):
     depth: torch.Tensor
     num_heads: torch.Tensor
     hidden: torch.Tensor
+
+    def to(self, like: torch.Tensor) -> ArchMasks:
+        """The same masks in the type and place of a tensor."""
+        return ArchMasks(*(mask.to(like) for mask in self))
 
 
 def arch_masks(space: SearchSpace, one_hots: Sequence[torch.Tensor]) -> ArchMasks:

@@ -217,7 +217,8 @@ def _draw_uniform_samples(ax: Any, samples: Sequence[float], bounds: Sequence[fl
     width = (bounds[-1] - bounds[0]) / bins
     if len(samples):
         percent = [100 / len(samples)] * len(samples)
-        ax.hist(XX
+        ax.hist(
+            samples, bins, range=(bounds[0], bounds[-1]), weights=percent, color='#c3c8d0', label='archs sampled uniformly')
     density = [100 * p * width / (right - left) for p, left, right in zip(last, bounds, bounds[1:])]
     ax.stairs(density, bounds, baseline=None, color=DARK, linewidth=1.8, label='budgets drawn by the last P')
     _draw_edges(ax, bounds)

@@ -103,7 +103,7 @@ class SearchSpace:
         if missing := [name for name in names if name not in fields]:
             raise ValueError(f'arch field {missing[0]!r} is missing; give one of {self.values(missing[0])}')
         chosen: dict[str, Any] = {}
-        for position, choice in enumerate(self.choices):
+        for choice in self.choices:
             given = fields[choice.name]
             if choice.layer is None:
                 chosen[choice.name] = _pick(choice, given)
@@ -114,7 +114,7 @@ class SearchSpace:
                 longest = sum(other.name == choice.name for other in self.choices)
                 if len(given) not in (depth, longest):
                     raise ValueError(
-                        f'{choice.name} has {len(given)} values for {depth} layers; give one value per layer or a scalar')
+                        f'{choice.name} has {len(given)} values for {depth} layers; give one per layer or a scalar')
                 given = given[choice.layer] if choice.layer < len(given) else None
             if depth is None or choice.layer < depth:
                 chosen[choice.name] = (*layers, _pick(choice, given))
@@ -128,10 +128,7 @@ class SearchSpace:
 
     def validate(self, arch: Arch) -> None:
         """Raise a `ValueError` that names the first field of `arch` that is not in this space."""
-        if not isinstance(arch, Arch):
-            raise ValueError(f'expected an Arch, got {arch!r}; make one with space.arch(...) or space.from_dict(...)')
-        if self.arch(**arch.__dict__) != arch:
-            raise ValueError(f'{arch} has choices for layers beyond its depth; make it with space.arch(...)')
+        self.encode(arch)
 
     def values(self, name: str) -> tuple[Value, ...]:
         """The allowed values of one field, smallest first."""
@@ -177,15 +174,26 @@ class SearchSpace:
     # -- encodings -----------------------------------------------------------------------------------------------------
 
     def encode(self, arch: Arch) -> list[int]:
-        """Index of the chosen value for every choice, in order; 0 where the choice is inactive."""
-        fields = arch.__dict__
-        indices = []
-        for choice in self.choices:
-            value = fields[choice.name]
-            if choice.layer is not None:
-                value = value[choice.layer] if choice.layer < len(value) else choice.values[0]
-            indices.append(choice.values.index(value))
-        return indices
+        """Index of the chosen value for every choice, in order; 0 where the choice is inactive.
+
+        Raises:
+            ValueError: If `arch` is not in this space.
+        """
+        if not isinstance(arch, Arch):
+            raise ValueError(f'expected an Arch, got {arch!r}; make one with space.arch(...) or space.from_dict(...)')
+        try:
+            indices = [self._index(choice, arch.__dict__[choice.name]) for choice in self.choices]
+            if self.decode(indices) == arch:
+                return indices
+        except (KeyError, TypeError, ValueError):
+            pass
+        self.arch(**arch.__dict__)  # the slow way, whose errors name the field
+        raise ValueError(f'{arch} is not as space.arch(...) makes it: one value per layer up to its depth, in tuples')
+
+    def _index(self, choice: Choice, given: Any) -> int:
+        if choice.layer is None:
+            return choice.values.index(given)
+        return choice.values.index(given[choice.layer]) if choice.layer < len(given) else 0
 
     def decode(self, indices: Sequence[int]) -> Arch:
         """Inverse of `encode`; indices of inactive choices are ignored."""
@@ -200,8 +208,9 @@ class SearchSpace:
     def one_hot(self, archs: Arch | Iterable[Arch]) -> tuple[torch.Tensor, ...]:
         """Encode archs as one float64 tensor per choice, of shape [number of values] or [N, number of values]."""
         single = isinstance(archs, Arch)
-        indices = torch.tensor([self.encode(arch) for arch in ([archs] if single else archs)], dtype=torch.long)
-        return self.one_hot_of_indices(indices[0] if single else indices.view(-1, len(self.choices)))
+        indices = [self.encode(arch) for arch in ([archs] if single else archs)]
+        indices = torch.tensor(indices, dtype=torch.long).view(len(indices), len(self.choices))
+        return self.one_hot_of_indices(indices[0] if single else indices)
 
     def one_hot_of_indices(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One-hots of choice indices, shape [..., number of choices], as `encode` gives them."""
@@ -294,8 +303,9 @@ def space_from_dict(data: Mapping[str, Any]) -> SearchSpace:
     builders = {'shiftformer': shiftformer_space}
     fields = dict(data) if isinstance(data, Mapping) else {}
     family, geometry = fields.pop('family', None), fields.pop('geometry', None)
-    if family not in builders:
-        raise ValueError(f'not a search space: family={family!r}; known families: {", ".join(builders)}')
+    if family not in list(builders) or not isinstance(geometry, (Mapping, type(None))):
+        raise ValueError(f'not a search space: family={family!r}, geometry={geometry!r}; '
+                         f'known families: {", ".join(builders)}')
     try:
         space = builders[family](**fields)
     except TypeError as error:
@@ -311,7 +321,8 @@ def _values(name: str, values: Sequence[Value], kind: type) -> tuple[Value, ...]
         if not number or value <= 0 or (kind is int and value != int(value)):
             raise ValueError(f'{name}={values!r}: every value must be a positive {kind.__name__}')
     if not values or any(a >= b for a, b in zip(values, values[1:])):
-        raise ValueError(f'{name}={values!r} must hold one or more values, smallest first: {tuple(sorted(set(values)))!r}')
+        ordered = tuple(sorted(set(values)))
+        raise ValueError(f'{name}={values!r} must hold one or more values, smallest first: {ordered!r}')
     return tuple(kind(value) for value in values)
 
 

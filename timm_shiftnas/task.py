@@ -50,6 +50,7 @@ class ShiftNASConfig:
         shift_lr: Step size of the shift.
         shift_momentum: Decay of the moving averages of the signal.
         shift_floor: Share of probability spread evenly over the groups.
+        shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
         generator_interval: Updates between two steps of the generator.
         generator_images: Images of a micro-batch that the generator's task loss sees.
         generator_lr: Learning rate of the generator (Adam).
@@ -68,6 +69,7 @@ class ShiftNASConfig:
     shift_lr: float = 0.05
     shift_momentum: float = 0.8
     shift_floor: float = 0.2
+    shift_epsilon: float = 1e-3
     generator_interval: int = 10
     generator_images: int = 64
     generator_lr: float = 1e-3
@@ -94,7 +96,7 @@ class ShiftNASTask(ClassificationTask):
 
     Args:
         model: A supernet.
-        criterion: Loss of the supernet, as for timm's `ClassificationTask` (which see for the last three too).
+        criterion: Loss of the supernet; as in timm's `ClassificationTask`, which explains the other arguments not named here.
         config: What is drawn and learned.
         generator: The generator, usually already fitted to the resource constraint.
         groups: Budget groups.
@@ -109,6 +111,7 @@ class ShiftNASTask(ClassificationTask):
             self,
             model: nn.Module,
             criterion: nn.Module | Callable | None = None,
+            criterion_kwargs: dict[str, Any] | None = None,
             *,
             config: ShiftNASConfig,
             generator: ArchitectureGenerator,
@@ -118,7 +121,7 @@ class ShiftNASTask(ClassificationTask):
             dtype: torch.dtype | None = None,
             verbose: bool = True,
     ) -> None:
-        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.space = unwrap_model(model).space
         if generator.space.to_dict() != self.space.to_dict():
             raise ValueError('the generator belongs to another search space than the model; make one with model.space')
@@ -244,10 +247,11 @@ class ShiftNASTask(ClassificationTask):
 
         def loss(arch: Arch, batch: Batch) -> Tensor:
             images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            return F.cross_entropy(net(images, arch).float(), targets)
+            return F.cross_entropy(net(images, arch), targets)
 
+        options = dict(epsilon=self.config.shift_epsilon) if self.config.shift == 'hypergradient' else {}
         with frozen(net), full_precision(self.device), torch.enable_grad():
-            scores = ESTIMATORS[self.config.shift](net, loss, archs, train, held_out)
+            scores = ESTIMATORS[self.config.shift](net, loss, archs, train, held_out, **options)
         if self.config.shift == 'variation':
             losses, last = scores, self._held_out_loss
             self._held_out_loss = losses

@@ -1,14 +1,15 @@
 """ShiftFormer: an elastic vision transformer and its static subnets, on timm's `VisionTransformer`.
 
-The search spaces are those of AutoFormer (Chen et al., ICCV 2021, arXiv 2107.00651): token width and depth, and per layer
-the number of heads and the MLP width, with 2D relative position on keys and values. ShiftNAS (Zhang et al., ICCV 2023,
-arXiv 2307.08300) calls the network ShiftFormer. Attribute names and the layout of weights are timm's: with
+The search spaces are those of AutoFormer (Chen et al., ICCV 2021, arXiv 2107.00651): token width and depth, and per
+layer the number of heads and the MLP width, with 2D relative position on keys and values. ShiftNAS (Zhang et al., ICCV
+2023, arXiv 2307.08300) calls the network ShiftFormer. Attribute names and the layout of weights are timm's: with
 `relative_position=False` the state_dict of the full network is that of a timm ViT with heads of 64 channels.
 """
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, Mlp, PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, create_model, generate_default_cfgs, register_model
-from timm.models._input import update_model_args
+from timm.models._input import get_pretrained_grid_size, update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .. import complexity
 from ..layers import (
     HEAD_DIM, BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp,
-    ElasticPatchEmbed, RelativeAttention, RelativeBlock, RelativePosition2d, extend_table,
+    ElasticPatchEmbed, RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table,
 )
 from ..masks import ArchMasks
 from ..space import Arch, SearchSpace, shiftformer_space, space_from_dict
@@ -63,7 +64,7 @@ class ShiftFormer(VisionTransformer):
         ValueError: If the arch is not one, or for an argument that elastic widths cannot honour.
     """
     block_cls = RelativeBlock
-    layers = dict(embed_layer=PatchEmbed, mlp_layer=Mlp, attn_layer=RelativeAttention)
+    layer_types = dict(embed_layer=PatchEmbed, mlp_layer=Mlp, attn_layer=RelativeAttention)
     norm_cls = LayerNorm
 
     def __init__(
@@ -95,12 +96,12 @@ class ShiftFormer(VisionTransformer):
         super().__init__(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
             global_pool=global_pool, fc_norm=fc_norm, qkv_bias=qkv_bias, embed_dim=arch.embed_dim, depth=arch.depth,
-            norm_layer=partial(self.norm_cls, eps=norm_eps), block_fn=block_fn, **self.layers,
+            norm_layer=partial(self.norm_cls, eps=norm_eps), block_fn=block_fn, **self.layer_types,
             weight_init='skip', device=device, dtype=dtype, **kwargs)
-        if relative_position:
-            for block in self.blocks:
-                block.attn.rel_pos = RelativePosition2d(
-                    self.patch_embed.grid_size, max_relative_position, device=device, dtype=dtype)
+        self.relative_position = relative_position
+        for block in self.blocks if relative_position else ():
+            block.attn.rel_pos = RelativePosition2d(
+                self.patch_embed.grid_size, self.num_prefix_tokens, max_relative_position, device=device, dtype=dtype)
         # what reconstructs this network, whichever way it was made: extraction and saving read it
         self.model_args: dict[str, Any] = dict(
             kwargs, img_size=to_2tuple(img_size), patch_size=to_2tuple(patch_size), in_chans=in_chans,
@@ -116,28 +117,19 @@ class ShiftFormer(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=.02)  # AutoFormer's; timm's is 1e-6
 
-    @property
-    def relative_position(self) -> bool:
-        return self.blocks[0].attn.rel_pos is not None
-
-    def _relative_index(self, x: Tensor):
+    def _relative_index(self, x: Tensor) -> RelativeIndex | None:
         """Constants of relative position for tokens `x`, made once and shared by all layers."""
-        if not self.relative_position:
-            return None
-        return self.blocks[0].attn.rel_pos.index(self.num_prefix_tokens, x.device, x.dtype)
-
-    def _run_blocks(self, x: Tensor, blocks: Sequence[tuple[nn.Module, dict]]) -> Tensor:
-        index = self._relative_index(x)
-        for block, kwargs in blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(partial(block, index=index, **kwargs), x)
-            else:
-                x = block(x, index=index, **kwargs)
-        return x
+        rel_pos = self.blocks[0].attn.rel_pos
+        return None if rel_pos is None else rel_pos.index(x)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
-        x = self._run_blocks(x, [(block, dict(attn_mask=attn_mask, is_causal=is_causal)) for block in self.blocks])
+        index = self._relative_index(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, attn_mask, is_causal, index)
+            else:
+                x = block(x, attn_mask, is_causal, index)
         return self.norm(x)
 
     @torch.jit.ignore
@@ -147,7 +139,7 @@ class ShiftFormer(VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is not None:
-            _refuse_unsupported({}, global_pool)
+            _refuse_unsupported(dict(class_token=self.has_class_token), global_pool)
         super().reset_classifier(num_classes, global_pool)
         self.model_args.update(num_classes=num_classes, global_pool=self.global_pool)
 
@@ -156,7 +148,7 @@ class ShiftFormer(VisionTransformer):
             img_size: int | tuple[int, int] | None = None,
             patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Change the input size: positions are resampled, and relative positions extended from the last trained ones."""
+        """Change the input size: positions are resampled, relative positions extended from the last trained ones."""
         old_grid = self.patch_embed.grid_size
         super().set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
         self.model_args.update(img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
@@ -165,15 +157,14 @@ class ShiftFormer(VisionTransformer):
             rel_pos.grid_size = self.patch_embed.grid_size
             with torch.no_grad():
                 for name, table in rel_pos.named_parameters():
-                    trained = old_grid[name.endswith('cols')] - 1
-                    table.copy_(extend_table(table, trained, rel_pos.max_distance))
+                    table.copy_(_adapt_table(name, table, old_grid, rel_pos.grid_size, rel_pos.max_distance))
 
 
 class ShiftFormerSupernet(ShiftFormer):
     """A ShiftFormer whose depth and widths are chosen per call: `net(x, arch)`.
 
-    The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is an
-    argument of `forward` and is stored nowhere, so copies, gradient checkpointing and compiled graphs just work.
+    The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is
+    an argument of `forward` and is stored nowhere, so copies, gradient checkpointing and compiled graphs just work.
 
     Args:
         space: The search space, or the dict of its `to_dict`.
@@ -181,7 +172,7 @@ class ShiftFormerSupernet(ShiftFormer):
         **kwargs: As for `ShiftFormer`.
     """
     block_cls = ElasticBlock
-    layers = dict(embed_layer=ElasticPatchEmbed, mlp_layer=ElasticMlp, attn_layer=ElasticAttention)
+    layer_types = dict(embed_layer=ElasticPatchEmbed, mlp_layer=ElasticMlp, attn_layer=ElasticAttention)
     norm_cls = ElasticLayerNorm
 
     def __init__(self, space: SearchSpace | Mapping[str, Any], *, qkv_bias_slicing: str = 'role', **kwargs) -> None:
@@ -202,10 +193,10 @@ class ShiftFormerSupernet(ShiftFormer):
         args = self.model_args
         return self._unbound_space.bind(
             img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
-            num_classes=self.num_classes, class_token=self.has_class_token, no_embed_class=self.no_embed_class,
-            pos_embed=self.pos_embed is not None, final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'],
-            proj_bias=args.get('proj_bias', True), relative_position=args['relative_position'],
-            max_relative_position=args['max_relative_position'])
+            num_classes=self.num_classes, global_pool=self.global_pool, class_token=self.has_class_token,
+            no_embed_class=self.no_embed_class, pos_embed=self.pos_embed is not None,
+            final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'], proj_bias=args.get('proj_bias', True),
+            relative_position=args['relative_position'], max_relative_position=args['max_relative_position'])
 
     def macs(self, arch: Arch, convention: str = 'fused') -> int:
         """Multiply-accumulates per image of the subnet; see `complexity.macs`."""
@@ -222,8 +213,7 @@ class ShiftFormerSupernet(ShiftFormer):
         for block in self.blocks:
             block.attn.qkv.bias_slicing = mode
         self.model_args['qkv_bias_slicing'] = mode
-        if mode != 'role':
-            update_model_args(self, qkv_bias_slicing=mode)
+        update_model_args(self, qkv_bias_slicing=mode)  # timm's own record
 
     def _widths(self, arch: Arch | ArchMasks | None) -> list[BlockWidths]:
         """What every block is to compute, first to last."""
@@ -249,14 +239,20 @@ class ShiftFormerSupernet(ShiftFormer):
         return self.forward_head(self.forward_features(x, arch), arch=arch)
 
     def forward_features(self, x: Tensor, arch: Arch | ArchMasks | None = None) -> Tensor:
-        widths = self._widths(arch)
+        widths = self._widths(arch.to(x) if isinstance(arch, ArchMasks) else arch)
         embed = widths[0].embed_dim
         x = self._pos_embed(self.patch_embed(x, None if isinstance(embed, Tensor) else embed))
-        x = self._run_blocks(x, [(block, dict(widths=width)) for block, width in zip(self.blocks, widths)])
+        index = self._relative_index(x)
+        for block, width in zip(self.blocks, widths):
+            run = partial(block, index=index, widths=width)
+            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
         return _norm(self.norm, x, embed)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, arch: Arch | ArchMasks | None = None) -> Tensor:
-        x = _norm(self.fc_norm, self.pool(x), arch.embed_dim if isinstance(arch, ArchMasks) else x.shape[-1])
+        embed = arch.embed_dim.to(x) if isinstance(arch, ArchMasks) else None
+        x = _norm(self.fc_norm, self.pool(x), embed)
+        if embed is not None and not self.model_args.get('final_norm', True):
+            x = x * embed  # no norm has masked what the head reads
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -286,37 +282,22 @@ class ShiftFormerSupernet(ShiftFormer):
     # -- extraction ----------------------------------------------------------------------------------------------------
 
     def build_subnet(self, arch: Arch, **kwargs) -> ShiftFormer:
-        """The static network of an arch, with a copy of its weights; callers want `timm_shiftnas.extract`."""
+        """The static network of an arch, with weights of its own; callers want `timm_shiftnas.extract`."""
         self._unbound_space.validate(arch)
-        args = {k: v for k, v in self.model_args.items() if k != 'qkv_bias_slicing'}
-        subnet = create_model(
-            'shiftformer_subnet', arch=arch.to_dict(), pretrained_cfg=self._subnet_cfg(), **dict(args, **kwargs))
-        return subnet
+        args = {k: v for k, v in self.model_args.items() if k != 'qkv_bias_slicing'} | kwargs
+        return create_model('shiftformer_subnet', arch=arch.to_dict(), pretrained_cfg=self._subnet_cfg(), **args)
 
-    def subnet_state_dict(self, arch: Arch) -> dict[str, Tensor]:
-        """Weights of a subnet under the static network's names, as views of the shared ones."""
-        self._unbound_space.validate(arch)
-        widths = self._widths(arch)
-        dim, state = arch.embed_dim, {}
-        for name, weight in self.state_dict().items():
-            part = name.split('.')
-            if part[0] != 'blocks':
-                state[name] = weight[:, :dim] if part[0] == 'head' and part[-1] == 'weight' else (
-                    weight if part[0] == 'head' else weight[..., :dim] if weight.ndim == 3 else weight[:dim])
-                continue
-            layer, inner = int(part[1]), '.'.join(part[2:])
-            if layer >= arch.depth:
-                continue
-            qkv_weight, qkv_bias = self.blocks[layer].attn.qkv.sliced(dim, widths[layer].num_heads)
-            rows, hidden = widths[layer].num_heads * HEAD_DIM, widths[layer].hidden
-            state[name] = {
-                'attn.qkv.weight': lambda w: qkv_weight,
-                'attn.qkv.bias': lambda w: qkv_bias,
-                'attn.proj.weight': lambda w: w[:dim, :rows],
-                'mlp.fc1.weight': lambda w: w[:hidden, :dim],
-                'mlp.fc1.bias': lambda w: w[:hidden],
-                'mlp.fc2.weight': lambda w: w[:dim, :hidden],
-            }.get(inner, lambda w: w if '.rel_pos.' in name else w[:dim])(weight)
+    def subnet_state_dict(self, arch: Arch, subnet: ShiftFormer) -> dict[str, Tensor]:
+        """The shared weights of an arch under the names and in the shapes of its static network."""
+        shared = self.state_dict()
+        state = {
+            name: shared[name][tuple(slice(size) for size in weight.shape)]
+            for name, weight in subnet.state_dict().items()}
+        # all weights are leading slices, but those of q, k and v are three in one
+        for layer, heads in enumerate(arch.num_heads):
+            name = f'blocks.{layer}.attn.qkv'
+            weight, bias = self.get_submodule(name).sliced(arch.embed_dim, heads)
+            state |= {f'{name}.weight': weight} if bias is None else {f'{name}.weight': weight, f'{name}.bias': bias}
         return state
 
     def _subnet_cfg(self) -> dict[str, Any]:
@@ -328,8 +309,8 @@ class ShiftFormerSupernet(ShiftFormer):
                     input_size=(self.in_chans, *size))
 
 
-def _norm(norm: nn.Module, x: Tensor, width) -> Tensor:
-    """Final norms may be switched off (an Identity)."""
+def _norm(norm: nn.Module, x: Tensor, width: int | Tensor | None) -> Tensor:
+    """Run a final norm, which may be switched off (an Identity)."""
     return norm(x, width) if isinstance(norm, ElasticLayerNorm) else norm(x)
 
 
@@ -353,6 +334,8 @@ def _static_arch(arch: Arch | Mapping[str, Any]) -> Arch:
 def _refuse_unsupported(kwargs: Mapping[str, Any], global_pool: str) -> None:
     if global_pool not in _POOLS:
         raise ValueError(f'global_pool={global_pool!r} is not elastic; choose one of {_POOLS}')
+    if global_pool == 'token' and not kwargs.get('class_token', True):
+        raise ValueError("global_pool='token' needs class_token=True")
     stock = inspect.signature(VisionTransformer.__init__).parameters
     for name, value in kwargs.items():
         if name in _PASSED_ON:
@@ -373,26 +356,22 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     """Adapt a checkpoint to `model`: published AutoFormer supernets, plain timm ViTs, and other image sizes.
 
     Raises:
-        ValueError: If the checkpoint belongs to another search space or arch.
+        ValueError: If the checkpoint belongs to another search space, arch or number of classes.
     """
     state_dict = state_dict.get('model', state_dict)
     state_dict = {name.removeprefix('module.'): weight for name, weight in state_dict.items()}
     published = 'patch_embed_super.proj.weight' in state_dict
     if published:
         state_dict = _convert_autoformer(state_dict, model)
-        if isinstance(model, ShiftFormerSupernet):
-            model.set_qkv_bias_slicing('joint')
-    positions = state_dict.get('pos_embed')
+    grid = _checkpoint_grid(state_dict, model)
     state_dict = vit_filter_fn(state_dict, model)
-    if any('.rel_pos.' in name for name in state_dict):
-        _adapt_tables(state_dict, positions, model)
-    own = model.state_dict()
-    for name, weight in state_dict.items():
-        # the head (other classes) and the stem (other channels) are adapted by timm later
-        if name in own and name.split('.')[0] not in ('head', 'patch_embed') and weight.shape != own[name].shape:
-            raise ValueError(
-                f'the checkpoint is of another network: {name} is {tuple(weight.shape)} there and '
-                f'{tuple(own[name].shape)} here; create the model with the checkpoint\'s own space= (or arch=)')
+    for name, table in state_dict.items():
+        if '.rel_pos.' in name:
+            state_dict[name] = _adapt_table(
+                name, table, grid, model.patch_embed.grid_size, model.model_args['max_relative_position'])
+    _check_fits(state_dict, model)
+    if published and isinstance(model, ShiftFormerSupernet):
+        model.set_qkv_bias_slicing('joint')
     return state_dict
 
 
@@ -402,42 +381,76 @@ def _convert_autoformer(state_dict: dict[str, Tensor], model: ShiftFormer) -> di
     AutoFormer's supernets are wider than any arch of their spaces (T: 256 for 240), and their qkv weight holds query,
     key and value rows in turn, of which an arch with h heads uses the first 64 h of each.
     """
-    renamed = {}
     names = {
         'patch_embed_super.': 'patch_embed.', 'attn_layer_norm.': 'norm1.', 'ffn_layer_norm.': 'norm2.',
         '.fc1.': '.mlp.fc1.', '.fc2.': '.mlp.fc2.',
         'rel_pos_embed_k.embeddings_table_v': 'rel_pos.k_rows', 'rel_pos_embed_k.embeddings_table_h': 'rel_pos.k_cols',
         'rel_pos_embed_v.embeddings_table_v': 'rel_pos.v_rows', 'rel_pos_embed_v.embeddings_table_h': 'rel_pos.v_cols',
     }
-    own = model.state_dict()
+    own, converted = model.state_dict(), {}
     for name, weight in state_dict.items():
         for old, new in names.items():
             name = name.replace(old, new)
-        if name.endswith('qkv.weight') and name in own:
-            rows = own[name].shape[0] // 3
-            weight = torch.cat([weight[role::3][:rows] for role in range(3)])
-        if name in own and name.split('.')[0] != 'head' and '.rel_pos.' not in name and name != 'pos_embed':
-            spatial = weight.ndim == 4
-            keep = own[name].shape[:1] if spatial else own[name].shape
-            weight = weight[tuple(slice(size) for size in keep)]
-        elif name == 'pos_embed' or name == 'head.weight':
+        if name.startswith('blocks.') and int(name.split('.')[1]) >= len(model.blocks):
+            continue  # a layer that no arch of the space has
+        if name.endswith('qkv.weight'):
+            heads_wide = own[name].shape[0] // 3
+            weight = torch.cat([weight[role::3][:heads_wide] for role in range(3)])
+        # leading slices of widths; distances, tokens, patches and classes are adapted elsewhere
+        if name in ('pos_embed', 'head.weight'):
             weight = weight[..., :model.embed_dim]
-        if name in own or not name.startswith('blocks.') or int(name.split('.')[1]) < len(model.blocks):
-            renamed[name] = weight  # deeper layers than the space has are dropped, unknown names are left to report
-    return renamed
+        elif name == 'patch_embed.proj.weight':
+            weight = weight[:model.embed_dim]
+        elif name in own and name != 'head.bias' and '.rel_pos.' not in name:
+            weight = weight[tuple(slice(size) for size in own[name].shape)]
+        converted[name] = weight
+    return converted
 
 
-def _adapt_tables(state_dict: dict[str, Tensor], positions: Tensor | None, model: ShiftFormer) -> None:
-    """Extend relative-position tables, in place, where `model` has a larger grid or clips farther away."""
-    grid = model.patch_embed.grid_size
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    side = grid if positions is None else (round((positions.shape[1] - prefix) ** .5),) * 2
-    if positions is not None and grid[0] * grid[1] == positions.shape[1] - prefix:
-        side = grid
-    distance = model.model_args['max_relative_position']
-    for name, table in state_dict.items():
-        if '.rel_pos.' in name and (side != grid or table.shape[0] != 2 * distance + 2):
-            state_dict[name] = extend_table(table, side[name.endswith('cols')] - 1, distance)
+def _checkpoint_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
+    """The token grid that a checkpoint was trained on, as timm finds it when it resamples the positions."""
+    grid, patches = model.patch_embed.grid_size, state_dict.get('patch_embed.proj.weight')
+    if 'pos_embed' not in state_dict:
+        size = getattr(model, 'pretrained_model_args', {}).get('img_size')
+        return grid if size is None or patches is None else tuple(
+            pixels // patch for pixels, patch in zip(to_2tuple(size), patches.shape[-2:]))
+    count = state_dict['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    side = round(count ** .5)
+    return get_pretrained_grid_size(model, patches, count) or (grid if math.prod(grid) == count else (side, side))
+
+
+def _adapt_table(
+        name: str, table: Tensor, trained: tuple[int, int], grid: tuple[int, int], max_distance: int) -> Tensor:
+    """A relative-position table for another grid, or clipped at another distance; else the table itself."""
+    axis = int(name.endswith('cols'))
+    if trained[axis] >= grid[axis] and table.shape[0] == 2 * max_distance + 2:
+        return table
+    return extend_table(table, trained[axis] - 1, max_distance)
+
+
+def _check_fits(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> None:
+    """Refuse the weights of another network in one line (timm adapts other classes and input channels after this)."""
+    own = model.state_dict()
+    hint = "create the model with the checkpoint's own space= (or arch=) and options"
+    for name in sorted(own.keys() ^ state_dict.keys()):
+        if not name.startswith('head.'):
+            has = 'lacks' if name in own else 'also has'
+            raise ValueError(f'the checkpoint is of another network: it {has} {name}; {hint}')
+    for name in own.keys() & state_dict.keys():
+        there, here = tuple(state_dict[name].shape), tuple(own[name].shape)
+        if name == 'patch_embed.proj.weight':
+            same = there[0] == here[0]
+        elif name.startswith('head.'):
+            same = there[1:] == here[1:]
+        else:
+            same = there == here
+        if not same:
+            raise ValueError(f'the checkpoint is of another network: {name} is {there} there and {here} here; {hint}')
+    classes = state_dict['head.bias'].shape[0] if 'head.bias' in state_dict else model.num_classes
+    if classes != model.num_classes and getattr(model, 'pretrained_cfg', {}).get('num_classes') == model.num_classes:
+        raise ValueError(
+            f'the checkpoint has {classes} classes; say so, as in pretrained_cfg_overlay=dict(num_classes={classes}), '
+            f'and its head is left out')
 
 
 # -- registered models -------------------------------------------------------------------------------------------------

@@ -1,0 +1,273 @@
+"""ShiftNASTask on the real test supernet with real images."""
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3, unwrap_model
+
+from timm_shiftnas.complexity import macs
+from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
+from timm_shiftnas.generator import ArchitectureGenerator
+from timm_shiftnas.masks import arch_masks
+from timm_shiftnas.sampling import BudgetGroups, stream
+from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask, check_checkpoint
+
+STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+
+
+@pytest.fixture(scope='module')
+def shift_batches():
+    train, held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .2)
+    train, held_out = StepBatches(train, 64, 1, **STATS), StepBatches(held_out, 64, 2, **STATS)
+    return lambda n: (train.batch(n), held_out.batch(n))
+
+
+@pytest.fixture(scope='module')
+def fitted():
+    """A generator state that knows its budgets roughly; enough for everything but budget use."""
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    return ArchitectureGenerator(net.space).fit(steps=60, progress=False).state_dict()
+
+
+def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, **config):
+    torch.manual_seed(0)
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10).to(dtype)
+    generator = ArchitectureGenerator(net.space)
+    generator.load_state_dict(fitted)
+    config = ShiftNASConfig(**dict(dict(total_updates=100, generator_interval=4, shift_interval=3), **config))
+    return ShiftNASTask(
+        net, config=config, generator=generator, groups=BudgetGroups.of_space(net.space, count=groups),
+        shift_batches=shift_batches, dtype=dtype, verbose=False)
+
+
+def train(task, shift_batches, updates, lr=1e-3, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(task.get_trainable_module().parameters(), lr=lr)
+    archs = []
+    for number in range(updates):
+        result = task(*shift_batches(number)[0])
+        result['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        archs.append(result['arch'])
+    return archs
+
+
+# -- the signal --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('epsilon, tolerance', [(1e-5, 1e-4), (1e-3, 2e-2)])
+def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, tolerance):
+    def double(n):
+        return tuple((images.double(), targets) for images, targets in shift_batches(n))
+
+    task = make_task(fitted, double, dtype=torch.float64, shift_epsilon=epsilon)
+    train(task, double, 2, lr=.1)
+    net = task.get_trainable_module()
+    archs = task.generator.propose_many(task.groups.budgets)
+    train_batch, held_out = double(task.update // task.config.shift_interval)
+
+    def flat(arch, batch):
+        loss = F.cross_entropy(net(batch[0], arch), batch[1])
+        gradients = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+        return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
+                          for p, g in zip(net.parameters(), gradients)])
+
+    g = sum(flat(arch, held_out) for arch in archs) / len(archs)
+    exact = torch.stack([g @ flat(arch, train_batch) for arch in archs])
+    torch.testing.assert_close(task.shift_scores(net), exact, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize('signal', ['hypergradient', 'grad_norm', 'variation'])
+def test_a_shift_update_disturbs_nothing(fitted, shift_batches, signal):
+    task = make_task(fitted, shift_batches, shift=signal)
+    train(task, shift_batches, 2)
+    net = task.get_trainable_module()
+    task(*shift_batches(9)[0])['loss'].backward()  # gradients are there, as within gradient accumulation
+    weights = [p.detach().clone() for p in net.parameters()]
+    gradients = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        scores = task.shift_scores(net)
+    task._update_shift()
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), weights))
+    for p, g in zip(net.parameters(), gradients):
+        assert p.grad is None if g is None else torch.equal(p.grad, g)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+    assert all(module.training for module in net.modules())
+    if signal != 'variation':  # a change since the last call
+        torch.testing.assert_close(scores, task.shift_scores(net), rtol=2e-2, atol=1e-3)  # fp32, whatever autocast says
+
+
+def test_a_group_kept_untrained_gains(fitted, shift_batches):
+    """Train the subnets of the first and last group, and nothing between: the middle group is what is left to gain."""
+    probabilities = []
+    for trained in ([0, 2], [0, 1, 2]):
+        task = make_task(fitted, shift_batches, shift_lr=.1)
+        net = task.get_trainable_module()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+        archs = task.generator.propose_many(task.groups.budgets)
+        for number in range(100):
+            images, targets = shift_batches(number)[0]
+            F.cross_entropy(net(images, archs[trained[number % len(trained)]]), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for number in range(8):
+            task._micro_step = number * task.config.shift_interval  # other images each time
+            task._update_shift()
+        probabilities.append(task.shift.probabilities)
+    untrained, control = probabilities
+    assert int(untrained.argmax()) == 1 and float(untrained[1]) > .45, untrained
+    assert float(untrained[1]) > float(control[1]) + .1, control
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def test_archs_are_a_function_of_seed_and_step(fitted, shift_batches):
+    first = train(make_task(fitted, shift_batches), shift_batches, 8)
+    torch.manual_seed(123)
+    assert first == train(make_task(fitted, shift_batches), shift_batches, 8)
+    assert first != train(make_task(fitted, shift_batches, seed=1), shift_batches, 8)
+    assert len(set(first)) > 4
+
+
+def test_uniform_sampler_is_the_spaces(fitted, shift_batches):
+    task = make_task(fitted, None, sampler='uniform', seed=5)
+    archs = train(task, shift_batches, 3)
+    assert archs == [task.space.sample(stream(5, 'arch', step)) for step in range(3)]
+    assert task.history == [(0, [1 / 3] * 3)]
+
+
+def test_budgets_follow_p(fitted, shift_batches):
+    task = make_task(fitted, shift_batches, shift='none', generator_interval=50, seed=4)
+    task.shift.theta = torch.tensor([0., 0., 6.], dtype=torch.float64)
+    noise = stream(4, 'arch', 0)
+    budgets = task.groups.draw(torch.tensor([.0687, .0687, .8627]), 50, noise)  # 0.8 * softmax + 0.2 / 3
+    torch.testing.assert_close(
+        task.shift.probabilities, torch.tensor([.0687, .0687, .8627], dtype=torch.float64), rtol=0, atol=1e-4)
+    assert [task._next_arch() for _ in range(50)] == task.generator.sample(budgets, noise)
+    assert float((budgets > task.groups.edges[2]).double().mean()) > .7
+
+
+def test_warmup_keeps_p_uniform_and_measures_noise(fitted, shift_batches):
+    task = make_task(fitted, shift_batches, warmup_updates=9, warmup_sampler='uniform', seed=2)
+    archs = train(task, shift_batches, 9)
+    assert archs == [task.space.sample(stream(2, 'arch', step)) for step in range(9)]
+    assert torch.equal(task.shift.theta, torch.zeros(3, dtype=torch.float64))
+    assert task.shift._count == 2 and [step for step, _ in task.history] == [0, 3, 6]
+    train(task, shift_batches, 1)
+    assert task.shift._noise_floor > 0
+
+
+def test_micro_batches_share_an_update(fitted, shift_batches):
+    task = make_task(fitted, shift_batches, accum_steps=2, generator_interval=1, shift='none')
+    states = []
+    for number in range(4):
+        task(*shift_batches(number)[0])
+        states.append(torch.cat([p.flatten() for p in task.generator.parameters()]))
+    assert torch.equal(states[0], states[1]) and torch.equal(states[2], states[3])
+    assert not torch.equal(states[1], states[2])
+    assert task.update == 2
+    task(*shift_batches(4)[0])
+    task.end_update()
+    assert task.update == 3
+
+
+# -- the generator's step ----------------------------------------------------------------------------------------------
+
+
+def test_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches):
+    task = make_task(fitted, shift_batches, seed=3, resource_batch=8, resource_weight=10.)
+    net, images, targets = task.get_trainable_module(), *shift_batches(0)[0]
+    noise = stream(3, 'generator', 0)
+    low, high = task.groups.edges[0], task.groups.edges[-1]
+    spread = low + (high - low) * torch.rand(8, generator=noise, dtype=torch.float64)
+    spread[0], spread[-1] = low, high
+    budgets = torch.cat([task.groups.draw(task.shift.probabilities, 1, noise), spread])
+    rollout = task.generator(budgets, noise=noise, tau=1.)
+    masks = arch_masks(net.space, [one_hot[0] for one_hot in rollout.one_hots])
+    task_loss = F.cross_entropy(net(images, masks), targets)
+    loss = task_loss + 10 * task.generator.resource_loss(budgets, rollout.one_hots)
+    expected = torch.autograd.grad(loss, list(task.generator.parameters()), retain_graph=True)
+    without = torch.autograd.grad(task_loss, list(task.generator.parameters()))
+    assert sum(float(g.norm()) for g in without) > 0  # the images matter
+    taken = []
+    hook = task._optimizer.register_step_pre_hook(
+        lambda optimizer, *_: taken.extend(p.grad.clone() for p in task.generator.parameters()))
+    task._update_generator(images, targets)
+    hook.remove()
+    for a, b in zip(taken, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+
+
+# -- the contract of timm's task ---------------------------------------------------------------------------------------
+
+
+def test_state_saves_and_restores(fitted, shift_batches, tmp_path):
+    whole = make_task(fitted, shift_batches)
+    optimizer = torch.optim.SGD(whole.get_trainable_module().parameters(), lr=1e-2)
+    train(whole, shift_batches, 6, optimizer=optimizer)
+    torch.save(whole.get_checkpoint_state(), tmp_path / 'state.pt')
+    after = train(whole, shift_batches, 6, optimizer=optimizer)
+
+    resumed = make_task(fitted, shift_batches)
+    state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    resumed.load_checkpoint_state(state['state_dict'], state['task_state'])
+    assert resumed.update == 6
+    assert train(resumed, shift_batches, 6, lr=1e-2) == after
+    assert resumed.history == whole.history and len(whole.history) == 4
+    for a, b in zip(resumed.get_trainable_module().parameters(), whole.get_trainable_module().parameters()):
+        assert torch.equal(a, b)
+    for a, b in zip(resumed.generator.parameters(), whole.generator.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_run_is_refused(fitted, shift_batches, tmp_path):
+    task = make_task(fitted, shift_batches)
+    state = task.get_task_state()
+    with pytest.raises(ValueError, match='budget groups'):
+        make_task(fitted, shift_batches, groups=4).load_task_state(state)
+    with pytest.raises(ValueError, match='grad_norm'):
+        make_task(fitted, shift_batches, shift='grad_norm').load_task_state(state)
+    other = timm.create_model('test_shiftformer_supernet', num_classes=7).space
+    torch.save(dict(task_state=state), tmp_path / 'a.pt')
+    check_checkpoint(tmp_path / 'a.pt', task.space)
+    with pytest.raises(ValueError, match='num_classes is 10, here it is 7'):
+        check_checkpoint(tmp_path / 'a.pt', other)
+    (tmp_path / 'b.pt').write_bytes(b'not a checkpoint')
+    torch.save(dict(state_dict={}), tmp_path / 'c.pt')
+    for name, message in (('b.pt', 'cannot read'), ('c.pt', '--initial-checkpoint'), ('d.pt', 'no checkpoint at')):
+        with pytest.raises(ValueError, match=message):
+            check_checkpoint(tmp_path / name, task.space)
+
+
+def test_timms_task_contract(fitted, shift_batches):
+    task = make_task(fitted, shift_batches)
+    net = task.get_trainable_module()
+    assert unwrap_model(net) is task.get_eval_model() and task.get_task_state(ema=True) == {}
+    names = {name for name, _ in task.named_parameters()}
+    assert names == {f'trainable_module.{name}' for name, _ in net.named_parameters()}  # the generator is not among them
+    assert isinstance(task.setup_ema(decay=.5), ModelEmaV3)
+    before = task.get_trainable_module(ema=True).module.head.weight.clone()
+    train(task, shift_batches, 1, lr=.1)
+    task.update_ema(step=5)
+    torch.testing.assert_close(
+        task.get_trainable_module(ema=True).module.head.weight, (before + net.head.weight.detach()) / 2)
+
+
+def test_parts_must_fit(fitted, shift_batches):
+    task = make_task(fitted, shift_batches)
+    other = timm.create_model('test_shiftformer_supernet', num_classes=3)
+    with pytest.raises(ValueError, match='another search space'):
+        ShiftNASTask(other, config=task.config, generator=task.generator, groups=task.groups,
+                     shift_batches=shift_batches)
+    with pytest.raises(ValueError, match='shift_batches'):
+        ShiftNASTask(task.get_trainable_module(), config=task.config, generator=task.generator, groups=task.groups)
+    for wrong in (dict(sampler='x'), dict(warmup_sampler='x'), dict(shift_interval=0), dict(accum_steps=0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ShiftNASConfig(**wrong)

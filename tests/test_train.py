@@ -1,0 +1,224 @@
+"""train.py as users run it: outputs, resuming, mistakes, Ctrl-C."""
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_shiftnas as tsn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
+FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
+        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
+        '--shift-batch-size', '16', '--generator-images', '16', '--shift-warmup-epochs', '0', '--log-interval', '5']
+
+
+def run(tmp_path, *flags):
+    return train.main([*FAST, '--output', str(tmp_path), '--experiment', 'run', *flags])
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """Three epochs with everything random switched on, and workers."""
+    path = tmp_path_factory.mktemp('finished')
+    flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0', '--drop-path', '0.2',
+             '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1']
+    assert run(path, *flags) == 0
+    return path / 'run', flags
+
+
+def load(path):
+    from argparse import Namespace
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(a, b, where=''):
+    """Equal bit for bit, nested containers included."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f'{where}/{i}')
+    else:
+        assert a == b, where
+
+
+def test_writes_what_it_promises(finished):
+    output, _ = finished
+    names = {path.name for path in output.iterdir()}
+    assert {'summary.csv', 'budgets.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar', 'args.yaml'} <= names
+    assert not [name for name in names if 'tmp' in name]
+    for name in ('accuracy.png', 'shift.png'):
+        assert min(Image.open(output / name).size) > 300
+    summary = list(csv.DictReader((output / 'summary.csv').open()))
+    assert [row['epoch'] for row in summary] == ['0', '1', '2']
+    assert summary[0]['eval_top1'] == '' and float(summary[2]['eval_top1']) > 0
+    rows = list(csv.DictReader((output / 'budgets.csv').open()))
+    assert [row['name'] for row in rows] == ['smallest', 'group 1', 'group 2', 'group 3', 'largest']
+    assert all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
+    top1 = [float(row['top1']) for row in rows[1:-1]]
+    assert float(summary[2]['eval_top1']) == pytest.approx(sum(top1) / 3, abs=.01)
+
+
+def test_the_model_directory_is_what_was_evaluated(finished):
+    """Its subnet for a group's budget has the table's accuracy, and its weights are the averaged ones."""
+    output, _ = finished
+    rows = list(csv.DictReader((output / 'budgets.csv').open()))
+    row = rows[2]
+    net = tsn.from_pretrained(output / 'model', flops=float(row['budget']))
+    from timm_shiftnas.data import StepBatches, create_dataset
+    config = timm.data.resolve_data_config(model=net)
+    dataset = create_dataset('sklearn/digits', None, 'validation')
+    images, targets = StepBatches(dataset, len(dataset), 0, **config).batch(0)
+    with torch.no_grad():
+        top1 = float((net(images).argmax(1) == targets).float().mean()) * 100
+    assert top1 == pytest.approx(float(row['top1']), abs=.01)
+    net = timm.create_model(f'local-dir:{output / "model"}', pretrained=True)
+    ema = load(output / 'last.pth.tar')['state_dict_ema']
+    assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
+
+
+def test_resume_continues_bit_for_bit(finished, tmp_path):
+    """From the checkpoint of the second of three epochs, in a fresh process."""
+    output, flags = finished
+    command = [sys.executable, ROOT / 'train.py', *FAST, *flags, '--output', tmp_path, '--experiment', 'resumed',
+               '--resume', output / 'checkpoint-1.pth.tar']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = load(output / 'last.pth.tar'), load(tmp_path / 'resumed' / 'last.pth.tar')
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'epoch'):
+        same(whole[key], resumed[key], key)
+    assert whole['task_state']['micro_step'] > 0 and len(whole['task_state']['history']) > 3
+
+
+def test_uniform_baseline_searches(tmp_path, capsys):
+    assert run(tmp_path, '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3') == 0
+    rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
+    assert len(rows) == 5 and all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
+    assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
+
+
+def test_image_folder_accumulation_and_one_channel(tmp_path):
+    digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
+    for i in range(120):
+        for split in ('train', 'validation'):
+            folder = tmp_path / 'data' / split / str(digits.target[i] % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
+    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3', '--in-chans', '1',
+             '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher', '--shift', 'none', '--clip-grad', '1',
+             '--mixup', '0.1', '--amp', '--amp-dtype', 'bfloat16', '--grad-checkpointing']
+    assert run(tmp_path, *flags) == 0
+    checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
+    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 16: three updates of 3, 3 and 1
+    net = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
+    assert net.num_classes == 2 and net.in_chans == 1
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ('train', 'validation'):
+        for label in 'ab':
+            path = tmp_path / 'data' / split / label
+            path.mkdir(parents=True)
+            for i in range(8):
+                Image.new('RGB', (32, 32), (i * 20, 0, 0)).save(path / f'{i}.png')
+    return tmp_path / 'data'
+
+
+def one_line_error(capsys, *flags):
+    code = train.main([*FAST, *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'error' in line or 'Traceback' in line]
+    assert code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_missing_folder(capsys, tmp_path):
+    assert 'nowhere' in one_line_error(capsys, '--dataset', '', '--data-dir', str(tmp_path / 'nowhere'))
+
+
+def test_one_class(capsys, folder):
+    import shutil
+    shutil.rmtree(folder / 'train' / 'b')
+    assert 'class' in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_broken_image(capsys, folder, workers, tmp_path):
+    for i in range(8):
+        (folder / 'train' / 'a' / f'{i}.png').write_bytes(b'no image')
+    line = one_line_error(capsys, '--dataset', '', '--data-dir', str(folder), '-b', '8', '-j', workers, '--shift', 'none',
+                          '--output', str(tmp_path))
+    assert '.png' in line and 'repair or remove' in line
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--model', 'resnet18'], 'shiftformer_tiny_supernet'),
+    (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
+    (['--num-classes', '3'], '10 classes'),
+    (['--num-groups', '0'], '1 to 1000'),
+    (['--group-width', 'abc'], "'1.4G'"),
+    (['--held-out', '0.9'], '0.5'),
+    (['--batch-size', '100000'], 'lower it'),
+    (['--resume', '/nowhere/last.pth.tar'], '/nowhere/last.pth.tar'),
+    (['--mixup', '0.5', '-b', '63'], 'even'),
+    (['--dataset', 'sklearn/nope'], 'sklearn/digits'),
+    (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
+])
+def test_wrong_flags(capsys, flags, words, tmp_path):
+    assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_resume_of_another_space(capsys, finished, tmp_path):
+    output, _ = finished
+    line = one_line_error(capsys, '--resume', str(output / 'last.pth.tar'), '--img-size', '64', '--output', str(tmp_path))
+    assert 'img_size' in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('content, words', [('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config')])
+def test_wrong_config_file(capsys, tmp_path, content, words):
+    (tmp_path / 'c.yaml').write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train.main(['-c', str(tmp_path / 'c.yaml')])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_config_file_gives_defaults(tmp_path):
+    (tmp_path / 'c.yaml').write_text('batch-size: 32\nlr: 1e-3\nmodel: test_shiftformer_supernet\n')
+    args = train.parse_args(['-c', str(tmp_path / 'c.yaml'), '--batch-size', '64'])
+    assert (args.batch_size, args.lr, args.model) == (64, 1e-3, 'test_shiftformer_supernet')
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
+    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    last = tmp_path / 'run' / 'last.pth.tar'
+    while process.poll() is None and not last.exists():
+        time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err, err
+    assert err.strip().splitlines()[-1] == f'train.py: interrupted; continue with --resume {last}'
+    epoch = load(last)['epoch']
+    flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
+    assert train.main([*FAST, *flags]) == 0  # goes on where it was
+    assert load(last)['epoch'] == epoch + 1

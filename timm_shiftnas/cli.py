@@ -1,0 +1,178 @@
+"""The command line: `timm-shiftnas info DIR` and `timm-shiftnas extract DIR --flops 1.4G --output OUT`.
+
+A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .complexity import format_count
+from .hub import SavedModel, from_pretrained, save_pretrained, static_counts
+from .report import format_table
+
+__all__ = ['main']
+
+PROG = 'timm-shiftnas'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = argparse.Namespace(traceback=False)
+    try:
+        _parser().parse_args(argv, args)
+        args.command(args)
+    except KeyboardInterrupt:
+        print(f'{PROG}: interrupted', file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f'{PROG}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A wrong command line is a mistake like any other: one line, and no usage text above it."""
+        raise ValueError(f'{message} (see {self.prog} --help)')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description='Look into saved supernets, and take subnets out of them.')
+    parser.add_argument('--version', action='version', version=f'{PROG} {__version__}')
+    commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
+
+    info = commands.add_parser('info', help='tell what a model directory holds')
+    info.set_defaults(command=_info)
+    info.add_argument('--json', action='store_true', help='print JSON')
+
+    extract = commands.add_parser('extract', help='save the subnet for a budget as a directory of its own')
+    extract.set_defaults(command=_extract)
+    which = extract.add_mutually_exclusive_group(required=True)
+    which.add_argument('--flops', metavar='N', help='the most MACs it may have, such as 1.4G')
+    which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
+    which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
+    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
+
+    for command in (info, extract):
+        command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
+        command.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
+    return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
+
+
+# -- info --------------------------------------------------------------------------------------------------------------
+
+
+def _info(args: argparse.Namespace) -> None:
+    data = describe(_saved(args.directory))
+    print(json.dumps(data, indent=2) if args.json else _info_text(data))
+
+
+def _saved(directory: Path) -> SavedModel:
+    if not directory.is_dir():
+        raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
+    return SavedModel(directory)
+
+
+def describe(saved: SavedModel) -> dict[str, Any]:
+    """What a saved model is, as JSON-able data; its files are checked.
+
+    Raises:
+        ValueError: If a file is not the one that was saved, or the config does not describe a network.
+    """
+    for name in saved.info['files']:
+        saved.read(name)
+    net = saved.skeleton()
+    data = dict(
+        directory=saved.name, kind=saved.kind, architecture=saved.config['architecture'],
+        input_size=list(net.pretrained_cfg['input_size']), num_classes=net.num_classes)
+    if saved.kind == 'supernet':
+        space = net.space
+        ends = space.smallest, space.largest
+        data.update(
+            space=space.unbind().to_dict(), size=space.size,
+            macs=[net.macs(arch) for arch in ends], params=[net.params(arch) for arch in ends])
+    else:
+        macs, params = static_counts(net)
+        data.update(arch=net.arch.to_dict(), macs=macs, params=params)
+    optional = {name: saved.info[name] for name in ('groups', 'probabilities', 'results') if name in saved.info}
+    return dict(data, **optional, files=saved.info['files'])
+
+
+def _info_text(data: dict[str, Any]) -> str:
+    channels, height, width = data['input_size']
+    lines = [
+        f'{data["directory"]}: {data["kind"]} {data["architecture"]}',
+        f'input    {channels} x {height} x {width}, {data["num_classes"]} classes']
+    if data['kind'] == 'supernet':
+        lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
+                  for unit, name in (('MACs', 'macs'), ('params', 'params'))]
+        lines.append(f'space    {data["size"]:,} archs')
+        lines += [_field(name, values) for name, values in data['space'].items() if name != 'family']
+    else:
+        lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
+        lines.append('arch')
+        lines += [_field(name, value if isinstance(value, list) else [value]) for name, value in data['arch'].items()]
+    if 'groups' in data:
+        edges = [format_count(edge) for edge in data['groups']]
+        shares = data.get('probabilities', [None] * (len(edges) - 1))
+        lines.append(f'groups   {len(shares)}, of MACs')
+        lines += [f'  {low} to {high}' + ('' if share is None else f': P = {share:.4f}')
+                  for low, high, share in zip(edges, edges[1:], shares)]
+    if 'results' in data:
+        lines += ['results', *(f'  {line}' for line in format_table(data['results']).splitlines())]
+    lines.append('files    as they were saved')
+    lines += [f'  {name}: {format_count(entry["size"])}B, sha256 {entry["sha256"][:12]}'
+              for name, entry in data['files'].items()]
+    return '\n'.join(lines)
+
+
+def _field(name: str, values: Sequence[float]) -> str:
+    return f'  {name:<11}{" ".join(f"{value:g}" for value in values)}'
+
+
+# -- extract -----------------------------------------------------------------------------------------------------------
+
+
+def _extract(args: argparse.Namespace) -> None:
+    saved = _saved(args.directory)
+    _check_output(args.output, args.directory, args.overwrite)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet already; extract takes one out of a supernet')
+    net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch)
+    save_pretrained(args.output, net)
+    macs, params = static_counts(net)
+    print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
+    print(json.dumps(net.arch.to_dict()))
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but, when told so, another model."""
+    if not output.exists() or output.is_dir() and not any(output.iterdir()):
+        return
+    if not output.is_dir():
+        raise ValueError(f'--output {output} is a file; give a directory')
+    if output.samefile(source):
+        raise ValueError(f'--output {output} is the supernet itself; give another directory')
+    try:
+        SavedModel(output)
+    except ValueError:
+        raise ValueError(f'--output {output} is not empty and holds no model; give another directory') from None
+    if not overwrite:
+        raise ValueError(f'--output {output} holds a model already; add --overwrite to replace it')
