@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.data import FastCollateMixup, Mixup, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, create_loader, resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import (
@@ -256,13 +256,18 @@ def open_data(args: argparse.Namespace) -> Data:
         batch_size=args.batch_size, seed=args.seed, input_img_mode=mode)
     train = open_split(split=args.train_split, is_training=True)
     validation = open_split(split=args.val_split, is_training=False)
+    classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
+    if None not in classes and classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise ValueError(f'training and validation images are of different classes: {odd[0]!r} is in one of them only')
+    num_classes = count_classes(train)
     held_out = None
     if args.held_out or args.sampler == 'uniform' or args.shift != 'none':
         share = args.held_out or (0.02 if len(train) >= 20_000 else 0.05)
         train, held_out = split_held_out(train, share, args.seed)
     if len(train) < args.batch_size:
         raise ValueError(f'--batch-size {args.batch_size} is more than the {len(train)} training images; lower it')
-    return Data(train, held_out, validation, count_classes(validation))
+    return Data(train, held_out, validation, num_classes)
 
 
 def count_classes(dataset: torch.utils.data.Dataset) -> int | None:
@@ -321,6 +326,11 @@ class ShiftBatches:
     def __call__(self, n: int):
         return self.train.batch(n), self.held_out.batch(n)
 
+    def close(self) -> None:
+        """Stop the workers."""
+        self.train.close()
+        self.held_out.close()
+
 
 # -- model and task ----------------------------------------------------------------------------------------------------
 
@@ -343,13 +353,12 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> torch.nn.
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
 
-def create_task(args: argparse.Namespace, net: torch.nn.Module, data: Data, config: dict[str, Any],
+def create_task(args: argparse.Namespace, net: torch.nn.Module, shift_batches: ShiftBatches | None,
                 updates_per_epoch: int, device: torch.device) -> ShiftNASTask:
     space = net.space
     width = None if args.group_width is None else parse_count(args.group_width, '--group-width')
     groups = BudgetGroups.of_space(space, width=width, count=args.num_groups)
     warmup = args.epochs / 10 if args.shift_warmup_epochs is None else args.shift_warmup_epochs
-    learned = args.sampler == 'shiftnas' and args.shift != 'none'
     task_config = ShiftNASConfig(
         sampler=args.sampler, warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
         total_updates=args.epochs * updates_per_epoch, shift=args.shift, shift_interval=args.shift_interval,
@@ -370,7 +379,7 @@ def create_task(args: argparse.Namespace, net: torch.nn.Module, data: Data, conf
         generator.fit(steps=args.generator_fit_steps, seed=args.seed)
     return ShiftNASTask(
         net, criterion_kwargs=criterion, config=task_config, generator=generator, groups=groups,
-        shift_batches=ShiftBatches(args, data, config) if learned else None, device=device)
+        shift_batches=shift_batches, device=device)
 
 
 def scaled_lr(args: argparse.Namespace) -> float:
@@ -397,12 +406,14 @@ class Trainer:
             raise ValueError(f'--num-classes {args.num_classes} is less than the {data.num_classes} classes of the data')
         self.net = create_supernet(args, self.device)
         args.num_classes = self.net.num_classes
-        config = self.data_config = resolve_data_config(vars(args), model=self.net)
+        config = self.data_config = resolve_input_data_config(self.net, vars(args))
         self.train_loader, self.val_loader, self.held_out_loader, self.mixup = create_loaders(
             args, data, config, self.device)
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         args.lr = scaled_lr(args)
-        self.task = create_task(args, self.net, data, config, self.updates_per_epoch, self.device)
+        learned = args.sampler == 'shiftnas' and args.shift != 'none'
+        self.shift_batches = ShiftBatches(args, data, config) if learned else None
+        self.task = create_task(args, self.net, self.shift_batches, self.updates_per_epoch, self.device)
         self.optimizer = create_optimizer_v2(self.net, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         self.autocast = partial(
             torch.autocast, self.device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
@@ -460,6 +471,8 @@ class Trainer:
             update_summary(epoch, metrics, columns, str(self.output / 'summary.csv'), lr=lr)
             self.step_scheduler(epoch + 1, 0, results and results['top1'])
             self.saver.save_checkpoint(epoch, metric=results and results['top1'])
+        if self.shift_batches is not None:
+            self.shift_batches.close()
         _logger.info(f'done; the model directory is {self.output / "model"}')
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -556,7 +569,6 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     """Run; users' mistakes end in one line and exit code 2, Ctrl-C in one line and 130."""
     args = parse_args(argv)
-    setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files after every epoch
     trainer = None
     try:
@@ -576,4 +588,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    setup_default_logging()
     sys.exit(main())

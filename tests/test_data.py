@@ -4,6 +4,7 @@ import sys
 import tarfile
 import traceback
 from collections import Counter
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -94,6 +95,7 @@ def test_a_folder_is_read_as_timm_reads_it(tmp_path):
         assert pixels(ours) == pixels(timms) and len(ours) == length
         assert ours.reader.class_to_idx == {'cat': 0, 'dog': 1}
     assert create_dataset('', str(tmp_path), 'train', input_img_mode='L')[0][0].mode == 'L'
+    assert create_dataset('', str(tmp_path), 'train', input_img_mode='')[0][0].getpixel((23, 19))  # read while open
     assert len(create_dataset('', str(tmp_path / 'train'), '')) == 6  # an empty split: the folder itself
 
 
@@ -179,7 +181,8 @@ def test_a_tar_read_here_is_still_readable_in_workers(tmp_path):
         tar.add(tmp_path / 'train', 'train')
     folder = pixels(create_dataset('', str(tmp_path), 'train'))
     dataset = create_dataset('', str(tmp_path / 'train.tar'), 'train')
-    assert pixels(dataset) == folder  # leaves a tar open in this process, were it cached
+    assert pixels(dataset) == folder
+    assert dataset.reader.tar_state.tf is None  # nothing open whose position the workers would share
     assert pixels(DataLoader(dataset, batch_size=None, num_workers=2)) == folder
 
 
@@ -260,6 +263,7 @@ def test_step_batches_are_timms_evaluation_images(digits):
     for row, position in enumerate(positions):
         image, target = digits[int(view.indices[position])]
         assert torch.equal(images[row], transform(image)) and targets[row] == target
+    assert view[0][0] == 'augmented'
 
 
 def test_step_batches_are_a_function_of_seed_and_step(digits):
@@ -280,6 +284,15 @@ def test_step_batches_are_the_same_with_workers(digits, workers):
         assert same(here.batch(step), away.batch(step)), step
     away.close()
     assert same(here.batch(4), away.batch(4))
+
+
+def test_step_batches_stop_their_workers_with_themselves(digits):
+    others = set(active_children())
+    batches = StepBatches(digits, 8, 0, workers=1, **CONFIG)
+    batches.batch(0)
+    assert len(set(active_children()) - others) == 1
+    del batches  # no cycle holds it
+    assert set(active_children()) == others
 
 
 def test_step_batches_take_the_whole_of_a_small_dataset(digits):
@@ -317,11 +330,14 @@ def test_step_batches_name_a_broken_image_and_go_on_when_it_is_repaired(tmp_path
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     batches = StepBatches(create_dataset('', str(tmp_path), 'train'), 6, 0, workers=workers, **CONFIG)
+    others = set(active_children())
     with pytest.raises(BrokenImageError) as caught:
         batches.batch(0)
+    assert set(active_children()) == others  # the workers are gone at once
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
     path.write_bytes(whole)
     assert len(batches.batch(0)[0]) == 6
+    batches.close()
 
 
 def test_step_batches_survive_a_killed_worker_and_the_end_of_the_interpreter():

@@ -186,6 +186,7 @@ def test_every_option_comes_back(tmp_path, kwargs):
     arch = archs(net.space)[-1]
     save_pretrained(tmp_path / 'net', net)
     save_pretrained(tmp_path / 'sub', extract(net, arch))
+    assert 'drop_rate' not in (tmp_path / 'net' / CONFIG).read_text()
     for loaded in (timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True).eval(),
                    load_supernet(tmp_path / 'net')[0]):
         assert loaded.space == net.space
@@ -346,12 +347,20 @@ def test_timm_loads_the_subnet_in_a_fresh_process(saved_subnet, net, mixed, tmp_
     torch.testing.assert_close(found, logits(net, mixed), rtol=0, atol=1e-5)
 
 
+def test_a_subnet_that_timm_made(tmp_path, net, mixed):
+    torch.manual_seed(0)
+    subnet = timm.create_model('shiftformer_subnet', arch=mixed, img_size=32, patch_size=8, num_classes=10).eval()
+    save_pretrained(tmp_path, subnet)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(subnet))
+
+
 def test_saved_subnet_satisfies_what_is_asked(saved_subnet, net, mixed):
     macs, params = net.macs(mixed), net.params(mixed)
     for kwargs in (dict(flops=macs), dict(params=params), dict(arch=mixed), dict(arch=mixed.to_dict())):
         assert from_pretrained(saved_subnet, **kwargs).arch == mixed
     for kwargs, message in (
-            (dict(flops=macs - 1), f'has {macs:,} flops, more than'), (dict(params=params - 1), f'has {params:,} params'),
+            (dict(flops=macs - 1), f'has {macs:,} flops, more than'),
+            (dict(params=params - 1), f'has {params:,} params, more than'),
             (dict(arch=net.space.smallest), 'this saved subnet is Arch'), (dict(arch='x'), 'this saved subnet is Arch'),
             (dict(flops=macs, num_classes=11), 'more than')):
         with pytest.raises(ValueError, match=message):
@@ -503,7 +512,7 @@ def test_a_directory_of_timm(tmp_path):
 
 def test_no_directory_and_no_repository(tmp_path, saved):
     for name in ('nowhere', '/nowhere/at/all', './model', '', tmp_path / 'none', 'a/b/c', saved / CONFIG):
-        refused(name, 'is not a directory, nor a repository')
+        refused(name, 'is no directory, nor a repository')
 
 
 def test_newer_format(folder):

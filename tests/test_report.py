@@ -12,8 +12,8 @@ from timm_shiftnas.report import format_table, plot_accuracy, plot_shift, write_
 
 
 def row(name, budget, macs, params, top1, top5):
-    return dict(
-        name=name, budget=budget, macs=macs, params=params, top1=top1, top5=top5, arch={'depth': 2, 'num_heads': [1, 2]})
+    arch = {'depth': 2, 'num_heads': [1, 2]}
+    return dict(name=name, budget=budget, macs=macs, params=params, top1=top1, top5=top5, arch=arch)
 
 
 ROWS = [
@@ -124,14 +124,21 @@ def test_shift_picture_of_a_uniform_p_is_neutral(tmp_path, groups, length):
     assert [p.name for p in tmp_path.iterdir()] == ['s.png']
 
 
+def test_shift_picture_keeps_a_slight_noise_pale(tmp_path):
+    noise = np.random.default_rng(0).normal(0.125, 0.0005, (50, 8))
+    assert plot_shift(tmp_path / 's.png', list(enumerate(noise.tolist())), edges(8), [])
+    colours = heat_map(tmp_path / 's.png')
+    assert (colours.max(-1) - colours.min(-1)).max() < 40
+
+
 def test_shift_picture_shows_which_group_gained_and_when(tmp_path):
     uniform, shifted = [0.25] * 4, [0.55, 0.15, 0.15, 0.15]
-    assert plot_shift(tmp_path / 's.png', [(200, shifted), (100, shifted), (0, uniform)], edges(4), [])
+    assert plot_shift(tmp_path / 's.png', [(100, shifted), (0, uniform), (200, shifted)], edges(4), [])
     colours = heat_map(tmp_path / 's.png')
     redness = colours[..., 0] - colours[..., 2]
-    early, late = redness[-60:], redness[:150]  # time runs upwards
+    early, late = redness[-60:], redness[:170]  # time runs upwards
     assert abs(early).max() <= 3
-    assert np.median(late[:, :140]) > 50 and np.median(late[:, 200:]) < -50
+    assert late[:, :110].min() > 50 and late[:, 200:].max() < -50
 
 
 def test_shift_picture_centres_its_colours_in_the_logarithm(tmp_path):
@@ -153,6 +160,14 @@ def test_shift_picture_histogram_stands_where_the_samples_are(tmp_path):
     plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [1.25e9 + i for i in range(500)])
     xs = np.nonzero((rgb(tmp_path / 's.png')[380:500, 80:770] == np.array((0xc3, 0xc8, 0xd0))).all(-1))[1] + 80
     assert len(xs) > 300 and 190 < xs.min() and xs.max() < 290  # a quarter of the way along the axis
+
+
+def test_shift_picture_draws_p_and_samples_in_one_unit(tmp_path):
+    plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [1e9 + 1e9 * (i + 0.5) / 6000 for i in range(6000)])
+    column = rgb(tmp_path / 's.png')[380:500, 300]
+    top = np.nonzero(column.sum(-1) < 600)[0].min()
+    assert abs(column[top] - 0x22).max() < 60  # where the bars end lies the dark line: both are uniform
+    assert (column[top + 5:] == np.array((0xc3, 0xc8, 0xd0))).all()
 
 
 def test_pictures_refuse_what_cannot_be_drawn(tmp_path):

@@ -161,6 +161,11 @@ def test_one_class(capsys, folder):
     assert 'class' in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
 
 
+def test_different_classes(capsys, folder):
+    (folder / 'validation' / 'b').rename(folder / 'validation' / 'c')
+    assert "'b' is in one" in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
+
+
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_broken_image(capsys, folder, workers, tmp_path):
     for i in range(8):

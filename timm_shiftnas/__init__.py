@@ -3,8 +3,13 @@
 Importing the package registers its supernets with timm.
 """
 from .complexity import macs, params
+from .generator import ArchitectureGenerator
+from .hub import from_pretrained, load_supernet, save_pretrained
 from .models import Subnet, extract
 from .space import Arch, SearchSpace, shiftformer_space
 
 __version__ = '0.1.0'
-__all__ = ['Arch', 'SearchSpace', 'Subnet', 'extract', 'macs', 'params', 'shiftformer_space']
+__all__ = [
+    'Arch', 'ArchitectureGenerator', 'SearchSpace', 'Subnet', 'extract', 'from_pretrained', 'load_supernet', 'macs',
+    'params', 'save_pretrained', 'shiftformer_space',
+]

@@ -2,10 +2,11 @@
 
 Everything that timm reads is read by timm. Added are `sklearn/digits` (real images that need no download), an error in
 place of timm's silent skip where an image file is broken, and views: parts of a dataset that have a transform of their
-own, because timm's `create_loader` sets `transform` on the dataset it is given (so `torch.utils.data.Subset` breaks it).
+own, because timm's `create_loader` sets `transform` on the dataset it is given (which breaks `Subset`).
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -377,20 +378,27 @@ class StepBatches:
 
     def indices(self, step: int) -> list[int]:
         """Positions in the view that the batch of a step is made of."""
-        # A hash keeps (seed, step) and (seed + 1, step - 1) unrelated, which a sum would not.
-        digest = hashlib.sha256(f'{self.seed} {step}'.encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little'))
-        return torch.randperm(len(self.view), generator=generator)[:self.batch_size].tolist()
+        return _draw(self.seed, step, len(self.view), self.batch_size)
 
     def close(self) -> None:
         """Stop the workers, if any; a later `batch` starts new ones."""
         self._stream = self._next = None
 
     def _read_ahead(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        draw = functools.partial(_draw, self.seed, count=len(self.view), size=self.batch_size)
         loader = DataLoader(
             self.view,
-            batch_sampler=map(self.indices, itertools.count(step)),
+            # Not a map of `self.indices`: a cycle through this object would keep the workers after its end.
+            batch_sampler=map(draw, itertools.count(step)),
             num_workers=self.workers,
             generator=torch.Generator(),  # without one, the loader draws from the process's random state
         )
         return iter(loader)
+
+
+def _draw(seed: int, step: int, count: int, size: int) -> list[int]:
+    """Draw `size` of `count` positions, all different, as a function of the arguments alone."""
+    # A hash keeps (seed, step) and (seed + 1, step - 1) unrelated, which a sum would not.
+    digest = hashlib.sha256(f'{seed} {step}'.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little'))
+    return torch.randperm(count, generator=generator)[:size].tolist()

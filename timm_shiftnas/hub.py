@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .complexity import format_count, parse_count
 from .generator import ArchitectureGenerator
 from .models import extract
+from .report import COLUMNS
 from .space import Arch, SearchSpace, space_from_dict
 
 __all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 'static_counts']
@@ -40,7 +41,6 @@ __all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 
 KEY = 'timm_shiftnas'
 FORMAT = 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
-ROW = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')  # of the table of results, as `report` has it
 
 # Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; layers, choices.
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
@@ -72,7 +72,7 @@ def save_pretrained(
         groups: The K + 1 edges of the budget groups, in MACs.
         probabilities: P, the K probabilities of the groups.
         results: The table of evaluated subnets, rows as in `report`.
-        data_config: Preprocessing that the weights expect (`mean`, `std`, `crop_pct`, ...), as for timm's `save_for_hf`.
+        data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
 
     Raises:
@@ -126,7 +126,8 @@ def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_con
     model_config['pretrained_cfg'] = dict(dict(tag=None), **model_config.get('pretrained_cfg', {}))
     with TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
-        save_config_for_hf(net, path, model_config={**model_config, KEY: ours}, model_args=args, data_config=data_config)
+        save_config_for_hf(
+            net, path, model_config={**model_config, KEY: ours}, model_args=args, data_config=data_config)
         return json.loads(path.read_text(encoding='utf-8'))
 
 
@@ -413,7 +414,7 @@ def _check_repo_id(name: str | os.PathLike) -> None:
     except (HFValidationError, TypeError):
         valid = False
     if not valid:
-        raise ValueError(f"{os.fspath(name)!r} is not a directory, nor a repository 'owner/name' on the Hugging Face Hub")
+        raise ValueError(f"{os.fspath(name)!r} is no directory, nor a repository 'owner/name' on the Hugging Face Hub")
 
 
 def _check_config(config: Any, where: str) -> None:
@@ -459,8 +460,9 @@ def _check_sizes(model_args: Mapping[str, Any], where: str) -> None:
         elif isinstance(value, list):
             pending.extend((name, item) for item in value)
             if len(value) > MAX_DEPTH:
-                raise ValueError(f'{where} gives {len(value):,} values of {name}; no more than {MAX_DEPTH:,} are loaded')
-        elif isinstance(value, (int, float)) and not abs(value) <= (limit := MAX_DEPTH if name == 'depth' else MAX_SIZE):
+                raise ValueError(f'{where} gives {len(value):,} values of {name}; at most {MAX_DEPTH:,} are loaded')
+        limit = MAX_DEPTH if name == 'depth' else MAX_SIZE
+        if isinstance(value, (int, float)) and not abs(value) <= limit:  # 'not': NaN is not below anything
             raise ValueError(f'{where} asks for {name}={_short(value)}; nothing above {limit:,} is loaded')
 
 
@@ -491,8 +493,8 @@ def _is_partition(groups: Any, probabilities: Any) -> bool:
 def _is_table(rows: Any) -> bool:
     """Whether rows, or none, are those of `report`."""
     return rows is None or isinstance(rows, list) and all(
-        isinstance(row, Mapping) and set(row) >= set(ROW) and isinstance(row['name'], str)
-        and _are_numbers([row[key] for key in ROW[1:-1] if key != 'budget' or row[key] is not None])
+        isinstance(row, Mapping) and set(row) >= set(COLUMNS) and isinstance(row['name'], str)
+        and _are_numbers([row[key] for key in COLUMNS[1:-1] if key != 'budget' or row[key] is not None])
         for row in rows)
 
 
@@ -522,9 +524,10 @@ def _build(config: Mapping[str, Any], where: str) -> nn.Module:
 
 def _check_tensors(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a `ValueError` unless `tensors` are exactly those of `net`, in name, shape and kind of number."""
-    own, given = (
-        {name: (tuple(tensor.shape), 'float' if tensor.is_floating_point() else 'int') for name, tensor in state.items()}
-        for state in (net.state_dict(), tensors))
+    def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
+        return {name: ('float' if x.is_floating_point() else 'int', *x.shape) for name, x in state.items()}
+
+    own, given = kinds(net.state_dict()), kinds(tensors)
     for name in _in_order(own, given):
         if own.get(name) != given.get(name):
             raise ValueError(

@@ -73,12 +73,14 @@ class ElasticQKV(nn.Linear):
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 * 64 * heads, dim] and bias of the first `heads` heads."""
         rows = heads * HEAD_DIM
-        if 3 * rows == self.out_features:
-            return self.weight[:, :dim], self.bias
-        weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].reshape(3 * rows, dim)
-        if self.bias is None or self.bias_slicing == 'joint':
-            return weight, None if self.bias is None else self.bias[:3 * rows]
-        return weight, self.bias.view(3, -1)[:, :rows].reshape(-1)
+        # copies, of all heads too: views where they are possible would give every number of heads compiled graphs
+        layout = torch.contiguous_format
+        weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].clone(memory_format=layout).view(-1, dim)
+        if self.bias is None:
+            return weight, None
+        if self.bias_slicing == 'joint':
+            return weight, self.bias[:3 * rows]
+        return weight, self.bias.view(3, -1)[:, :rows].clone(memory_format=layout).view(-1)
 
     def forward(self, x: Tensor, heads: Width = None) -> Tensor:
         if not isinstance(heads, Tensor):

@@ -8,7 +8,7 @@ A *row* is one evaluated subnet, a dict with the keys
 * `top1`, `top5`: accuracy in percent;
 * `arch`: `Arch.to_dict()`.
 
-Files appear whole or not at all. Pictures need matplotlib, an extra: without it they are left out, and that is said once.
+Files appear whole or not at all. Pictures need matplotlib, an extra: without it they are left out, which is said once.
 """
 from __future__ import annotations
 
@@ -186,7 +186,11 @@ def _draw_subnets(
     return ends
 
 
-def _draw_heat_map(ax: Any, history: Sequence[tuple[int, Sequence[float]]], bounds: Sequence[float]) -> tuple[Any, list]:
+def _draw_heat_map(
+        ax: Any,
+        history: Sequence[tuple[int, Sequence[float]]],
+        bounds: Sequence[float],
+) -> tuple[Any, list[float]]:
     """Draw P_k * K over MACs and time; returns the coloured mesh and the ticks of its colour bar."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
@@ -216,9 +220,8 @@ def _draw_uniform_samples(ax: Any, samples: Sequence[float], bounds: Sequence[fl
     bins = 60
     width = (bounds[-1] - bounds[0]) / bins
     if len(samples):
-        percent = [100 / len(samples)] * len(samples)
-        ax.hist(
-            samples, bins, range=(bounds[0], bounds[-1]), weights=percent, color='#c3c8d0', label='archs sampled uniformly')
+        percent, limits = [100 / len(samples)] * len(samples), (bounds[0], bounds[-1])
+        ax.hist(samples, bins, range=limits, weights=percent, color='#c3c8d0', label='archs sampled uniformly')
     density = [100 * p * width / (right - left) for p, left, right in zip(last, bounds, bounds[1:])]
     ax.stairs(density, bounds, baseline=None, color=DARK, linewidth=1.8, label='budgets drawn by the last P')
     _draw_edges(ax, bounds)

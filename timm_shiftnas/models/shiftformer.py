@@ -258,13 +258,14 @@ class ShiftFormerSupernet(ShiftFormer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's, at the width of `x`."""
-        dim = x.shape[-1]
-        position = None if self.pos_embed is None else self.pos_embed[..., :dim]
-        class_token = None if self.cls_token is None else self.cls_token[..., :dim].expand(x.shape[0], -1, -1)
+        dim, position = x.shape[-1], None
+        if self.pos_embed is not None:
+            # a copy: a view, contiguous at the full width alone, would give that width compiled graphs of its own
+            position = self.pos_embed[..., :dim].clone(memory_format=torch.contiguous_format)
         if position is not None and self.no_embed_class:
             x = x + position
-        if class_token is not None:
-            x = torch.cat([class_token, x], dim=1)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token[..., :dim].expand(x.shape[0], -1, -1), x], dim=1)
         if position is not None and not self.no_embed_class:
             x = x + position
         return self.pos_drop(x)
