@@ -185,12 +185,12 @@ def test_extract_from_a_subnet(capsys, net, tmp_path):
     (['extract', 'SAVED', '--flops', '2M', '--params', '1M', '--output', 'OUT'], 'not allowed with argument'),
     (['extract', 'SAVED', '--flops', 'abc', '--output', 'OUT'], "flops='abc' is not a budget"),
     (['extract', 'SAVED', '--flops', '0', '--output', 'OUT'], "flops='0' is not a budget"),
-    (['extract', 'SAVED', '--flops', '1k', '--output', 'OUT'], ''),
+    (['extract', 'SAVED', '--flops', '1k', '--output', 'OUT'], 'too small a budget'),
     (['extract', 'SAVED', '--arch', '{', '--output', 'OUT'], "'{' is not JSON"),
     (['extract', 'SAVED', '--arch', '{"depth": 9}', '--output', 'OUT'], "field 'embed_dim' is missing"),
     (['extract', 'SAVED', '--arch', json.dumps(dict(ARCH, depth=9)), '--output', 'OUT'], 'depth=9 is not in the space'),
     (['extract', '/nowhere', '--flops', '2M', '--output', 'OUT'], '/nowhere is not a directory'),
-    (['extract', 'SAVED', '--flops', '2M', '--output', '/dev/null/x'], ''),
+    (['extract', 'SAVED', '--flops', '2M', '--output', '/dev/null/x'], 'Not a directory'),
 ])
 def test_mistakes_end_in_one_line(capsys, saved, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)

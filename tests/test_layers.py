@@ -197,7 +197,8 @@ def test_attention_masks_on_both_paths(relative, mask):
     torch.testing.assert_close(*outputs)
     assert not torch.allclose(outputs[0], layer(x))
     # what a token may not see does not change its output
-    torch.testing.assert_close(layer(x + torch.cat([torch.zeros(4, 8), torch.ones(1, 8)]), **arguments)[:, :4], outputs[0][:, :4])
+    x[:, 4] += 1
+    torch.testing.assert_close(layer(x, **arguments)[:, :4], outputs[0][:, :4])
 
 
 def test_attention_dropout():

@@ -81,17 +81,18 @@ def test_first_hypergradient_update_by_hand():
     shift = ProbabilityShift(k, momentum=beta, lr=lr)
     for row in scores[:2]:
         shift.observe(row)
-    shift.end_warmup()
     shift.update(scores[2])
     weights = torch.tensor([.25, .5, 1.], dtype=torch.float64)
     mean = (weights[:, None] * scores).sum(0) / weights.sum()
-    changes = [float((b - a).square().mean()) / 2 for a, b in zip(scores, scores[1:])]
-    sigma = math.sqrt((changes[0] * beta + changes[1]) / (beta + 1))
+    centred = scores - scores.mean(1, keepdim=True)
+    changes = [float((b - a).square().mean()) / 2 for a, b in zip(centred, centred[1:])]
+    memory = beta ** .25
+    sigma = math.sqrt((changes[0] * memory + changes[1]) / (memory + 1))
     p = torch.full((k,), 1 / k, dtype=torch.float64)
-    advantage = (mean - (p * mean).sum()) / max(sigma, math.sqrt(changes[0]))
-    threshold = math.sqrt((1 - beta) / (1 + beta)) * math.sqrt(2 * math.log(k))
-    expected = lr * k * p * advantage.sign() * (advantage.abs() - threshold).clamp(min=0)
-    assert expected.abs().max() > 0
+    advantage = (mean - (p * mean).sum()) / sigma
+    threshold = 2.5 * math.sqrt(float((weights ** 2).sum())) / float(weights.sum())  # 2.5 standard errors of the mean
+    expected = lr * k * p * advantage.sign() * (advantage.abs() - threshold).clamp(0, 3)
+    assert expected.abs().max() > 0, (advantage, threshold)
     torch.testing.assert_close(shift.theta, expected - expected.mean())
 
 
@@ -100,9 +101,7 @@ def test_noise_alone_leaves_p_put(groups):
     generator = torch.Generator().manual_seed(groups)
     shift = ProbabilityShift(groups)
     for number in range(1010):
-        if number == 10:
-            shift.end_warmup()
-        scores = torch.randn(groups, generator=generator) * 1e-3
+        scores = torch.randn(groups, generator=generator) * 1e-3 + torch.randn(1, generator=generator)
         (shift.observe if number < 10 else shift.update)(scores)
     p = shift.probabilities
     assert float(p.max() / p.min()) < 1.5

@@ -128,7 +128,7 @@ def test_a_plain_vit_seeds_a_supernet(tmp_path):
 
 
 def test_initial_values():
-    """Linears, tables, class token and positions: truncated normal of 0.02; biases 0; norms 1; convolution as torch's."""
+    """Linears, tables, class token, positions: truncated normal of 0.02; biases 0; norms 1; convolution as torch's."""
     net = timm.create_model('shiftformer_tiny_supernet', num_classes=10)
     for name, weight in net.named_parameters():
         if name.startswith('patch_embed'):
@@ -285,7 +285,8 @@ def test_registered_names():
 @pytest.mark.parametrize('options, shape', [
     (dict(num_classes=3), (2, 3)), (dict(in_chans=4), (2, 5)), (dict(img_size=40), (2, 5)),
     (dict(img_size=(8, 40)), (2, 5)), (dict(global_pool='token'), (2, 5)), (dict(global_pool='max'), (2, 5)),
-    (dict(global_pool=''), (2, 7, 5)), (dict(num_classes=0), (2, 40)), (dict(num_classes=0, global_pool=''), (2, 7, 40)),
+    (dict(global_pool=''), (2, 7, 5)), (dict(num_classes=0), (2, 40)),
+    (dict(num_classes=0, global_pool=''), (2, 7, 40)),
 ], ids=str)
 def test_output_shapes(name, options, shape):
     net = create(name, **options).eval()
@@ -428,10 +429,11 @@ def test_set_input_size_rebinds_and_extracts():
     torch.testing.assert_close(tsn.extract(net, MIDDLE)(x), net(x, MIDDLE), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('make', [create, partial(timm.create_model, 'shiftformer_subnet', img_size=(16, 24), patch_size=8)])
-def test_wrong_input_size(make):
-    with pytest.raises((ValueError, AssertionError), match='16'):
-        make()(torch.randn(1, 3, 24, 24))
+@pytest.mark.parametrize('name', ['shiftformer_supernet', 'shiftformer_subnet'])
+def test_wrong_input_size(name):
+    # timm's own message for the static network
+    with pytest.raises((ValueError, AssertionError), match='24.*16'):
+        create(name)(torch.randn(1, 3, 24, 24))
 
 
 def test_gradient_checkpointing():
@@ -462,11 +464,13 @@ def test_gradients_reach_exactly_the_arch():
     net(images(net), MIDDLE).square().sum().backward()
     reached = {name: weight.grad != 0 for name, weight in net.named_parameters() if weight.grad is not None}
     assert reached['patch_embed.proj.bias'].tolist() == [True] * 24 + [False] * 16
-    assert not reached['blocks.1.attn.proj.weight'][:, 64:].any() and reached['blocks.1.attn.proj.weight'][:24, :64].all()
+    proj = reached['blocks.1.attn.proj.weight']  # one head of 64
+    assert proj[:24, :64].all() and not proj[24:].any() and not proj[:, 64:].any()
     assert not reached['blocks.2.mlp.fc1.weight'][40:].any()  # int(24 * 1.7)
     net.zero_grad(set_to_none=True)
     net(images(net), SPACE.smallest).sum().backward()
-    assert all(weight.grad is None for name, weight in net.named_parameters() if name.startswith(('blocks.1', 'blocks.2')))
+    deeper = [weight.grad for name, weight in net.named_parameters() if name.startswith(('blocks.1', 'blocks.2'))]
+    assert deeper and all(gradient is None for gradient in deeper)
 
 
 def test_optimizer_groups():
@@ -475,7 +479,8 @@ def test_optimizer_groups():
     tables = {name for name, _ in net.named_parameters() if '.rel_pos.' in name}
     assert len(tables) == 12 and tables | {'cls_token', 'pos_embed'} <= skipped
     optimizer = create_optimizer_v2(net, opt='adamw', weight_decay=.1)
-    decayed = {id(weight) for group in optimizer.param_groups if group['weight_decay'] > 0 for weight in group['params']}
+    groups = [group['params'] for group in optimizer.param_groups if group['weight_decay'] > 0]
+    decayed = {id(weight) for group in groups for weight in group}
     for name, weight in net.named_parameters():
         assert (id(weight) in decayed) == (weight.ndim > 1 and name not in tables | {'cls_token', 'pos_embed'}), name
     optimizer = create_optimizer_v2(net, opt='adamw', layer_decay=.5)
@@ -580,8 +585,9 @@ def test_bad_supernet_arguments(options):
 
 
 @pytest.mark.parametrize('arch', [
-    None, 'tiny', {}, dict(embed_dim=24, depth=2, num_heads=1), dict(embed_dim=24, depth=2, num_heads=[1], mlp_ratio=1.),
-    dict(embed_dim=24, depth=2, num_heads=[1, None], mlp_ratio=1.), dict(embed_dim=-1, depth=2, num_heads=1, mlp_ratio=1.),
+    None, 'tiny', {}, dict(embed_dim=24, depth=2, num_heads=1),
+    dict(embed_dim=24, depth=2, num_heads=[1], mlp_ratio=1.), dict(embed_dim=-1, depth=2, num_heads=1, mlp_ratio=1.),
+    dict(embed_dim=24, depth=2, num_heads=[1, None], mlp_ratio=1.),
 ], ids=str)
 def test_bad_subnet_arguments(arch):
     with pytest.raises(ValueError):
@@ -677,7 +683,7 @@ def test_the_old_grid_is_read_off_the_positions():
     dict(mlp_ratio=(1.0, 2.0)),
 ], ids=str)
 def test_a_checkpoint_of_another_space(name, change, tmp_path):
-    other = tsn.shiftformer_space(**{**{k: SPACE.values(k) for k in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')}, **change})
+    other = tsn.shiftformer_space(**{**dict(SPACE.fields), **change})
     net = create(space=other)
     if name == 'shiftformer_subnet':
         net = tsn.extract(net, other.largest)

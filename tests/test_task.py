@@ -103,25 +103,21 @@ def test_a_shift_update_disturbs_nothing(fitted, shift_batches, signal):
 
 
 def test_a_group_kept_untrained_gains(fitted, shift_batches):
-    """Train the subnets of the first and last group, and nothing between: the middle group is what is left to gain."""
-    probabilities = []
-    for trained in ([0, 2], [0, 1, 2]):
-        task = make_task(fitted, shift_batches, shift_lr=.1)
-        net = task.get_trainable_module()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-        archs = task.generator.propose_many(task.groups.budgets)
-        for number in range(100):
-            images, targets = shift_batches(number)[0]
-            F.cross_entropy(net(images, archs[trained[number % len(trained)]]), targets).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        for number in range(8):
-            task._micro_step = number * task.config.shift_interval  # other images each time
-            task._update_shift()
-        probabilities.append(task.shift.probabilities)
-    untrained, control = probabilities
-    assert int(untrained.argmax()) == 1 and float(untrained[1]) > .45, untrained
-    assert float(untrained[1]) > float(control[1]) + .1, control
+    """Train the subnets of the middle and the last group only, until they have learned: the first is left to gain."""
+    task = make_task(fitted, shift_batches, shift_lr=.1)
+    net = task.get_trainable_module()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    archs = task.generator.propose_many(task.groups.budgets)
+    for number in range(250):
+        images, targets = shift_batches(number)[0]
+        F.cross_entropy(net(images[:32], archs[1 + number % 2]), targets[:32]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for number in range(8):
+        task._micro_step = number * task.config.shift_interval  # other images each time
+        task._update_shift()
+    p = task.shift.probabilities
+    assert int(p.argmax()) == 0 and float(p[0]) > .5, p
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -160,7 +156,7 @@ def test_warmup_keeps_p_uniform_and_measures_noise(fitted, shift_batches):
     assert torch.equal(task.shift.theta, torch.zeros(3, dtype=torch.float64))
     assert task.shift._count == 2 and [step for step, _ in task.history] == [0, 3, 6]
     train(task, shift_batches, 1)
-    assert task.shift._noise_floor > 0
+    assert not torch.equal(task.shift.theta, torch.zeros(3, dtype=torch.float64))
 
 
 def test_micro_batches_share_an_update(fitted, shift_batches):

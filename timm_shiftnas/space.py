@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class SearchSpace:
     """
     family: str
     fields: tuple[tuple[str, tuple[Value, ...]], ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...] = field(repr=False)
     frozen_geometry: tuple[tuple[str, Any], ...] | None = None
 
     # -- archs ---------------------------------------------------------------------------------------------------------

@@ -196,12 +196,9 @@ class ShiftNASTask(ClassificationTask):
         if update % config.generator_interval == 0:
             self._update_generator(input[:config.generator_images], target[:config.generator_images])
             self._archs.clear()
-        if config.shift != 'none':
-            if update == config.warmup_updates:
-                self.shift.end_warmup()
-            if update and update % config.shift_interval == 0:
-                self._update_shift()
-                self._archs.clear()
+        if config.shift != 'none' and update and update % config.shift_interval == 0:
+            self._update_shift()
+            self._archs.clear()
 
     # -- learning ------------------------------------------------------------------------------------------------------
 

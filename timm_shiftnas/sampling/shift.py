@@ -5,8 +5,8 @@ interface (see `estimators`): a score per group from a pair of batches, turned i
 
 - 'hypergradient' scores are directions: how much held-out loss one step on a group saves. theta moves along the
   gradient of that with respect to theta, `lr * K * P_k * (s_k - sum_j P_j s_j)`, on an exponential moving average of
-  the scores and in units of their noise. Advantages that noise alone would reach do not count: otherwise theta is a
-  random walk.
+  the scores and in units of their noise. Advantages are soft-thresholded at 2.5 standard errors: otherwise theta is
+  a random walk.
 - 'grad_norm' and 'variation' scores are sizes: softmax(theta) is proportional to their moving average.
 """
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = ['ProbabilityShift']
 
 SIGNALS = ('hypergradient', 'grad_norm', 'variation', 'none')
+STANDARD_ERRORS, LARGEST = 2.5, 3  # soft threshold of an advantage, and what one update counts at most
 
 
 class ProbabilityShift:
@@ -46,7 +47,7 @@ class ProbabilityShift:
         self.theta = torch.zeros(num_groups, dtype=torch.float64)
         self._mean = torch.zeros(num_groups, dtype=torch.float64)  # moving averages, biased towards zero at first
         self._variance = 0.
-        self._noise_floor = 0.
+        self._memory = momentum ** .25  # noise is known better from a longer past, and changes slowly
         self._last: Tensor | None = None
         self._count = 0
 
@@ -56,24 +57,21 @@ class ProbabilityShift:
         return (1 - self.floor) * self.theta.softmax(0) + self.floor / self.num_groups
 
     def observe(self, scores: Tensor) -> None:
-        """Take in scores [K] without moving P: what warm-up does, to know the noise of the signal when it ends.
+        """Take in scores [K] without moving P: what warm-up does, so that mean and noise are known when it ends.
 
         Scores that are not finite (a diverging step) are left out.
         """
         scores = scores.detach().double().cpu()
         if not bool(scores.isfinite().all()):
             return
+        centred = scores - scores.mean()  # what easy and hard batches do to all groups alike is no noise between them
         if self._last is not None:
             # successive batches differ by twice the variance of one
-            change = float((scores - self._last).square().mean()) / 2
-            self._variance = self.momentum * self._variance + (1 - self.momentum) * change
-        self._last = scores
+            change = float((centred - self._last).square().mean()) / 2
+            self._variance = self._memory * self._variance + (1 - self._memory) * change
+        self._last = centred
         self._mean = self.momentum * self._mean + (1 - self.momentum) * scores
         self._count += 1
-
-    def end_warmup(self) -> None:
-        """Remember the noise at the end of warm-up: later scores count in units of at least that."""
-        self._noise_floor = self._noise
 
     def update(self, scores: Tensor) -> None:
         """Take in scores [K] and shift P."""
@@ -85,28 +83,26 @@ class ProbabilityShift:
             if float(mean.min()) > 0:
                 self.theta = mean.log() - mean.log().mean()
             return
-        scale = max(self._noise, self._noise_floor)
-        if self._count < 2 or scale == 0:
+        if self._noise == 0:
             return  # one batch alone tells no noise
         p = self.probabilities
-        advantage = (mean - (p * mean).sum()) / scale
-        # soft threshold at the largest value that K numbers of noise are expected to reach (Donoho and Johnstone, 1994)
-        error = math.sqrt((1 - self.momentum) / (1 + self.momentum))  # of the moving average, in units of one score's
-        threshold = error * math.sqrt(2 * math.log(max(self.num_groups, 2)))
-        advantage = advantage.sign() * (advantage.abs() - threshold).clamp(min=0)
+        advantage = (mean - (p * mean).sum()) / self._noise
+        beta, power = self.momentum, self.momentum ** self._count
+        error = math.sqrt((1 - beta) * (1 + power) / ((1 + beta) * (1 - power)))  # of the mean, in units of one score's
+        threshold = STANDARD_ERRORS * error
+        advantage = advantage.sign() * (advantage.abs() - threshold).clamp(0, LARGEST)
         self.theta = self.theta + self.lr * p * self.num_groups * advantage
         self.theta = self.theta - self.theta.mean()
 
     @property
     def _noise(self) -> float:
-        """Standard deviation of a score from batch to batch."""
-        return math.sqrt(self._variance / (1 - self.momentum ** (self._count - 1))) if self._count > 1 else 0.
+        """Standard deviation of a score from batch to batch, beside what all groups share."""
+        return math.sqrt(self._variance / (1 - self._memory ** (self._count - 1))) if self._count > 1 else 0.
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
         return dict(
-            signal=self.signal, theta=self.theta, mean=self._mean, variance=self._variance,
-            noise_floor=self._noise_floor, last=self._last, count=self._count)
+            signal=self.signal, theta=self.theta, mean=self._mean, variance=self._variance, last=self._last, count=self._count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`.
@@ -119,4 +115,4 @@ class ProbabilityShift:
                 f'the saved shift has {len(state["theta"])} groups and signal {state["signal"]!r}, this one has '
                 f'{self.num_groups} and {self.signal!r}; resume with the same flags')
         self.theta, self._mean, self._last = state['theta'], state['mean'], state['last']
-        self._variance, self._noise_floor, self._count = state['variance'], state['noise_floor'], state['count']
+        self._variance, self._count = state['variance'], state['count']

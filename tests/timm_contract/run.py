@@ -1,0 +1,78 @@
+"""Run timm's own model tests on the models that this package registers.
+
+    python tests/timm_contract/run.py                           # downloads the tests of the installed timm with pip
+    python tests/timm_contract/run.py timm/tests/test_models.py [pytest options]
+
+timm ships the file in its source distribution only, so it is no part of this repository and of the plain suite. It
+imports `TORCH_BACKEND` before it lists models; a copy of it, in a temporary directory, gets our names in its lists:
+
+* models without the spatial features of a CNN: the ViTs;
+* modules that have `forward_intermediates`: ours;
+* excepted: TorchScript and FX on supernets, whose forward takes an arch. Subnets pass both.
+
+About a minute and a half on one core.
+"""
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+
+import timm_shiftnas  # noqa: F401
+
+ADDED = {
+    'NON_STD_FILTERS': ['*shiftformer_*'],
+    'FEAT_INTER_FILTERS': ['shiftformer'],
+    'EXCLUDE_JIT_FILTERS': ['*shiftformer*supernet'],
+    'EXCLUDE_FX_FILTERS': ['*shiftformer*supernet'],
+}
+# prunes a model at every layer (timm's own CI leaves the test out): the tiny ones tell the same
+SLOW = [
+    f'test_prune_intermediate_layers_contract[{name}]'
+    for name in ('shiftformer_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet')]
+
+
+def download(folder: Path) -> Path:
+    """timm's tests/test_models.py, out of the source distribution of the installed version."""
+    subprocess.run([
+        sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', ':all:', '-d', str(folder),
+        f'timm=={timm.__version__}'], check=True)
+    archive, = folder.glob('timm-*.tar.gz')
+    with tarfile.open(archive) as files:
+        source, = (member for member in files if member.name.endswith('/tests/test_models.py'))
+        return _write(folder, files.extractfile(source).read().decode())
+
+
+def adapt(source: str) -> str:
+    """timm's file with our names at the head of its lists."""
+    for name, entries in ADDED.items():
+        start = f'{name} = [\n'
+        if source.count(start) != 1:
+            raise SystemExit(f'{name} is not a list of this test file: timm {timm.__version__} is not known here')
+        source = source.replace(start, start + ''.join(f'    {entry!r},\n' for entry in entries))
+    return source
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / 'test_models.py'
+    path.write_text(text)
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    given = arguments[:1] if arguments and not arguments[0].startswith('-') else []
+    names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm_shiftnas')]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(given[0]) if given else download(Path(folder))
+        path = _write(Path(folder), adapt(path.read_text()))
+        return subprocess.run([
+            sys.executable, '-m', 'pytest', path.name, '-q', '-k', ' or '.join(names), '-p', 'no:cacheprovider',
+            '-W', 'ignore', *(f'--deselect={path.name}::{test}' for test in SLOW), *arguments[len(given):],
+        ], cwd=folder, env=dict(os.environ, TORCH_BACKEND='timm_shiftnas')).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
