@@ -196,8 +196,9 @@ def test_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches):
         lambda optimizer, *_: taken.extend(p.grad.clone() for p in task.generator.parameters()))
     task._update_generator(images, targets)
     hook.remove()
+    norm = float(torch.cat([g.flatten() for g in expected]).norm())
     for a, b in zip(taken, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b * min(1, 1 / (norm + 1e-6)), rtol=1e-4, atol=1e-6)  # clipped to norm 1
     assert all(p.grad is None for p in net.parameters())
 
 

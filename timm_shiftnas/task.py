@@ -225,6 +225,7 @@ class ShiftNASTask(ClassificationTask):
         if all(bool(gradient.isfinite().all()) for gradient in gradients):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
+            nn.utils.clip_grad_norm_(parameters, 1.)  # straight-through gradients have rare large outliers
             self._optimizer.step()
             self._optimizer.zero_grad()
 
