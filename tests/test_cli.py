@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -247,8 +248,11 @@ def test_ctrl_c(folder, tmp_path):
     (folder / 'config.json').unlink()
     os.mkfifo(folder / 'config.json')
     command = [sys.executable, '-m', 'timm_shiftnas', 'extract', folder, '--flops', '2M', '--output', tmp_path / 'out']
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(folder / 'config.json', 'w'):  # returns as soon as the process reads
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore it
+    with open(folder / 'config.json', 'w'):  # returns as soon as the process opens it
+        time.sleep(.5)  # in the instant between opening and reading, a signal would be noticed only after the read
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=120)
     assert (child.returncode, out, err) == (130, '', 'timm-shiftnas: interrupted\n')

@@ -104,7 +104,7 @@ def test_a_shift_update_disturbs_nothing(fitted, shift_batches, signal):
 
 def test_a_group_kept_untrained_gains(fitted, shift_batches):
     """Train the subnets of the middle and the last group only, until they have learned: the first is left to gain."""
-    task = make_task(fitted, shift_batches, shift_lr=.1)
+    task = make_task(fitted, shift_batches, shift_lr=.2)
     net = task.get_trainable_module()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     archs = task.generator.propose_many(task.groups.budgets)

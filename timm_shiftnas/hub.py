@@ -132,14 +132,14 @@ def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_con
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able data from tensors, arrays and tuples; None for numbers that JSON has no word for (NaN)."""
+    """JSON-able data from tensors, arrays and tuples."""
     if hasattr(value, 'tolist'):
         value = value.tolist()
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value
 
 
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:

@@ -47,7 +47,7 @@ class ShiftNASConfig:
         total_updates: Length of the training; the Gumbel temperature falls over it.
         shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation') or 'none'.
         shift_interval: Updates between two shifts.
-        shift_lr: Step size of the shift.
+        shift_lr: Rate of the shift, see `sampling.ProbabilityShift`.
         shift_momentum: Decay of the moving averages of the signal.
         shift_floor: Share of probability spread evenly over the groups.
         shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
@@ -66,7 +66,7 @@ class ShiftNASConfig:
     total_updates: int = 1
     shift: str = 'hypergradient'
     shift_interval: int = 100
-    shift_lr: float = 0.05
+    shift_lr: float = 0.01
     shift_momentum: float = 0.8
     shift_floor: float = 0.2
     shift_epsilon: float = 1e-3

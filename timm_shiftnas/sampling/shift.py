@@ -3,10 +3,10 @@
 P = (1 - f) * softmax(theta) + f / K, with K groups and a floor f that keeps every group alive. Three signals share one
 interface (see `estimators`): a score per group from a pair of batches, turned into theta here.
 
-- 'hypergradient' scores are directions: how much held-out loss one step on a group saves. theta moves along the
-  gradient of that with respect to theta, `lr * K * P_k * (s_k - sum_j P_j s_j)`, on an exponential moving average of
-  the scores and in units of their noise. Advantages are soft-thresholded at 2.5 standard errors: otherwise theta is
-  a random walk.
+- 'hypergradient' scores are directions: how much held-out loss one step on a group saves. theta follows the advantage
+  of a group over the mean under P, in units of the noise between groups: mirror descent on the held-out loss after one
+  step plus the divergence of P from uniform, whose fixed point is P proportional to exp(advantage / noise). Noise alone
+  leaves P near uniform (Adam on theta made max P / min P 1,366 from noise alone).
 - 'grad_norm' and 'variation' scores are sizes: softmax(theta) is proportional to their moving average.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ['ProbabilityShift']
 
 SIGNALS = ('hypergradient', 'grad_norm', 'variation', 'none')
-STANDARD_ERRORS, LARGEST = 2.5, 3  # soft threshold of an advantage, and what one update counts at most
+LARGEST = 3.  # what one advantage counts at most, in units of the noise
 
 
 class ProbabilityShift:
@@ -29,20 +29,20 @@ class ProbabilityShift:
     Args:
         num_groups: K.
         signal: 'hypergradient', 'grad_norm', 'variation', or 'none' (P stays uniform).
-        lr: Step size of theta per update ('hypergradient').
-        momentum: Decay of the moving averages.
+        lr: Share of the way to its target that theta goes per update ('hypergradient').
+        momentum: Decay of the moving averages of sizes, and (its fourth root) of the noise.
         floor: f, the share of probability that is spread evenly.
 
     Raises:
         ValueError: If `signal` is unknown or a number is out of its range.
     """
 
-    def __init__(self, num_groups: int, signal: str = 'hypergradient', lr: float = 0.05, momentum: float = 0.8,
+    def __init__(self, num_groups: int, signal: str = 'hypergradient', lr: float = 0.01, momentum: float = 0.8,
                  floor: float = 0.2) -> None:
         if signal not in SIGNALS:
             raise ValueError(f'shift={signal!r} is unknown; choose one of {SIGNALS}')
-        if not (lr > 0 and 0 <= momentum < 1 and 0 <= floor <= 1):
-            raise ValueError(f'lr={lr} must be positive, momentum={momentum} in [0, 1), floor={floor} in [0, 1]')
+        if not (0 < lr <= 1 and 0 <= momentum < 1 and 0 <= floor <= 1):
+            raise ValueError(f'lr={lr} must be in (0, 1], momentum={momentum} in [0, 1), floor={floor} in [0, 1]')
         self.num_groups, self.signal, self.lr, self.momentum, self.floor = num_groups, signal, lr, momentum, floor
         self.theta = torch.zeros(num_groups, dtype=torch.float64)
         self._mean = torch.zeros(num_groups, dtype=torch.float64)  # moving averages, biased towards zero at first
@@ -56,14 +56,15 @@ class ProbabilityShift:
         """P, float64 [K]."""
         return (1 - self.floor) * self.theta.softmax(0) + self.floor / self.num_groups
 
-    def observe(self, scores: Tensor) -> None:
-        """Take in scores [K] without moving P: what warm-up does, so that mean and noise are known when it ends.
+    def observe(self, scores: Tensor) -> bool:
+        """Take in scores [K] without moving P: what warm-up does, so that the noise is known when it ends.
 
-        Scores that are not finite (a diverging step) are left out.
+        Returns:
+            False if the scores are not all finite (of a diverging step), and were left out.
         """
         scores = scores.detach().double().cpu()
         if not bool(scores.isfinite().all()):
-            return
+            return False
         centred = scores - scores.mean()  # what easy and hard batches do to all groups alike is no noise between them
         if self._last is not None:
             # successive batches differ by twice the variance of one
@@ -72,27 +73,20 @@ class ProbabilityShift:
         self._last = centred
         self._mean = self.momentum * self._mean + (1 - self.momentum) * scores
         self._count += 1
+        return True
 
     def update(self, scores: Tensor) -> None:
         """Take in scores [K] and shift P."""
-        self.observe(scores)
-        if self.signal == 'none' or not self._count:
+        if self.signal == 'none' or not self.observe(scores):
             return
-        mean = self._mean / (1 - self.momentum ** self._count)
         if self.signal != 'hypergradient':
+            mean = self._mean / (1 - self.momentum ** self._count)
             if float(mean.min()) > 0:
                 self.theta = mean.log() - mean.log().mean()
-            return
-        if self._noise == 0:
-            return  # one batch alone tells no noise
-        p = self.probabilities
-        advantage = (mean - (p * mean).sum()) / self._noise
-        beta, power = self.momentum, self.momentum ** self._count
-        error = math.sqrt((1 - beta) * (1 + power) / ((1 + beta) * (1 - power)))  # of the mean, in units of one score's
-        threshold = STANDARD_ERRORS * error
-        advantage = advantage.sign() * (advantage.abs() - threshold).clamp(0, LARGEST)
-        self.theta = self.theta + self.lr * p * self.num_groups * advantage
-        self.theta = self.theta - self.theta.mean()
+        elif self._noise > 0:  # one batch alone tells no noise
+            scores = scores.detach().double().cpu()
+            advantage = (scores - (self.probabilities * scores).sum()) / self._noise
+            self.theta = torch.lerp(self.theta, advantage.clamp(-LARGEST, LARGEST), self.lr)
 
     @property
     def _noise(self) -> float:
@@ -102,7 +96,8 @@ class ProbabilityShift:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
         return dict(
-            signal=self.signal, theta=self.theta, mean=self._mean, variance=self._variance, last=self._last, count=self._count)
+            signal=self.signal, theta=self.theta, mean=self._mean, variance=self._variance,
+            last=self._last, count=self._count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`.
