@@ -243,6 +243,16 @@ def test_console_script(saved, tmp_path):
     assert from_pretrained(tmp_path / 'sub', flops='2M')
 
 
+def open_for_reader(fifo, child):
+    """The FIFO, open for writing, once the process has opened it for reading."""
+    while True:
+        assert child.poll() is None
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(.01)
+
+
 def test_ctrl_c(folder, tmp_path):
     """The process is held while it reads a FIFO in the place of config.json; what it writes to does not appear."""
     (folder / 'config.json').unlink()
@@ -251,10 +261,11 @@ def test_ctrl_c(folder, tmp_path):
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore it
-    with open(folder / 'config.json', 'w'):  # returns as soon as the process opens it
-        time.sleep(.5)  # in the instant between opening and reading, a signal would be noticed only after the read
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=120)
+    pipe = open_for_reader(folder / 'config.json', child)
+    time.sleep(.5)  # in the instant between opening and reading, a signal would be noticed only after the read
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    os.close(pipe)
     assert (child.returncode, out, err) == (130, '', 'timm-shiftnas: interrupted\n')
     assert not (tmp_path / 'out').exists()
 

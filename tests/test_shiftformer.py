@@ -369,6 +369,7 @@ def test_reset_classifier(name):
     net.reset_classifier(0)
     torch.testing.assert_close(net(x), features)
     net.reset_classifier(4, 'token')
+    assert not any(module.training for module in net.modules())
     torch.testing.assert_close(
         net(x), F.linear(net.forward_features(x)[:, 0], net.head.weight, net.head.bias))
     for pool in ('map', 'prr', 'nonsense'):

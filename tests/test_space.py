@@ -154,6 +154,8 @@ def test_archs_are_immutable_values(space):
     # the order in which fields are given is no part of the value
     fields = arch.to_dict()
     assert space.from_dict(dict(reversed(fields.items()))) == arch
+    mirrored = Arch(**dict(reversed(arch.__dict__.items())))
+    assert mirrored == arch and hash(mirrored) == hash(arch)
 
 
 def test_arch_to_json_and_back(space):

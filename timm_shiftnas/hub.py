@@ -387,8 +387,8 @@ def _own_space(net: nn.Module) -> SearchSpace:
 
 def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapping[str, Any] | None) -> None:
     """Refuse a saved subnet that is not what was asked for."""
-    macs, params = static_counts(net)
-    for name, count in (('flops', macs), ('params', params)):
+    counts = dict(zip(('flops', 'params'), static_counts(net))) if limits else {}
+    for name, count in counts.items():
         if count > limits.get(name, math.inf):
             raise ValueError(
                 f'this saved subnet has {count:,} {name}, more than the budget of {format_count(limits[name])}; '
