@@ -24,6 +24,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from huggingface_hub.utils import tqdm
 from timm.data import FastCollateMixup, Mixup, create_loader, resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -32,7 +33,6 @@ from timm.utils import (
     setup_default_logging, update_summary,
 )
 from timm.utils.summary import trim_summary
-from tqdm.auto import tqdm
 
 import timm_shiftnas  # noqa: F401 (registers the supernets)
 from timm_shiftnas import report

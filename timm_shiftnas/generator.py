@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import complexity
 from .space import Arch, SearchSpace

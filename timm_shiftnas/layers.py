@@ -8,7 +8,6 @@ unit would be exactly zero and the generator could never learn to grow.
 """
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import complexity
 from ..layers import (
-    HEAD_DIM, BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp,
+    BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp,
     ElasticPatchEmbed, RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table,
 )
 from ..masks import ArchMasks
