@@ -4,8 +4,8 @@
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
 
 Every `--val-interval` epochs and at the end it evaluates the smallest and the largest subnet and one subnet per budget
-group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `accuracy.png`, `shift.png`, the checkpoints,
-and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
+group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `accuracy.png`, `shift.png`, checkpoints, and
+`model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
 """
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('run')
     add = group.add_argument
     add('--seed', type=int, default=42, metavar='N')
-    add('--log-interval', type=int, default=50, metavar='N', help='updates between two lines when output is not a terminal')
+    add('--log-interval', type=int, default=50, metavar='N', help='updates between two lines, off a terminal')
     add('--val-interval', type=int, default=10, metavar='N', help='epochs between two evaluations')
     add('--checkpoint-hist', type=int, default=3, metavar='N', help='checkpoints to keep')
     add('--output', default='./output', metavar='DIR')
@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('ShiftNAS')
     add = group.add_argument
     config = ShiftNASConfig
-    add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot NAS baseline')
+    add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot baseline')
     add('--search-samples', type=int, default=25, metavar='N', help='archs searched per budget with --sampler uniform')
     add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
         help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--shift-floor', type=float, default=config.shift_floor, metavar='X', help='share of P spread evenly')
     add('--held-out', type=float, metavar='X',
         help='share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)')
-    add('--group-width', metavar='MACS', help="width of a budget group, as '0.1G' (the default, unless it gives under 8)")
+    add('--group-width', metavar='MACS', help="width of a budget group (default: '0.1G', or 8 groups if more)")
     add('--num-groups', type=int, metavar='N', help='number of budget groups instead')
     add('--generator-fit-steps', type=int, default=1000, metavar='N', help='steps on the resource term before training')
     add('--generator-interval', type=int, default=config.generator_interval, metavar='N')
@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f'cannot read the config file: {" ".join(str(error).split())}')
         names = {action.dest for action in parser._actions}
         if not isinstance(values, dict) or (unknown := sorted({k.replace('-', '_') for k in values} - names)):
-            wrong = 'it must hold "flag: value" lines' if not isinstance(values, dict) else f'unknown flag {unknown[0]!r}'
+            wrong = f'unknown flag {unknown[0]!r}' if isinstance(values, dict) else 'it must hold "flag: value" lines'
             parser.error(f'{known.config}: {wrong}; see python train.py --help')
         parser.set_defaults(**{k.replace('-', '_'): v for k, v in values.items()})
     args = parser.parse_args(argv)
@@ -317,8 +317,8 @@ class ShiftBatches:
 
     def __init__(self, args: argparse.Namespace, data: Data, config: dict[str, Any]) -> None:
         make = partial(
-            StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1), input_size=config['input_size'],
-            mean=config['mean'], std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+            StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1),
+            input_size=config['input_size'], mean=config['mean'], std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
             crop_mode=config['crop_mode'])
         self.train = make(data.train.with_transform(None), seed=2 * args.seed)
         self.held_out = make(data.held_out, seed=2 * args.seed + 1)
@@ -403,7 +403,8 @@ class Trainer:
         data = open_data(args)
         args.num_classes = args.num_classes or data.num_classes
         if data.num_classes and args.num_classes is not None and args.num_classes < data.num_classes:
-            raise ValueError(f'--num-classes {args.num_classes} is less than the {data.num_classes} classes of the data')
+            raise ValueError(f'--num-classes {args.num_classes} is less than the {data.num_classes} classes of the data; '
+                             'leave it out to take those')
         self.net = create_supernet(args, self.device)
         args.num_classes = self.net.num_classes
         config = self.data_config = resolve_input_data_config(self.net, vars(args))
@@ -502,7 +503,8 @@ class Trainer:
                 task.update_ema(step=epoch * self.updates_per_epoch + update)
                 self.step_scheduler(epoch, update)
         if not math.isfinite(losses.avg):
-            raise ValueError(f'the training loss became {losses.avg} in epoch {epoch}; lower --lr or clip with --clip-grad 1')
+            raise ValueError(
+                f'the training loss became {losses.avg} in epoch {epoch + 1}; lower --lr or clip with --clip-grad 1')
         return dict(loss=losses.avg)
 
     def backward(self, loss: torch.Tensor, ends_update: bool) -> None:

@@ -248,7 +248,7 @@ def test_timms_task_contract(fitted, shift_batches):
     net = task.get_trainable_module()
     assert unwrap_model(net) is task.get_eval_model() and task.get_task_state(ema=True) == {}
     names = {name for name, _ in task.named_parameters()}
-    assert names == {f'trainable_module.{name}' for name, _ in net.named_parameters()}  # the generator is not among them
+    assert names == {f'trainable_module.{name}' for name, _ in net.named_parameters()}  # and no generator
     assert isinstance(task.setup_ema(decay=.5), ModelEmaV3)
     before = task.get_trainable_module(ema=True).module.head.weight.clone()
     train(task, shift_batches, 1, lr=.1)

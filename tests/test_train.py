@@ -30,8 +30,8 @@ def run(tmp_path, *flags):
 def finished(tmp_path_factory):
     """Three epochs with everything random switched on, and workers."""
     path = tmp_path_factory.mktemp('finished')
-    flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0', '--drop-path', '0.2',
-             '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1']
+    flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
+             '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1']
     assert run(path, *flags) == 0
     return path / 'run', flags
 
@@ -120,8 +120,8 @@ def test_image_folder_accumulation_and_one_channel(tmp_path):
             folder = tmp_path / 'data' / split / str(digits.target[i] % 2)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
-    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3', '--in-chans', '1',
-             '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher', '--shift', 'none', '--clip-grad', '1',
+    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3',
+             '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher', '--shift', 'none', '--clip-grad', '1',
              '--mixup', '0.1', '--amp', '--amp-dtype', 'bfloat16', '--grad-checkpointing']
     assert run(tmp_path, *flags) == 0
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
@@ -170,8 +170,8 @@ def test_different_classes(capsys, folder):
 def test_broken_image(capsys, folder, workers, tmp_path):
     for i in range(8):
         (folder / 'train' / 'a' / f'{i}.png').write_bytes(b'no image')
-    line = one_line_error(capsys, '--dataset', '', '--data-dir', str(folder), '-b', '8', '-j', workers, '--shift', 'none',
-                          '--output', str(tmp_path))
+    line = one_line_error(capsys, '--dataset', '', '--data-dir', str(folder), '-b', '8', '-j', workers,
+                          '--shift', 'none', '--output', str(tmp_path))
     assert '.png' in line and 'repair or remove' in line
 
 
@@ -195,7 +195,8 @@ def test_wrong_flags(capsys, flags, words, tmp_path):
 
 def test_resume_of_another_space(capsys, finished, tmp_path):
     output, _ = finished
-    line = one_line_error(capsys, '--resume', str(output / 'last.pth.tar'), '--img-size', '64', '--output', str(tmp_path))
+    line = one_line_error(
+        capsys, '--resume', str(output / 'last.pth.tar'), '--img-size', '64', '--output', str(tmp_path))
     assert 'img_size' in line and not list(tmp_path.iterdir())
 
 

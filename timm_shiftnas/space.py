@@ -320,6 +320,9 @@ def _values(name: str, values: Sequence[Value], kind: type) -> tuple[Value, ...]
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value <= 0 or (kind is int and value != int(value)):
             raise ValueError(f'{name}={values!r}: every value must be a positive {kind.__name__}')
+        largest = 1_000 if name == 'depth' else 1_000_000  # far above any network in use: a config may ask for anything
+        if value > largest:
+            raise ValueError(f'{name}={values!r}: values may be {largest:,} at most')
     if not values or any(a >= b for a, b in zip(values, values[1:])):
         ordered = tuple(sorted(set(values)))
         raise ValueError(f'{name}={values!r} must hold one or more values, smallest first: {ordered!r}')

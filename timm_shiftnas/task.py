@@ -1,8 +1,9 @@
 """`ShiftNASTask`: timm's classification task, training a supernet by ShiftNAS (Zhang et al., ICCV 2023).
 
-One arch per micro-batch: a budget group k ~ P, a budget uniform in it, an arch from the generator. Beside the supernet's
-own step, every `generator_interval` updates the generator takes a step on the task loss and the resource term, and every
-`shift_interval` updates the probability shift reads its signal. Everything drawn is a function of (seed, step).
+One arch per micro-batch: a budget group k ~ P, a budget uniform in it, an arch from the generator. Beside the
+supernet's own step, every `generator_interval` updates the generator takes a step on the task loss and the resource
+term, and every `shift_interval` updates the probability shift reads its signal. Everything drawn is a function of
+(seed, step).
 
 The only module that imports `timm.task`.
 """
@@ -96,7 +97,7 @@ class ShiftNASTask(ClassificationTask):
 
     Args:
         model: A supernet.
-        criterion: Loss of the supernet; as in timm's `ClassificationTask`, which explains the other arguments not named here.
+        criterion: Loss of the supernet, as in timm's `ClassificationTask`, which explains what is not named here.
         config: What is drawn and learned.
         generator: The generator, usually already fitted to the resource constraint.
         groups: Budget groups.
@@ -126,7 +127,8 @@ class ShiftNASTask(ClassificationTask):
         if generator.space.to_dict() != self.space.to_dict():
             raise ValueError('the generator belongs to another search space than the model; make one with model.space')
         if config.sampler == 'shiftnas' and config.shift != 'none' and shift_batches is None:
-            raise ValueError(f"shift={config.shift!r} needs shift_batches (training and held-out images), or shift='none'")
+            raise ValueError(
+                f"shift={config.shift!r} needs shift_batches (training and held-out images); give them or shift='none'")
         self.config, self.groups, self._shift_batches = config, groups, shift_batches
         self._generator = [generator]  # in a list: the supernet's optimizer and `.to(device)` leave it alone
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
@@ -169,7 +171,7 @@ class ShiftNASTask(ClassificationTask):
         return dict(loss=self.criterion(output, target), output=output, arch=arch)
 
     def end_update(self) -> None:
-        """Tell that the optimizer has stepped: only needed where an update may have fewer micro-batches (an epoch's end)."""
+        """Tell that the optimizer has stepped; only needed where an update may have fewer micro-batches than others."""
         self._micro_step = -(-self._micro_step // self.config.accum_steps) * self.config.accum_steps
 
     # -- drawing -------------------------------------------------------------------------------------------------------
@@ -316,5 +318,5 @@ def check_checkpoint(path: str | Path, space: SearchSpace) -> None:
         raise ValueError(f'cannot read the checkpoint {str(path)!r}: {str(error).splitlines()[0]}') from None
     if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
         raise ValueError(
-            f'{str(path)!r} is no checkpoint of a ShiftNAS training; to start from its weights use --initial-checkpoint')
+            f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
     check_same_space(checkpoint['task_state'], space)

@@ -1,4 +1,4 @@
-"""Which budgets, and which archs, training draws: groups of budgets, the learned distribution over them, its signals."""
+"""Which budgets training draws: groups of budgets, the learned distribution over them, and its signals."""
 from .estimators import ESTIMATORS, frozen, hypergradient
 from .groups import BudgetGroups
 from .random import stream

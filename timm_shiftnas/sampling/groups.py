@@ -1,4 +1,4 @@
-"""Groups of budgets: the intervals of the MACs range that a learned distribution ranges over (ShiftNAS, section 3.2)."""
+"""Groups of budgets: the intervals of the MACs range that the learned distribution is over (ShiftNAS, section 3.2)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
