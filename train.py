@@ -4,8 +4,8 @@
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
 
 Every `--val-interval` epochs and at the end it evaluates the smallest and the largest subnet and one subnet per budget
-group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `accuracy.png`, `shift.png`, checkpoints, and
-`model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
+group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `accuracy.png`, `shift.png`, checkpoints,
+and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
 """
 from __future__ import annotations
 
@@ -318,8 +318,7 @@ class ShiftBatches:
     def __init__(self, args: argparse.Namespace, data: Data, config: dict[str, Any]) -> None:
         make = partial(
             StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1),
-            input_size=config['input_size'], mean=config['mean'], std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
-            crop_mode=config['crop_mode'])
+            **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
         self.train = make(data.train.with_transform(None), seed=2 * args.seed)
         self.held_out = make(data.held_out, seed=2 * args.seed + 1)
 
@@ -403,8 +402,8 @@ class Trainer:
         data = open_data(args)
         args.num_classes = args.num_classes or data.num_classes
         if data.num_classes and args.num_classes is not None and args.num_classes < data.num_classes:
-            raise ValueError(f'--num-classes {args.num_classes} is less than the {data.num_classes} classes of the data; '
-                             'leave it out to take those')
+            raise ValueError(
+                f'--num-classes {args.num_classes} is less than the {data.num_classes} classes found; leave it out')
         self.net = create_supernet(args, self.device)
         args.num_classes = self.net.num_classes
         config = self.data_config = resolve_input_data_config(self.net, vars(args))

@@ -31,7 +31,8 @@ def finished(tmp_path_factory):
     """Three epochs with everything random switched on, and workers."""
     path = tmp_path_factory.mktemp('finished')
     flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
-             '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1']
+             '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9',
+             '--reprob', '0.25', '--aa', 'rand-m5-n1']
     assert run(path, *flags) == 0
     return path / 'run', flags
 
@@ -121,8 +122,9 @@ def test_image_folder_accumulation_and_one_channel(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
     flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3',
-             '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher', '--shift', 'none', '--clip-grad', '1',
-             '--mixup', '0.1', '--amp', '--amp-dtype', 'bfloat16', '--grad-checkpointing']
+             '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher',
+             '--shift', 'none', '--clip-grad', '1', '--mixup', '0.1', '--amp',
+             '--amp-dtype', 'bfloat16', '--grad-checkpointing']
     assert run(tmp_path, *flags) == 0
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 16: three updates of 3, 3 and 1
