@@ -1,8 +1,15 @@
 """train.py as users run it: outputs, resuming, mistakes, Ctrl-C."""
+import contextlib
 import csv
+import fcntl
+import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -101,10 +108,27 @@ def test_resume_continues_bit_for_bit(finished, tmp_path):
                '--resume', output / 'checkpoint-1.pth.tar']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert re.search(r'epoch 3/3  batch 5/10 .* images/s  \d+ s left', done.stderr) and '\r' not in done.stderr  # piped
     whole, resumed = load(output / 'last.pth.tar'), load(tmp_path / 'resumed' / 'last.pth.tar')
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'epoch'):
         same(whole[key], resumed[key], key)
     assert whole['task_state']['micro_step'] > 0 and len(whole['task_state']['history']) > 3
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    """With rate and time left, on stderr; the table goes to stdout."""
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
+    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '1', '--output', tmp_path]
+    process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(terminal)
+    seen = b''
+    with contextlib.suppress(OSError):  # how Linux ends the stream
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    table, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and table.splitlines()[0].split()[:3] == ['name', 'budget', 'MACs']
+    assert re.search(r'epoch 1/1: +\d+%.*\d+/\d+ \[\d+:\d+<\d+:\d+, .*batch', seen.decode(errors='replace')), seen
 
 
 def test_uniform_baseline_searches(tmp_path, capsys):
