@@ -9,10 +9,16 @@ and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_
 """
 from __future__ import annotations
 
+import sys
+
+if __name__ == '__main__':  # Ctrl-C while the imports below take their seconds
+    sys.excepthook = lambda kind, error, trace: (
+        print('train.py: interrupted', file=sys.stderr) if issubclass(kind, KeyboardInterrupt)
+        else sys.__excepthook__(kind, error, trace))
+
 import argparse
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -217,23 +223,48 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags over the YAML file of `--config` over the defaults."""
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)
     if known.config:
-        try:
-            values = yaml.safe_load(Path(known.config).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            parser.error(f'cannot read the config file: {" ".join(str(error).split())}')
-        names = {action.dest for action in parser._actions}
-        if not isinstance(values, dict) or (unknown := sorted({k.replace('-', '_') for k in values} - names)):
-            wrong = f'unknown flag {unknown[0]!r}' if isinstance(values, dict) else 'it must hold "flag: value" lines'
-            parser.error(f'{known.config}: {wrong}; see python train.py --help')
-        parser.set_defaults(**{k.replace('-', '_'): v for k, v in values.items()})
+        argv = [*read_config(parser, known.config), f'--config={known.config}', *argv]
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
-    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist'):
+    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist',
+                 'search_samples', 'generator_fit_steps'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.error(f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}')
     return args
+
+
+def read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """A YAML file of `flag: value` lines as command-line arguments, so that its values are checked as those are."""
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f'cannot read the config file: {" ".join(str(error).split())}')
+    if not isinstance(values, dict):
+        parser.error(f'{path}: it must hold "flag: value" lines; see python train.py --help')
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    for name, value in values.items():
+        dest = {'data': 'data_dir'}.get(name, str(name).replace('-', '_'))
+        if dest not in actions:
+            parser.error(f'{path}: unknown flag {name!r}; see python train.py --help')
+        flag = '--' + dest.replace('_', '-')
+        if isinstance(actions[dest], argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                parser.error(f'{path}: {name} must be true or false, not {value!r}')
+            argv += [flag] * value
+        elif isinstance(value, dict):
+            argv += [flag, *(f'{k}={v}' for k, v in value.items())]
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        elif value is not None and dest != 'config':
+            argv.append(f'{flag}={value}')
+    return argv
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -262,8 +293,8 @@ def open_data(args: argparse.Namespace) -> Data:
         raise ValueError(f'training and validation images are of different classes: {odd[0]!r} is in one of them only')
     num_classes = count_classes(train)
     held_out = None
-    if args.held_out or args.sampler == 'uniform' or args.shift != 'none':
-        share = args.held_out or (0.02 if len(train) >= 20_000 else 0.05)
+    if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
+        share = args.held_out if args.held_out is not None else 0.02 if len(train) >= 20_000 else 0.05
         train, held_out = split_held_out(train, share, args.seed)
     if len(train) < args.batch_size:
         raise ValueError(f'--batch-size {args.batch_size} is more than the {len(train)} training images; lower it')
@@ -339,12 +370,13 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> torch.nn.
     if args.model.partition('.')[0] not in supernets and ':' not in args.model:
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
     size = args.input_size[1:] if args.input_size else args.img_size
+    given = dict(
+        num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size,
+        global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
     overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else None
     net = timm.create_model(
         args.model, pretrained=args.pretrained or bool(args.pretrained_path), pretrained_cfg_overlay=overlay,
-        checkpoint_path=args.initial_checkpoint or None, num_classes=args.num_classes,
-        in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size, global_pool=args.gp,
-        drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
+        checkpoint_path=args.initial_checkpoint or None, **dict(given, **args.model_kwargs))
     if not hasattr(net, 'space'):
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
     net.set_grad_checkpointing(args.grad_checkpointing)
@@ -373,9 +405,6 @@ def create_task(args: argparse.Namespace, net: torch.nn.Module, shift_batches: S
     low, high = groups.edges[0], groups.edges[-1]
     _logger.info(
         f'{args.model}: {space.size:,} subnets, {format_count(low)} to {format_count(high)} MACs, {len(groups)} groups')
-    if not args.resume:
-        _logger.info(f'fitting the architecture generator to the budgets ({args.generator_fit_steps} steps, no images)')
-        generator.fit(steps=args.generator_fit_steps, seed=args.seed)
     return ShiftNASTask(
         net, criterion_kwargs=criterion, config=task_config, generator=generator, groups=groups,
         shift_batches=shift_batches, device=device)
@@ -445,7 +474,13 @@ class Trainer:
         return get_outdir(self.args.output, name)
 
     def resume(self) -> int:
-        check_checkpoint(self.args.resume, self.net.space)
+        saved = check_checkpoint(self.args.resume, self.net.space)
+        # another split would put images into the held-out part that the weights have been trained on
+        for name in ('seed', 'held_out', 'opt'):
+            if name in saved and saved[name] != getattr(self.args, name):
+                raise ValueError(
+                    f'the checkpoint was trained with {name}={saved[name]} and not {getattr(self.args, name)}; resume '
+                    f'with the flags of the run: -c {Path(self.args.resume).with_name("args.yaml")}')
         optimizer = None if self.args.no_resume_opt else self.optimizer
         epoch = resume_task_checkpoint(
             self.task, self.args.resume, optimizer=optimizer, loss_scaler=None if optimizer is None else self.scaler)
@@ -460,6 +495,12 @@ class Trainer:
 
     def fit(self) -> None:
         args = self.args
+        if not args.resume:
+            _logger.info(f'fitting the generator to the budgets ({args.generator_fit_steps} steps, no images)')
+            self.task.generator.fit(steps=args.generator_fit_steps, seed=args.seed)
+        if self.start_epoch >= self.epochs:
+            _logger.info(f'{self.start_epoch} of {self.epochs} epochs are done already: evaluating only')
+            self.evaluate(self.start_epoch - 1)
         for epoch in range(self.start_epoch, self.epochs):
             if self.mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
                 self.mixup.mixup_enabled = False
@@ -486,7 +527,7 @@ class Trainer:
         for i, (input, target) in enumerate(self.progress(epoch, losses)):
             if args.no_prefetcher:
                 input, target = input.to(self.device), target.to(self.device)
-                if self.mixup is not None and self.mixup.mixup_enabled:
+                if self.mixup is not None:  # switched off, it still makes the soft targets that the loss expects
                     input, target = self.mixup(input, target)
             if args.channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
@@ -548,11 +589,11 @@ class Trainer:
         net = self.net if ema is None else ema.module
         options = dict(device=self.device, autocast=self.autocast(), channels_last=args.channels_last)
         if args.sampler == 'uniform':
-            archs = search_archs(
+            searched = archs = search_archs(
                 net.space, task.generator, task.groups, args.search_samples, net, self.held_out_loader, seed=args.seed,
                 **options)
         else:
-            archs = task.generator.propose_many(task.groups.budgets)
+            searched, archs = None, task.generator.propose_many(task.groups.budgets)
         rows = evaluate_budgets(net, task.groups, archs, self.val_loader, **options)
         print(report.format_table(rows), flush=True)
         report.write_budgets_csv(self.output / 'budgets.csv', rows)
@@ -562,7 +603,8 @@ class Trainer:
         report.plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)
         save_pretrained(
             self.output / 'model', net, task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), results=rows, data_config=self.data_config)
+            probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
+            data_config=self.data_config)
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
 
@@ -581,10 +623,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = f'; continue with --resume {last}' if last and last.exists() else ''
         print(f'train.py: interrupted{hint}', file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if args.traceback:
             raise
-        print(f'train.py: error: {" ".join(str(error).split())}', file=sys.stderr)
+        expected = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
+        hint = '' if expected else f'{type(error).__name__} (--traceback shows where): '
+        print(f'train.py: error: {hint}{" ".join(str(error).split())}', file=sys.stderr)
         return 2
 
 

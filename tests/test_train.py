@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import fcntl
+import json
 import os
 import pty
 import re
@@ -104,8 +105,8 @@ def test_the_model_directory_is_what_was_evaluated(finished):
 def test_resume_continues_bit_for_bit(finished, tmp_path):
     """From the checkpoint of the second of three epochs, in a fresh process."""
     output, flags = finished
-    command = [sys.executable, ROOT / 'train.py', *FAST, *flags, '--output', tmp_path, '--experiment', 'resumed',
-               '--resume', output / 'checkpoint-1.pth.tar']
+    command = [sys.executable, ROOT / 'train.py', '-c', output / 'args.yaml', '--resume',
+               output / 'checkpoint-1.pth.tar', '--output', tmp_path, '--experiment', 'resumed']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r'epoch 3/3  batch 5/10 .* images/s  \d+ s left', done.stderr) and '\r' not in done.stderr  # piped
@@ -134,7 +135,12 @@ def test_a_terminal_gets_a_bar(tmp_path):
 def test_uniform_baseline_searches(tmp_path, capsys):
     assert run(tmp_path, '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3') == 0
     rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
-    assert len(rows) == 5 and all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
+    assert len(rows) == 5
+    edges = [float(rows[0]['macs']), *(float(row['budget']) for row in rows[1:-1])]
+    for row, low, high in zip(rows[1:-1], edges, edges[1:]):
+        assert low < float(row['macs']) <= high
+        served = tsn.from_pretrained(tmp_path / 'run' / 'model', flops=float(row['budget']))
+        assert served.arch.to_dict() == json.loads(row['arch'])  # what was searched is what users get
     assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
 
 
@@ -213,6 +219,10 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--mixup', '0.5', '-b', '63'], 'even'),
     (['--dataset', 'sklearn/nope'], 'sklearn/digits'),
     (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
+    (['--model-kwargs', 'nonsense=2'], 'nonsense'),
+    (['--device', 'nonsense'], 'nonsense'),
+    (['--held-out', '0'], '(0, 0.5]'),
+    (['--opt', 'nonsense'], 'nonsense'),
 ])
 def test_wrong_flags(capsys, flags, words, tmp_path):
     assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
@@ -226,7 +236,11 @@ def test_resume_of_another_space(capsys, finished, tmp_path):
     assert 'img_size' in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('content, words', [('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config')])
+@pytest.mark.parametrize('content, words', [
+    ('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
+    ("amp: 'no'\n", 'true or false'), ('tau: 3\n', 'tau'), ('clip-mode: foo\n', 'foo'), ('search_samples: 0\n', '1'),
+    ('initial-checkpoint: nowhere.pth\n', 'nowhere.pth'),
+])
 def test_wrong_config_file(capsys, tmp_path, content, words):
     (tmp_path / 'c.yaml').write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -235,9 +249,23 @@ def test_wrong_config_file(capsys, tmp_path, content, words):
 
 
 def test_config_file_gives_defaults(tmp_path):
-    (tmp_path / 'c.yaml').write_text('batch-size: 32\nlr: 1e-3\nmodel: test_shiftformer_supernet\n')
-    args = train.parse_args(['-c', str(tmp_path / 'c.yaml'), '--batch-size', '64'])
+    (tmp_path / 'c.yaml').write_text(
+        'batch-size: 32\nlr: 1e-3\nmodel: test_shiftformer_supernet\nscale: [0.5, 1]\namp: true\nhflip: null\n'
+        'model_kwargs: {relative_position: false}\n')
+    args = train.parse_args(['-c', str(tmp_path / 'c.yaml'), '--batch-size', '64', 'DIR'])
     assert (args.batch_size, args.lr, args.model) == (64, 1e-3, 'test_shiftformer_supernet')
+    assert args.scale == [.5, 1.] and args.amp and args.hflip == .5 and args.data_dir == 'DIR'
+    assert args.model_kwargs == dict(relative_position=False)
+
+
+def test_resume_with_another_split(capsys, finished, tmp_path):
+    output, flags = finished
+    line = one_line_error(capsys, *flags, '--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path))
+    assert 'seed=42' in line and 'args.yaml' in line
+
+
+def test_mixup_switched_off_without_prefetcher(tmp_path):
+    assert run(tmp_path, '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1') == 0
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
@@ -254,3 +282,6 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
     assert train.main([*FAST, *flags]) == 0  # goes on where it was
     assert load(last)['epoch'] == epoch + 1
+    (tmp_path / 'run' / 'budgets.csv').unlink()
+    assert train.main([*FAST, *flags]) == 0  # nothing is left to train: evaluates
+    assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1

@@ -61,7 +61,8 @@ def search_archs(
     """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
 
     Candidates are uniform archs that fall into the group. Uniform sampling hardly reaches the ends of the range; what
-    is missing there is drawn from the generator for the group's upper edge, so that every group has its candidates.
+    is missing there is drawn from the generator for the group's upper edge, whose proposal is always among them. Of
+    equally accurate archs, the one with most MACs is taken.
 
     Args:
         samples: Candidates per group.
@@ -75,13 +76,13 @@ def search_archs(
     macs = complexity.macs(space, uniform).tolist()
     best = []
     for low, high in zip(groups.edges, groups.edges[1:]):
-        candidates = [arch for arch, count in zip(uniform, macs) if low < count <= high][:samples]
-        missing = samples - len(candidates)
-        if missing:
-            drawn = dict.fromkeys(generator.sample(torch.full((4 * missing,), high, dtype=torch.float64), noise))
-            fitting = [arch for arch in drawn if complexity.macs(space, arch) <= high and arch not in candidates]
-            candidates += fitting[:missing] or ([] if candidates else [generator.propose(high)])
-        best.append(max(candidates, key=lambda arch: evaluate(Subnet(net, arch), loader, device, **kwargs)[0]))
+        candidates = {generator.propose(high): None}
+        candidates |= {arch: None for arch, count in zip(uniform, macs) if low < count <= high}
+        if len(candidates) < samples:
+            drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
+            candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
+        best.append(max(list(candidates)[:samples], key=lambda arch: (
+            evaluate(Subnet(net, arch), loader, device, **kwargs)[0], complexity.macs(space, arch))))
     return best
 
 

@@ -321,7 +321,7 @@ class ArchitectureGenerator(nn.Module):
             params: The most parameters that the subnet may have: a number, or a string such as '6M'.
 
         Raises:
-            ValueError: If the smallest arch has more parameters, or `params` is no number.
+            ValueError: If the smallest arch has more parameters, no arch has as many, or `params` is no number.
         """
         limit = complexity.parse_count(params, 'params')
         low, high = (complexity.params(self.space, arch) for arch in (self.space.smallest, self.space.largest))
@@ -330,6 +330,9 @@ class ArchitectureGenerator(nn.Module):
             raise ValueError(
                 f'params={params!r} is too small a budget: the archs of this space have {reach}; '
                 f'give params={low} or more')
+        if limit > high * 1.01:
+            raise ValueError(
+                f'params={params!r} is more than any arch has; give params={high} for the largest')
         budgets = torch.linspace(self.macs_min, self.macs_max, 256, dtype=torch.float64, device='cpu')
         archs = list(dict.fromkeys(self.propose_many(budgets.tolist())))
         macs, sizes = complexity.macs(self.space, archs).tolist(), complexity.params(self.space, archs).tolist()

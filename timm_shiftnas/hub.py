@@ -58,6 +58,7 @@ def save_pretrained(
         groups: Sequence[float] | None = None,
         probabilities: Sequence[float] | Tensor | None = None,
         results: Sequence[Mapping[str, Any]] | None = None,
+        searched: Sequence[Arch] | None = None,
         data_config: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
 ) -> None:
@@ -72,6 +73,8 @@ def save_pretrained(
         groups: The K + 1 edges of the budget groups, in MACs.
         probabilities: P, the K probabilities of the groups.
         results: The table of evaluated subnets, rows as in `report`.
+        searched: Archs found by a search on images. Budgets are served by the one with most MACs that fits, and by the
+            generator, which may not have seen images, only where none does.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
 
@@ -90,7 +93,9 @@ def save_pretrained(
         raise ValueError('the generator belongs to another search space than the network; make it with net.space')
 
     tensors = {WEIGHTS: _own(net.state_dict())}
-    ours = dict(format=FORMAT, kind=kind, groups=groups, probabilities=probabilities, results=results)
+    ours = dict(
+        format=FORMAT, kind=kind, groups=groups, probabilities=probabilities, results=results,
+        searched=None if searched is None else [arch.to_dict() for arch in searched])
     if generator is not None:
         tensors[GENERATOR] = _own(generator.state_dict())
         ours['generator'] = dict(hidden_size=generator.hidden_size)
@@ -219,9 +224,18 @@ def from_pretrained(
     elif arch is not None:
         net = extract(net, net.space.from_dict(arch.to_dict() if isinstance(arch, Arch) else arch))
     else:
-        generator = saved.generator(net.space)
-        net = extract(net, generator.propose(flops) if params is None else generator.propose_for_params(params))
+        net = extract(net, _serve(saved, net, **limits))
     return net.to(device=device, dtype=dtype).eval()
+
+
+def _serve(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: float = math.inf) -> Arch:
+    """The arch of a saved supernet for a budget: the largest of the searched ones that fits, or the generator's."""
+    searched = [net.space.from_dict(arch) for arch in saved.info.get('searched', ())]
+    fitting = [arch for arch in searched if net.macs(arch) <= flops and net.params(arch) <= params]
+    generator = saved.generator(net.space)
+    # the generator also tells budgets that are out of range
+    proposed = generator.propose(flops) if params == math.inf else generator.propose_for_params(params)
+    return max(fitting, key=net.macs) if fitting else proposed
 
 
 def load_supernet(
@@ -435,6 +449,7 @@ def _check_config(config: Any, where: str) -> None:
         'generator': not isinstance(files, Mapping) or GENERATOR not in files or _is_generator(ours.get('generator')),
         'groups': _is_partition(ours.get('groups'), ours.get('probabilities')),
         'results': _is_table(ours.get('results')),
+        'searched': isinstance(ours.get('searched', []), list),
     }
     if wrong := [name for name, right in checks.items() if not right]:
         raise ValueError(f'{where} has an unusable entry {KEY}.{wrong[0]}: {_short(ours.get(wrong[0]))}')

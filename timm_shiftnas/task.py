@@ -139,6 +139,7 @@ class ShiftNASTask(ClassificationTask):
         self._micro_step = 0
         self._archs: deque[Arch] = deque()
         self._held_out_loss: Tensor | None = None
+        self._held_out: Batch | None = None
 
     @property
     def generator(self) -> ArchitectureGenerator:
@@ -218,7 +219,7 @@ class ShiftNASTask(ClassificationTask):
         with torch.enable_grad():
             rollout = generator(budgets, noise=noise, tau=tau)
             masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
-            with frozen(net):
+            with frozen(net), full_precision(self.device):  # no loss scaling here, as float16 would need
                 task_loss = self.criterion(net(input, masks), target)
             resource = generator.resource_loss(budgets, rollout.one_hots)
             loss = task_loss.cpu() + config.resource_weight * resource
@@ -244,6 +245,8 @@ class ShiftNASTask(ClassificationTask):
         """The signal of every group, [K]: at the generator's arch for the upper edge, on the batches that are due."""
         archs = self.generator.propose_many(self.groups.budgets)
         train, held_out = self._shift_batches(self.update // self.config.shift_interval)
+        if self.config.shift == 'variation':
+            held_out = self._first_held_out(held_out)
 
         def loss(arch: Arch, batch: Batch) -> Tensor:
             images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
@@ -255,8 +258,15 @@ class ShiftNASTask(ClassificationTask):
         if self.config.shift == 'variation':
             losses, last = scores, self._held_out_loss
             self._held_out_loss = losses
-            scores = (losses - (losses if last is None else last)).abs() / losses
+            # nothing has varied before the second time: NaN, which the shift leaves out
+            scores = torch.full_like(losses, torch.nan) if last is None else (losses - last).abs() / losses
         return scores
+
+    def _first_held_out(self, held_out: Batch) -> Batch:
+        """The same held-out images every time, or their difference would pass for a change of the network."""
+        if self._held_out is None:
+            self._held_out = held_out
+        return self._held_out
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -267,7 +277,7 @@ class ShiftNASTask(ClassificationTask):
         return dict(
             space=self.space.to_dict(), edges=list(self.groups.edges), micro_step=self._micro_step,
             generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
-            shift=self.shift.state_dict(), held_out_loss=self._held_out_loss,
+            shift=self.shift.state_dict(), held_out_loss=self._held_out_loss, held_out=self._held_out,
             archs=[arch.to_dict() for arch in self._archs], history=[[step, list(p)] for step, p in self.history])
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
@@ -288,6 +298,7 @@ class ShiftNASTask(ClassificationTask):
         self.generator.load_state_dict(state['generator'])
         self._optimizer.load_state_dict(state['generator_optimizer'])
         self._micro_step, self._held_out_loss = state['micro_step'], state['held_out_loss']
+        self._held_out = state['held_out']
         self._archs = deque(self.space.from_dict(arch) for arch in state['archs'])
         self.history = [(step, list(p)) for step, p in state['history']]
 
@@ -303,8 +314,11 @@ def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:
                 'resume with the same --model and model flags')
 
 
-def check_checkpoint(path: str | Path, space: SearchSpace) -> None:
+def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
     """Refuse a file that cannot be resumed from before anything is loaded into a model.
+
+    Returns:
+        The flags of the run that wrote it (empty if it holds none).
 
     Raises:
         ValueError: If the file is missing or broken, no checkpoint of this task, or of another search space.
@@ -315,8 +329,11 @@ def check_checkpoint(path: str | Path, space: SearchSpace) -> None:
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f'cannot read the checkpoint {str(path)!r}: {str(error).splitlines()[0]}') from None
+        raise ValueError(
+            f'cannot read the checkpoint {str(path)!r} ({str(error).splitlines()[0]}); '
+            'give a file such as output/NAME/last.pth.tar') from None
     if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
         raise ValueError(
             f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
     check_same_space(checkpoint['task_state'], space)
+    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}

@@ -106,7 +106,7 @@ def hypergradient(
 
 
 def gradient_norm(net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any) -> Tensor:
-    """Norm of each group's held-out gradient over the square root of the number of weights it has; [K], float64."""
+    """Norm of each group's held-out gradient over the square root of the number of weights it reaches; [K], float64."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     scores = []
     for arch in archs:
