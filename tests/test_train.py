@@ -260,7 +260,8 @@ def test_config_file_gives_defaults(tmp_path):
 
 def test_resume_with_another_split(capsys, finished, tmp_path):
     output, flags = finished
-    line = one_line_error(capsys, *flags, '--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path))
+    resume = ['--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path)]
+    line = one_line_error(capsys, *flags, *resume)
     assert 'seed=42' in line and 'args.yaml' in line
 
 
