@@ -110,11 +110,7 @@ class ImageFiles(ImageDataset):
             unknown = isinstance(error, UnidentifiedImageError)
             reason = 'it is in no known image format' if unknown else _one_line(error) or type(error).__name__
             raise BrokenImageError(f'cannot read the image {path!r} ({reason}); repair or remove it') from error
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        return _transformed(self, image, target)
 
     def _decode(self, file: Any) -> Image.Image:
         image = Image.open(file)
@@ -166,14 +162,19 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = Image.fromarray(self.pixels[index]).convert(self.input_img_mode), self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        return _transformed(self, image, target)
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def _transformed(dataset: Any, image: Any, target: int) -> tuple[Any, int]:
+    """An image and its target under the transforms of a dataset."""
+    if dataset.transform is not None:
+        image = dataset.transform(image)
+    if dataset.target_transform is not None:
+        target = dataset.target_transform(target)
+    return image, target
 
 
 def _check_root(name: str, root: str | None) -> None:
@@ -246,11 +247,7 @@ class DatasetView(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.base[int(self.indices[index])]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        return _transformed(self, image, target)
 
     def __len__(self) -> int:
         return len(self.indices)
