@@ -40,7 +40,6 @@ from timm.utils import (
 )
 from timm.utils.summary import trim_summary
 
-import timm_shiftnas  # noqa: F401 (registers the supernets)
 from timm_shiftnas import report
 from timm_shiftnas.complexity import format_count, macs, parse_count
 from timm_shiftnas.data import DatasetView, StepBatches, create_dataset, split_held_out
@@ -475,8 +474,9 @@ class Trainer:
 
     def resume(self) -> int:
         saved = check_checkpoint(self.args.resume, self.net.space)
-        # another split would put images into the held-out part that the weights have been trained on
-        for name in ('seed', 'held_out', 'opt'):
+        # another split would put images into the held-out part that the weights have been trained on, and another
+        # optimizer has another state
+        for name in ('seed', 'held_out') if self.args.no_resume_opt else ('seed', 'held_out', 'opt'):
             if name in saved and saved[name] != getattr(self.args, name):
                 raise ValueError(
                     f'the checkpoint was trained with {name}={saved[name]} and not {getattr(self.args, name)}; resume '

@@ -139,8 +139,9 @@ def test_masked_block_equals_sliced():
 
 
 def by_definition(q, k, v, rel_pos):
-    """AutoFormer's attention, token pair by token pair (README of the oracles, item 5)."""
-    (rows, cols), limit, prefix = rel_pos.grid_size, rel_pos.max_distance, q.shape[2] - math.prod(rel_pos.grid_size)
+    """AutoFormer's attention, token pair by token pair."""
+    cols, limit = rel_pos.grid_size[1], rel_pos.max_distance
+    prefix = q.shape[2] - math.prod(rel_pos.grid_size)
 
     def entry(row_table, col_table, query, key):
         if query < prefix or key < prefix:

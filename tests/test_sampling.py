@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import timm_shiftnas  # noqa: F401
 from timm_shiftnas.complexity import macs
 from timm_shiftnas.sampling import ESTIMATORS, BudgetGroups, ProbabilityShift, frozen, hypergradient, stream
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3, unwrap_model
 
-from timm_shiftnas.complexity import macs
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.masks import arch_masks

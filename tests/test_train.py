@@ -265,6 +265,14 @@ def test_resume_with_another_split(capsys, finished, tmp_path):
     assert 'seed=42' in line and 'args.yaml' in line
 
 
+def test_resume_with_another_optimizer(capsys, finished, tmp_path):
+    output, flags = finished
+    resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
+    assert 'opt=adamw' in one_line_error(capsys, *resume)
+    assert train.main([*FAST, *resume, '--experiment', 'run', '--epochs', '4', '--no-resume-opt']) == 0
+    assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
+
+
 def test_mixup_switched_off_without_prefetcher(tmp_path):
     assert run(tmp_path, '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1') == 0
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 

@@ -42,7 +42,7 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast and TF32 off: scores are small differences of losses (bf16 gets them wrong by up to a quarter)."""
+    """Autocast and TF32 off: scores are small differences of losses, of which low precision leaves little."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = False

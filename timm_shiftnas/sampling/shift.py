@@ -6,7 +6,7 @@ interface (see `estimators`): a score per group from a pair of batches, turned i
 - 'hypergradient' scores are directions: how much held-out loss one step on a group saves. theta follows the advantage
   of a group over the mean under P, in units of the noise between groups: mirror descent on the held-out loss after one
   step plus the divergence of P from uniform, whose fixed point is P proportional to exp(advantage / noise). Noise alone
-  leaves P near uniform (Adam on theta made max P / min P 1,366 from noise alone).
+  leaves P near uniform, where a step of fixed size, as Adam's, would be a random walk.
 - 'grad_norm' and 'variation' scores are sizes: softmax(theta) is proportional to their moving average.
 """
 from __future__ import annotations
