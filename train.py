@@ -4,8 +4,8 @@
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
 
 Every `--val-interval` epochs and at the end it evaluates the smallest and the largest subnet and one subnet per budget
-group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `accuracy.png`, `shift.png`, checkpoints,
-and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
+group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `shift.csv`, `accuracy.png`, `shift.png`,
+checkpoints, and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
 """
 from __future__ import annotations
 
@@ -68,11 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('data', nargs='?', metavar='DIR', help='path to the dataset (positional form of --data-dir)')
     add('--data-dir', metavar='DIR', help='path to the dataset: DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE')
-    add('--dataset', default='', metavar='NAME', help="dataset type and name as in timm, or 'sklearn/digits'")
+    add('--dataset', default='', metavar='NAME', help="dataset type and name as in timm, 'sklearn/digits' or 'glyphs'")
     add('--train-split', default='train', metavar='NAME')
     add('--val-split', default='validation', metavar='NAME')
     add('--dataset-download', action='store_true', help='allow the download of torch/ and hfds/ datasets')
     add('--class-map', default='', metavar='FILE', help='class to index mapping file')
+    add('--glyph-images', type=int, default=12_000, metavar='N', help='training images of --dataset glyphs')
+    add('--glyph-difficulty', type=float, default=0.5, metavar='X', help='from 0 (upright, clean) to 1')
+    add('--glyph-pixels', type=int, default=32, metavar='N', help='height and width that glyphs are rendered at')
     add('--input-img-mode', metavar='MODE', help='PIL mode of the images (RGB, or L for one channel)')
     add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
     add('--pin-mem', action='store_true', help='pin CPU memory in the data loaders')
@@ -194,11 +197,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     config = ShiftNASConfig
     add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot baseline')
+    add('--archs-per-step', type=int, default=config.archs_per_step, metavar='N', help='archs trained by one batch')
+    add('--sandwich', action='store_true', help='two of them are the largest and the smallest arch')
     add('--search-samples', type=int, default=25, metavar='N', help='archs searched per budget with --sampler uniform')
     add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
         help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
     add('--shift', default=config.shift, choices=('hypergradient', 'grad_norm', 'variation', 'none'),
         help='signal of the probability shift; none keeps P uniform over the groups')
+    add('--group-weights', type=float, nargs='+', metavar='W',
+        help='with --shift none: how often each group is trained, one weight for each (default: all alike)')
     add('--shift-warmup-epochs', type=float, metavar='N', help='epochs before the shift begins (default: a tenth)')
     add('--shift-interval', type=int, default=config.shift_interval, metavar='N', help='updates between two shifts')
     add('--shift-batch-size', type=int, default=128, metavar='N', help='training, and held-out, images of a shift')
@@ -210,7 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--group-width', metavar='MACS', help="width of a budget group (default: '0.1G', or 8 groups if more)")
     add('--num-groups', type=int, metavar='N', help='number of budget groups instead')
     add('--generator-fit-steps', type=int, default=1000, metavar='N', help='steps on the resource term before training')
-    add('--generator-interval', type=int, default=config.generator_interval, metavar='N')
+    add('--generator-interval', type=int, default=config.generator_interval, metavar='N',
+        help='updates between two steps of the generator; 0 leaves it as it was fitted')
     add('--generator-images', type=int, default=config.generator_images, metavar='N')
     add('--generator-lr', type=float, default=config.generator_lr, metavar='LR')
     add('--resource-weight', type=float, default=config.resource_weight, metavar='X', help='lambda')
@@ -283,7 +291,8 @@ def open_data(args: argparse.Namespace) -> Data:
     mode = args.input_img_mode or ('L' if (args.in_chans or (args.input_size or [3])[0]) == 1 else 'RGB')
     open_split = partial(
         create_dataset, args.dataset, args.data_dir, class_map=args.class_map, download=args.dataset_download,
-        batch_size=args.batch_size, seed=args.seed, input_img_mode=mode)
+        batch_size=args.batch_size, seed=args.seed, input_img_mode=mode, glyphs=dict(
+            images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels))
     train = open_split(split=args.train_split, is_training=True)
     validation = open_split(split=args.val_split, is_training=False)
     classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
@@ -390,7 +399,9 @@ def create_task(args: argparse.Namespace, net: torch.nn.Module, shift_batches: S
     groups = BudgetGroups.of_space(space, width=width, count=args.num_groups)
     warmup = args.epochs / 10 if args.shift_warmup_epochs is None else args.shift_warmup_epochs
     task_config = ShiftNASConfig(
-        sampler=args.sampler, warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
+        sampler=args.sampler, archs_per_step=args.archs_per_step, sandwich=args.sandwich,
+        group_weights=args.group_weights and tuple(args.group_weights),
+        warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
         total_updates=args.epochs * updates_per_epoch, shift=args.shift, shift_interval=args.shift_interval,
         shift_lr=args.shift_lr, shift_momentum=args.shift_momentum, shift_floor=args.shift_floor,
         generator_interval=args.generator_interval, generator_images=args.generator_images,
@@ -520,7 +531,7 @@ class Trainer:
         """One epoch: a function of (seed, epoch) and of the state at its start."""
         args, task, accum = self.args, self.task, self.args.grad_accum_steps
         random_seed(stream(args.seed, 'epoch', epoch).initial_seed() % 2 ** 32)
-        losses = AverageMeter()
+        losses, started = AverageMeter(), time.perf_counter()
         task.get_trainable_module().train()
         self.optimizer.zero_grad()
         batches = len(self.train_loader)
@@ -545,7 +556,7 @@ class Trainer:
         if not math.isfinite(losses.avg):
             raise ValueError(
                 f'the training loss became {losses.avg} in epoch {epoch + 1}; lower --lr or clip with --clip-grad 1')
-        return dict(loss=losses.avg)
+        return dict(loss=losses.avg, seconds=time.perf_counter() - started)
 
     def backward(self, loss: torch.Tensor, ends_update: bool) -> None:
         args, parameters = self.args, self.task.get_clip_parameters(exclude_head='agc' in self.args.clip_mode)
@@ -598,6 +609,7 @@ class Trainer:
         print(report.format_table(rows), flush=True)
         report.write_budgets_csv(self.output / 'budgets.csv', rows)
         report.plot_accuracy(self.output / 'accuracy.png', rows)
+        report.write_shift_csv(self.output / 'shift.csv', task.history)
         noise = stream(args.seed, 'histogram', 0)
         uniform = macs(net.space, [net.space.sample(noise) for _ in range(2000)]).tolist()
         report.plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)

@@ -50,7 +50,7 @@ def train(task, shift_batches, updates, lr=1e-3, optimizer=None):
         result['loss'].backward()
         optimizer.step()
         optimizer.zero_grad()
-        archs.append(result['arch'])
+        archs += result['archs']
     return archs
 
 
@@ -147,7 +147,7 @@ def test_budgets_follow_p(fitted, shift_batches):
     budgets = task.groups.draw(torch.tensor([.0687, .0687, .8627]), 50, noise)  # 0.8 * softmax + 0.2 / 3
     torch.testing.assert_close(
         task.shift.probabilities, torch.tensor([.0687, .0687, .8627], dtype=torch.float64), rtol=0, atol=1e-4)
-    assert [task._next_arch() for _ in range(50)] == task.generator.sample(budgets, noise)
+    assert [arch for _ in range(50) for arch in task._next_archs()] == task.generator.sample(budgets, noise)
     assert float((budgets > task.groups.edges[2]).double().mean()) > .7
 
 

@@ -1,7 +1,7 @@
 """Images: timm's datasets with clear errors, a data source of our own, the held-out split, batches for shift scores.
 
-Everything that timm reads is read by timm. Added are `sklearn/digits` (real images that need no download), an error in
-place of timm's silent skip where an image file is broken, and views: parts of a dataset that have a transform of their
+Everything that timm reads is read by timm. Added are `sklearn/digits` (real images that need no download) and `glyphs`
+(rendered letters), an error in place of timm's silent skip where an image file is broken, and views: parts of a dataset that have a transform of their
 own, because timm's `create_loader` sets `transform` on the dataset it is given (which breaks `Subset`).
 """
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import os
 import tarfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm.data
@@ -20,6 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .glyphs import Glyphs
 
 __all__ = ['BrokenImageError', 'DatasetView', 'StepBatches', 'create_dataset', 'split_held_out']
 
@@ -43,13 +45,22 @@ class BrokenImageError(ValueError):
 # -- datasets ----------------------------------------------------------------------------------------------------------
 
 
-def create_dataset(name: str, root: str | os.PathLike | None, split: str, **kwargs: Any) -> Dataset:
+def create_dataset(
+        name: str,
+        root: str | os.PathLike | None,
+        split: str,
+        glyphs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+) -> Dataset:
     """A dataset by timm's name, or one of our own.
 
     Args:
-        name: 'sklearn/digits', or anything that `timm.data.create_dataset` takes ('' is a folder or tar of images).
-        root: Data folder; an image folder holds SPLIT/CLASS/IMAGE. Not used by 'sklearn/' names.
+        name: 'sklearn/digits', 'glyphs', or anything that `timm.data.create_dataset` takes ('' is a folder or tar of
+            images).
+        root: Data folder; an image folder holds SPLIT/CLASS/IMAGE. For 'glyphs' a folder of fonts, `None` for those of
+            matplotlib. Not used by 'sklearn/' names.
         split: Name of the split; timm's synonyms are understood. '' takes an image folder itself as the split.
+        glyphs: `images`, `difficulty` and `pixels` of 'glyphs'; see `glyphs.Glyphs`.
         **kwargs: Further arguments of `timm.data.create_dataset`; those that do not apply to a source are ignored by
             ours as they are by timm.
 
@@ -67,8 +78,12 @@ def create_dataset(name: str, root: str | os.PathLike | None, split: str, **kwar
     if source == 'sklearn':
         if rest != 'digits':
             raise ValueError(f"dataset {name!r} is unknown; the only one of this source is 'sklearn/digits'")
-        ours = {k: kwargs[k] for k in ('input_img_mode', 'transform', 'target_transform') if kwargs.get(k) is not None}
-        return Digits(split, **ours)
+        return Digits(split, **_ours(kwargs))
+    if name == 'glyphs':
+        if split not in TRAIN_SPLITS + EVAL_SPLITS:
+            raise ValueError(f"glyphs has no split {split!r}; choose 'train' or 'validation'")
+        return Glyphs(
+            'train' if split in TRAIN_SPLITS else 'validation', root or None, **dict(glyphs or {}, **_ours(kwargs)))
     root = None if root is None else os.fspath(root)
     is_files = source not in TIMM_SOURCES
     if is_files:
@@ -92,6 +107,12 @@ def create_dataset(name: str, root: str | os.PathLike | None, split: str, **kwar
         transform=dataset.transform,
         target_transform=dataset.target_transform,
     )
+
+
+def _ours(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of timm's arguments, those that our own sources take."""
+    names = ('input_img_mode', 'transform', 'target_transform')
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 class ImageFiles(ImageDataset):

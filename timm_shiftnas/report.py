@@ -1,4 +1,4 @@
-"""What a run reports: a table, a CSV file and two pictures, from plain rows.
+"""What a run reports: a table, two CSV files and two pictures, from plain rows.
 
 A *row* is one evaluated subnet, a dict with the keys
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from .complexity import format_count
 
-__all__ = ['format_table', 'plot_accuracy', 'plot_shift', 'write_budgets_csv']
+__all__ = ['format_table', 'plot_accuracy', 'plot_shift', 'write_budgets_csv', 'write_shift_csv']
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
@@ -57,6 +57,14 @@ def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({**{column: row[column] for column in COLUMNS}, 'arch': json.dumps(row['arch'])})
+
+
+def write_shift_csv(path: str | os.PathLike, history: Sequence[tuple[int, Sequence[float]]]) -> None:
+    """The distribution over groups as CSV: the optimizer update from which on it was in force, and P_1 ... P_K."""
+    with _whole_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['update', *(f'group {k + 1}' for k in range(len(history[0][1])))])
+        writer.writerows([update, *(f'{p:.6g}' for p in probabilities)] for update, probabilities in history)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ __all__ = [
 
 Batch = tuple[Tensor, Tensor]
 ShiftBatches = Callable[[int], tuple[Batch, Batch]]
+STEPS_DRAWN = 10  # updates whose archs come in one batch from a generator that does not change
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ class ShiftNASConfig:
 
     Args:
         sampler: 'shiftnas', or 'uniform' for the baseline (archs uniform, nothing learned).
+        archs_per_step: Archs that a micro-batch trains; its loss is the mean of theirs.
+        sandwich: Two of them are the largest and the smallest (Yu & Huang, Universally Slimmable Networks, ICCV 2019).
         warmup_sampler: During warm-up, archs from the 'generator' at uniform P, or 'uniform' (the paper's first step).
         warmup_updates: Length of the warm-up, in which P stays uniform.
         total_updates: Length of the training; the Gumbel temperature falls over it.
         shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation') or 'none'.
+        group_weights: With 'none', the fixed P is proportional to these, one for each group; `None` is uniform.
         shift_interval: Updates between two shifts.
         shift_lr: Rate of the shift, see `sampling.ProbabilityShift`.
         shift_momentum: Decay of the moving averages of the signal.
         shift_floor: Share of probability spread evenly over the groups.
         shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
-        generator_interval: Updates between two steps of the generator.
+        generator_interval: Updates between two steps of the generator; 0 leaves it as it was fitted.
         generator_images: Images of a micro-batch that the generator's task loss sees.
         generator_lr: Learning rate of the generator (Adam).
         resource_weight: Weight of the resource term beside the task loss (lambda).
@@ -62,10 +66,13 @@ class ShiftNASConfig:
         seed: Of everything that is drawn.
     """
     sampler: str = 'shiftnas'
+    archs_per_step: int = 1
+    sandwich: bool = False
     warmup_sampler: str = 'generator'
     warmup_updates: int = 0
     total_updates: int = 1
     shift: str = 'hypergradient'
+    group_weights: tuple[float, ...] | None = None
     shift_interval: int = 100
     shift_lr: float = 0.01
     shift_momentum: float = 0.8
@@ -84,10 +91,18 @@ class ShiftNASConfig:
         for name, allowed in (('sampler', ('shiftnas', 'uniform')), ('warmup_sampler', ('generator', 'uniform'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {allowed}')
-        for name in ('total_updates', 'shift_interval', 'generator_interval', 'generator_images', 'resource_batch',
+        for name in ('archs_per_step', 'total_updates', 'shift_interval', 'generator_images', 'resource_batch',
                      'accum_steps'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if self.generator_interval < 0:
+            raise ValueError(f'generator_interval={self.generator_interval} must be at least 1, or 0 for never')
+        if self.sandwich and self.archs_per_step < 3:
+            raise ValueError(
+                f'archs_per_step={self.archs_per_step} leaves a sandwich without filling: the largest and the smallest '
+                'arch are two of them; give 3 or more, such as 4')
+        if self.group_weights is not None and (self.shift != 'none' or self.sampler != 'shiftnas'):
+            raise ValueError("group_weights fix P, which needs sampler='shiftnas' and shift='none'")
 
 
 class ShiftNASTask(ClassificationTask):
@@ -134,7 +149,7 @@ class ShiftNASTask(ClassificationTask):
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
         self.shift = ProbabilityShift(
             len(groups), 'none' if config.sampler == 'uniform' else config.shift,
-            lr=config.shift_lr, momentum=config.shift_momentum, floor=config.shift_floor)
+            lr=config.shift_lr, momentum=config.shift_momentum, floor=config.shift_floor, weights=config.group_weights)
         self.history: list[tuple[int, list[float]]] = [(0, self.shift.probabilities.tolist())]
         self._micro_step = 0
         self._archs: deque[Arch] = deque()
@@ -155,21 +170,22 @@ class ShiftNASTask(ClassificationTask):
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        """Loss and logits of the arch that is due.
+        """Loss and logits of the archs that are due.
 
         Args:
             input: Images [B, C, H, W].
             target: Targets, as the criterion takes them.
 
         Returns:
-            'loss', 'output' (logits) and 'arch'.
+            'loss', 'archs' (a tuple) and 'output' (the logits of the first of them).
         """
         if self._micro_step % self.config.accum_steps == 0:
             self._learn_to_draw(input, target)
-        arch = self._next_arch()
+        archs = self._next_archs()
         self._micro_step += 1
-        output = self.trainable_module(input, arch)
-        return dict(loss=self.criterion(output, target), output=output, arch=arch)
+        outputs = [self.trainable_module(input, arch) for arch in archs]
+        loss = sum(self.criterion(output, target) for output in outputs) / len(outputs)
+        return dict(loss=loss, output=outputs[0], archs=archs)
 
     def end_update(self) -> None:
         """Tell that the optimizer has stepped; only needed where an update may have fewer micro-batches than others."""
@@ -177,26 +193,29 @@ class ShiftNASTask(ClassificationTask):
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def _next_arch(self) -> Arch:
+    def _next_archs(self) -> tuple[Arch, ...]:
         config = self.config
+        ends = (self.space.largest, self.space.smallest) if config.sandwich else ()
+        drawn = config.archs_per_step - len(ends)
         warmup = self.update < config.warmup_updates
         if config.sampler == 'uniform' or (warmup and config.warmup_sampler == 'uniform'):
             self._archs.clear()
-            return self.space.sample(stream(config.seed, 'arch', self._micro_step))
+            noise = stream(config.seed, 'arch', self._micro_step)
+            return (*ends, *(self.space.sample(noise) for _ in range(drawn)))
         if not self._archs:
             # The generator changes every generator_interval updates at most: until then, archs come in one batch.
             noise = stream(config.seed, 'arch', self._micro_step)
-            count = config.generator_interval * config.accum_steps
+            count = (config.generator_interval or STEPS_DRAWN) * config.accum_steps * drawn
             budgets = self.groups.draw(self.shift.probabilities, count, noise)
             self._archs.extend(self.generator.sample(budgets, noise))
-        return self._archs.popleft()
+        return (*ends, *(self._archs.popleft() for _ in range(drawn)))
 
     def _learn_to_draw(self, input: Tensor, target: Tensor) -> None:
         """The steps of the generator and of the shift that are due before this update."""
         config, update = self.config, self.update
         if config.sampler == 'uniform':
             return
-        if update % config.generator_interval == 0:
+        if config.generator_interval and update % config.generator_interval == 0:
             self._update_generator(input[:config.generator_images], target[:config.generator_images])
             self._archs.clear()
         if config.shift != 'none' and update and update % config.shift_interval == 0:

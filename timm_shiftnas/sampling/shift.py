@@ -12,6 +12,7 @@ interface (see `estimators`): a score per group from a pair of batches, turned i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,17 +33,23 @@ class ProbabilityShift:
         lr: Share of the way to its target that theta goes per update ('hypergradient').
         momentum: Decay of the moving averages of sizes, and (its fourth root) of the noise.
         floor: f, the share of probability that is spread evenly.
+        weights: With 'none', P is proportional to these [K], for good.
 
     Raises:
-        ValueError: If `signal` is unknown or a number is out of its range.
+        ValueError: If `signal` is unknown, a number is out of its range or the weights are no K positive numbers.
     """
 
     def __init__(self, num_groups: int, signal: str = 'hypergradient', lr: float = 0.01, momentum: float = 0.8,
-                 floor: float = 0.2) -> None:
+                 floor: float = 0.2, weights: Sequence[float] | None = None) -> None:
         if signal not in SIGNALS:
             raise ValueError(f'shift={signal!r} is unknown; choose one of {SIGNALS}')
         if not (0 < lr <= 1 and 0 <= momentum < 1 and 0 <= floor <= 1):
             raise ValueError(f'lr={lr} must be in (0, 1], momentum={momentum} in [0, 1), floor={floor} in [0, 1]')
+        if weights is not None and not (
+                len(weights) == num_groups and all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+            raise ValueError(
+                f'the group weights {list(weights)} must be {num_groups} numbers, none negative and not all 0')
+        self._fixed = None if weights is None else torch.tensor(weights, dtype=torch.float64) / sum(weights)
         self.num_groups, self.signal, self.lr, self.momentum, self.floor = num_groups, signal, lr, momentum, floor
         self.theta = torch.zeros(num_groups, dtype=torch.float64)
         self._mean = torch.zeros(num_groups, dtype=torch.float64)  # moving averages, biased towards zero at first
@@ -54,6 +61,8 @@ class ProbabilityShift:
     @property
     def probabilities(self) -> Tensor:
         """P, float64 [K]."""
+        if self._fixed is not None:
+            return self._fixed
         return (1 - self.floor) * self.theta.softmax(0) + self.floor / self.num_groups
 
     def observe(self, scores: Tensor) -> bool:

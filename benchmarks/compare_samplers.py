@@ -1,0 +1,192 @@
+"""Compare how archs are drawn in training: uniform, sandwich rule, generator with P uniform, three probability shifts.
+
+    python benchmarks/compare_samplers.py --task digits
+    python benchmarks/compare_samplers.py --task glyphs
+
+Paired seeds, equal images seen, and again at the training time of uniform sampling (`--match time`). Uniform sampling
+and the sandwich rule are reported twice: at the archs of the generator that was fitted to the resource constraint, and
+at the best of 25 archs per budget by held-out accuracy. `--alone` adds every group's subnet trained by itself: from
+scratch with all the steps, and fine-tuned from the weights it inherits. Writes `samplers_TASK.csv`, a table
+(`samplers_TASK.md`) and pictures.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import runs
+from runs import SAMPLERS, Run
+
+REFERENCE = 'generator'
+COLOURS = dict(zip(
+    ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
+     'variation', 'from scratch', 'fine-tuned'),
+    ('#b0b5bd', '#6f7680', '#e3c08a', '#b07d2b', '#1f5fa8', '#c23b3b', '#3f9a5f', '#8a4fb5', '#222222', '#d96fae')))
+
+
+def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
+    """What a training contributes to the table: a line per group, two where archs are searched."""
+    common = dict(task=run.task, match=match, seed=run.seed, epochs=run.epochs)
+    kinds = {run.name: runs.group_rows(folder)}
+    if 'uniform' in run.flags:
+        kinds = {run.name: generator_rows(run, folder), f'{run.name}, searched': runs.group_rows(folder)}
+    return [dict(common, method=kind.removesuffix('-time').replace('-time,', ','), **row)
+            for kind, rows in kinds.items() for row in rows]
+
+
+def generator_rows(run: Run, folder: Path) -> list[dict]:
+    """Rows of the generator's archs, where `train.py` has reported those of a search."""
+    path = folder / 'generator_archs.json'
+    if not path.exists():
+        sys.path.insert(0, str(runs.ROOT))
+        import torch
+        from timm.data import resolve_input_data_config
+
+        import timm_shiftnas
+        from timm_shiftnas.evaluation import evaluate_budgets
+        from timm_shiftnas.sampling import BudgetGroups
+        from train import create_loaders, open_data, parse_args
+
+        args = parse_args(run.command())
+        net, generator = timm_shiftnas.load_supernet(folder / 'model')
+        args.num_classes = net.num_classes
+        device = torch.device('cpu')
+        loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
+        groups = BudgetGroups.of_space(net.space, count=args.num_groups)
+        rows = evaluate_budgets(net, groups, generator.propose_many(groups.budgets), loader, device)
+        keep = [dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
+                for k, row in enumerate(rows) if row['budget'] is not None]
+        path.write_text(json.dumps(keep))
+    return json.loads(path.read_text())
+
+
+def alone(args: argparse.Namespace, reference: list[Run]) -> list[dict]:
+    """Every group's subnet of the reference trained by itself, from scratch and from inherited weights."""
+    jobs, outputs = [], []
+    for run in reference:
+        source = run.folder(args.output).resolve()
+        for method, epochs, options in (('from scratch', run.epochs, ['--from-scratch']),
+                                        ('fine-tuned', max(run.epochs // 5, 1), ['--lr', '5e-4', '--warmup-epochs', '1'])):
+            folder = source / method.replace(' ', '-')
+            argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
+                    '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), *options]
+            jobs.append((f'{run.task} {method} seed {run.seed}', folder, argv))
+            outputs.append((run, method, epochs, folder / 'subnets.json'))
+    runs.execute(jobs, args.jobs)
+    return [dict(task=run.task, match='images', seed=run.seed, epochs=epochs, method=method,
+                 **{name: row[name] for name in ('group', 'budget', 'macs', 'top1')})
+            for run, method, epochs, path in outputs for row in json.loads(path.read_text())]
+
+
+def scores(rows: list[dict], match: str) -> dict[str, dict[int, list[float]]]:
+    found: dict = defaultdict(dict)
+    for row in rows:
+        if row['match'] == match:
+            found[row['method']].setdefault(row['seed'], []).append(row['top1'])
+    return dict(found)
+
+
+def plot_curves(path: Path, rows: list[dict], match: str, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.6), dpi=100, layout='constrained')
+    ax = figure.add_subplot()
+    for method, by_seed in scores(rows, match).items():
+        lines = [[row for row in rows if (row['match'], row['method'], row['seed']) == (match, method, seed)]
+                 for seed in by_seed]
+        macs = [mean(row['macs'] for row in column) / 1e6 for column in zip(*lines)]
+        tops = [[row['top1'] for row in column] for column in zip(*lines)]
+        means = [mean(column) for column in tops]
+        ax.plot(macs, means, '-o', color=COLOURS[method], markersize=4, linewidth=1.6, label=method)
+        if len(lines) > 1:
+            errors = [stdev(column) for column in tops]
+            ax.fill_between(macs, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)],
+                            color=COLOURS[method], alpha=0.10, linewidth=0)
+    ax.set_xlabel('MMACs per image')
+    ax.set_ylabel('top-1 accuracy (%), mean ± standard deviation over seeds')
+    ax.set_title(title, loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(loc='lower right', frameon=False, ncols=2)
+    figure.savefig(path, format='png')
+
+
+def plot_shifts(path: Path, trained: list[tuple[Run, Path]]) -> None:
+    """P over time: a row per estimator, a column per seed, a line per group."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(run.name for run, _ in trained))
+    seeds = sorted({run.seed for run, _ in trained})
+    figure = Figure(figsize=(9, 2.2 * len(methods)), dpi=100, layout='constrained')
+    axes = figure.subplots(len(methods), len(seeds), sharex=True, sharey=True, squeeze=False)
+    for run, folder in trained:
+        history = runs.read_csv(folder / 'shift.csv')
+        names = [name for name in history[0] if name != 'update']
+        ax = axes[methods.index(run.name)][seeds.index(run.seed)]
+        for k, name in enumerate(names):
+            ax.plot([int(row['update']) for row in history], [float(row[name]) * len(names) for row in history],
+                    color=colormaps['viridis'](k / max(len(names) - 1, 1)), linewidth=1.3, label=name)
+        ax.set_title(f'{run.name}, seed {run.seed}', loc='left', fontsize=9)
+        ax.axhline(1, color='#222222', linewidth=0.6, linestyle=':')
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[-1][0].set_xlabel('training update')
+    axes[0][0].set_ylabel('P relative to uniform')
+    axes[0][-1].legend(loc='upper left', fontsize=6, ncols=2, frameon=False)
+    figure.savefig(path, format='png')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    runs.add_arguments(parser)
+    parser.add_argument('--samplers', nargs='+', default=list(SAMPLERS), choices=list(SAMPLERS), metavar='NAME')
+    parser.add_argument('--match', nargs='+', default=['images', 'time'], choices=('images', 'time'),
+                        help='equal images seen, equal training time, or both')
+    parser.add_argument('--alone', action='store_true', help="also train every group's subnet by itself")
+    args = parser.parse_args()
+    epochs = args.epochs or runs.EPOCHS[args.task]
+    equal_images = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
+                    for seed in range(args.seeds) for name in args.samplers]
+    runs.train(equal_images, args.output, args.jobs)
+    done = [(run, run.folder(args.output), 'images') for run in equal_images]
+    lengths = {}
+    if 'time' in args.match:
+        # of the seeds together: the time of single epochs is noisy
+        cost = {name: mean(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
+                for name in args.samplers}
+        lengths = {name: min(max(round(epochs * cost['uniform'] / cost[name]), 1), epochs) for name in args.samplers}
+        print('epochs at the time of uniform sampling:', lengths, file=sys.stderr)
+        equal_time = [Run(f'{name}-time', args.task, tuple(SAMPLERS[name]), seed, lengths[name])
+                      for seed in range(args.seeds) for name in args.samplers if lengths[name] != epochs]
+        runs.train(equal_time, args.output, args.jobs)
+        done += [(run, run.folder(args.output), 'time') for run in equal_time]
+        done += [(run, run.folder(args.output), 'time') for run in equal_images if lengths[run.name] == epochs]
+    rows = [row for run, folder, match in done for row in rows_of(run, folder, match)]
+    if args.alone:
+        rows += alone(args, [run for run in equal_images if run.name == REFERENCE])
+    names = list(COLOURS)
+    rows.sort(key=lambda row: (row['match'], names.index(row['method']), row['seed'], row['group']))
+    runs.write_csv(args.results / f'samplers_{args.task}.csv', [
+        dict(task=row['task'], match=row['match'], method=row['method'], seed=row['seed'], epochs=row['epochs'],
+             group=row['group'], budget=row['budget'], macs=row['macs'], top1=round(row['top1'], 3)) for row in rows])
+    tables = [f'Equal images seen ({epochs} epochs):', runs.paired_table(scores(rows, 'images'), REFERENCE)]
+    plot_curves(args.results / f'samplers_{args.task}.png', rows, 'images', f'{args.task}: equal images seen')
+    if lengths:
+        said = ', '.join(f'{name} {length}' for name, length in lengths.items())
+        tables += [f'Equal training time (epochs: {said}):', runs.paired_table(scores(rows, 'time'), REFERENCE)]
+        plot_curves(args.results / f'samplers_{args.task}_time.png', rows, 'time', f'{args.task}: equal training time')
+    shifts = [(run, folder) for run, folder, match in done
+              if match == 'images' and run.name in ('hypergradient', 'grad_norm', 'variation')]
+    if shifts:
+        plot_shifts(args.results / f'shift_{args.task}.png', shifts)
+    text = '\n\n'.join(tables) + '\n'
+    (args.results / f'samplers_{args.task}.md').write_text(text)
+    print(text)
+
+
+if __name__ == '__main__':
+    main()

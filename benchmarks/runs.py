@@ -1,0 +1,197 @@
+"""What the benchmarks share: trainings by `train.py`, each in a process of its own, and statistics of paired seeds.
+
+A training is a name and flags. It counts as done when its folder holds `done.json`, which is written last; an
+interrupted one goes on from its last checkpoint. So every benchmark can be stopped and started again.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Data and recipe that all samplers share. The share held out is equal, so that all see the same training images.
+COMMON = '''
+    --model test_shiftformer_supernet --workers 0 --batch-size 64 --lr 2e-3 --smoothing 0.1 --hflip 0 --color-jitter 0
+    --num-groups 8 --held-out 0.05 --shift-interval 20 --shift-batch-size 64 --shift-lr 0.1
+    --checkpoint-hist 1 --log-interval 1000'''.split()
+TASKS = dict(
+    digits='--dataset sklearn/digits --warmup-epochs 3 --scale 0.6 1 --ratio 0.8 1.25'.split(),
+    glyphs='''--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --warmup-epochs 1 --scale 0.8 1
+        --ratio 0.9 1.1'''.split(),
+)
+EPOCHS = dict(digits=40, glyphs=16)
+SAMPLERS = dict(
+    uniform='--sampler uniform'.split(),
+    sandwich='--sampler uniform --sandwich --archs-per-step 4'.split(),
+    generator='--shift none'.split(),
+    hypergradient='--shift hypergradient'.split(),
+    grad_norm='--shift grad_norm'.split(),
+    variation='--shift variation'.split(),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training by `train.py`.
+
+    Args:
+        name: What is trained; runs of one name differ in their seeds and are averaged.
+        task: A key of TASKS.
+        flags: Of `train.py`, beyond those of the task.
+        seed: Runs of equal seeds are paired: they share the held-out split, the initial weights and the image order.
+        epochs: Length, by default that of the task.
+    """
+    name: str
+    task: str
+    flags: tuple[str, ...]
+    seed: int
+    epochs: int
+
+    def folder(self, output: Path) -> Path:
+        return output / self.task / self.name / f'seed{self.seed}'
+
+    def command(self) -> list[str]:
+        """Flags of `train.py` without those of its output."""
+        return [*COMMON, *TASKS[self.task], '--epochs', str(self.epochs), '--val-interval', str(self.epochs),
+                '--seed', str(self.seed), *self.flags]
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
+    """The flags of every benchmark that trains."""
+    parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
+    parser.add_argument('--seeds', type=int, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
+    parser.add_argument('--epochs', type=int, metavar='N', help='length (default: 40 of digits, 16 of glyphs)')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
+    parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N', help='processes, of one thread each')
+
+
+def single_thread() -> dict[str, str]:
+    """Environment of a process that keeps to one core."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+
+
+def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None:
+    """Run commands, (title, folder, argv) each, whose folders are not done yet; stop at the first that fails.
+
+    Raises:
+        SystemExit: With the end of the log of a command that failed.
+    """
+    todo = [job for job in jobs if not (job[1] / 'done.json').exists()]
+    print(f'{len(jobs)} runs, {len(jobs) - len(todo)} of them done', file=sys.stderr, flush=True)
+    failed: list[str] = []
+
+    def start(job: tuple[str, Path, list[str]]) -> None:
+        title, folder, argv = job
+        if failed:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = time.monotonic()
+        with open(folder / 'log.txt', 'a') as log:
+            code = subprocess.run(argv, stdout=log, stderr=log, env=single_thread(), cwd=ROOT).returncode
+        if code:
+            failed.append(f'{title}: exit code {code}\n' + '\n'.join((folder / 'log.txt').read_text().splitlines()[-5:]))
+            return
+        temporary = folder / '.done.tmp'
+        temporary.write_text(json.dumps(dict(command=argv[1:], seconds=time.monotonic() - begun)))
+        temporary.replace(folder / 'done.json')
+        print(f'{time.strftime("%H:%M:%S")}  {title}  {time.monotonic() - begun:.0f} s', file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(start, todo))
+    if failed:
+        sys.exit(failed[0])
+
+
+def train(runs: Iterable[Run], output: Path, processes: int) -> None:
+    """Train what is not trained yet."""
+    output, jobs = output.resolve(), []
+    for run in dict.fromkeys(runs):
+        folder = run.folder(output)
+        argv = [sys.executable, 'train.py', *run.command(), '--output', str(folder.parent), '--experiment', folder.name]
+        if (folder / 'last.pth.tar').exists():
+            argv += ['--resume', str(folder / 'last.pth.tar')]
+        jobs.append((f'{run.task} {run.name} seed {run.seed}', folder, argv))
+    execute(jobs, processes)
+
+
+# -- reading what was trained ------------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Rows under the keys of the first, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with open(temporary, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def group_rows(folder: Path) -> list[dict]:
+    """Group, budget, MACs and top-1 of the subnets that serve the groups of a finished training."""
+    return [dict(group=int(row['name'].split()[1]), budget=float(row['budget']), macs=int(row['macs']),
+                 top1=float(row['top1'])) for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
+
+
+def seconds_per_epoch(folder: Path) -> float:
+    """Median training time of an epoch, evaluation aside."""
+    return median(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean of paired differences and the half width of its confidence interval (Student's t); NaN for one seed."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return mean(values), math.nan
+    return mean(values), float(t.ppf(0.5 + level / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def spread(values: Sequence[float]) -> str:
+    return f'{mean(values):.2f} ± {stdev(values):.2f}' if len(values) > 1 else f'{values[0]:.2f}'
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [header, ['---'] * len(header), *lines])
+
+
+def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> str:
+    """Top-1 by method: mean over budgets, at both ends, and the paired difference of the means from a reference.
+
+    Args:
+        scores: Per method and seed the top-1 at every budget, smallest first.
+        reference: The method that differences are taken from, over the seeds that both have.
+    """
+    lines = []
+    for method, by_seed in scores.items():
+        means = {seed: mean(values) for seed, values in by_seed.items()}
+        base = {seed: mean(values) for seed, values in scores[reference].items()}
+        paired = [means[seed] - base[seed] for seed in means if seed in base]
+        difference = '' if method == reference else '{:+.2f} ± {:.2f}'.format(*interval(paired))
+        lines.append([method, str(len(means)), spread([v[0] for v in by_seed.values()]),
+                      spread([v[-1] for v in by_seed.values()]), spread(list(means.values())), difference])
+    header = ['method', 'seeds', 'smallest budget', 'largest budget', 'mean over budgets',
+              f'paired difference from {reference} (95%)']
+    return markdown_table(header, lines)

@@ -1,0 +1,90 @@
+"""Train the subnets that a supernet's generator proposes by themselves: from scratch, or from inherited weights.
+
+    python benchmarks/train_subnet.py --supernet output/NAME/model --results-file subnets.json --epochs 5 --lr 5e-4 FLAGS
+
+FLAGS are those of `train.py` (data, batch size, learning rate, augmentation). `--archs FILE` takes a JSON list of archs
+instead. Results are kept from subnet to subnet, so that an interrupted run goes on with the next.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationTask
+from timm.utils import random_seed
+
+import timm_shiftnas
+from timm_shiftnas.evaluation import evaluate
+from timm_shiftnas.sampling import BudgetGroups, stream
+from train import create_loaders, create_supernet, open_data, parse_args, scaled_lr
+
+
+def train(net: torch.nn.Module, loaders, args: argparse.Namespace, device: torch.device) -> None:
+    """As `train.py` trains a supernet, less the choice of archs; images and augmentation are those of its seed."""
+    task = ClassificationTask(net, criterion_kwargs=dict(loss_type='ce', smoothing=args.smoothing), device=device,
+                              verbose=False)
+    optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=args))
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loaders[0]))
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        random_seed(stream(args.seed, 'epoch', epoch).initial_seed() % 2 ** 32)
+        net.train()
+        for images, targets in loaders[0]:
+            task(images, targets)['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--supernet', required=True, metavar='DIR', help='model directory that train.py wrote')
+    parser.add_argument('--archs', type=Path, metavar='FILE', help='JSON list of archs (default: one per group)')
+    parser.add_argument('--from-scratch', action='store_true', help='new weights instead of inherited ones')
+    parser.add_argument('--results-file', type=Path, required=True, metavar='FILE')
+    own, flags = parser.parse_known_args()
+    args = parse_args(flags)
+    timm.utils.setup_default_logging()
+    device = torch.device(args.device)
+    net, generator = timm_shiftnas.load_supernet(own.supernet)
+    space, args.num_classes = net.space, net.num_classes
+    if own.archs:
+        targets = [(None, None, space.from_dict(arch)) for arch in json.loads(own.archs.read_text())]
+    else:
+        groups = BudgetGroups.of_space(space, count=args.num_groups)
+        archs = generator.propose_many(groups.budgets)
+        targets = [(k + 1, budget, arch) for k, (budget, arch) in enumerate(zip(groups.budgets, archs))]
+    results = json.loads(own.results_file.read_text()) if own.results_file.exists() else []
+    config = resolve_input_data_config(net, vars(args))
+    data = open_data(args)
+    args.lr = scaled_lr(args)
+    for number, (group, budget, arch) in enumerate(targets):
+        if number < len(results):
+            continue
+        random_seed(args.seed)
+        loaders = create_loaders(args, data, config, device)
+        plain = timm_shiftnas.extract(net, arch).to(device)
+        inherited = evaluate(plain, loaders[1], device)[0]
+        if own.from_scratch:
+            plain = timm_shiftnas.extract(create_supernet(args, device), arch)
+        train(plain, loaders, args, device)
+        results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
+                            top1=evaluate(plain, loaders[1], device)[0]))
+        logging.getLogger('train').info(f'{json.dumps(results[-1])}')
+        own.results_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = own.results_file.with_suffix('.tmp')
+        temporary.write_text(json.dumps(results))
+        temporary.replace(own.results_file)
+
+
+if __name__ == '__main__':
+    main()
