@@ -22,6 +22,7 @@ import runs
 from runs import SAMPLERS, Run
 
 REFERENCE = 'generator'
+GROUPS = 8
 COLOURS = dict(zip(
     ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
      'variation', 'from scratch', 'fine-tuned'),
@@ -33,35 +34,9 @@ def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
     common = dict(task=run.task, match=match, seed=run.seed, epochs=run.epochs)
     kinds = {run.name: runs.group_rows(folder)}
     if 'uniform' in run.flags:
-        kinds = {run.name: generator_rows(run, folder), f'{run.name}, searched': runs.group_rows(folder)}
+        kinds = {run.name: runs.rows_at(run, folder, GROUPS), f'{run.name}, searched': runs.group_rows(folder)}
     return [dict(common, method=kind.removesuffix('-time').replace('-time,', ','), **row)
             for kind, rows in kinds.items() for row in rows]
-
-
-def generator_rows(run: Run, folder: Path) -> list[dict]:
-    """Rows of the generator's archs, where `train.py` has reported those of a search."""
-    path = folder / 'generator_archs.json'
-    if not path.exists():
-        sys.path.insert(0, str(runs.ROOT))
-        import torch
-        from timm.data import resolve_input_data_config
-
-        import timm_shiftnas
-        from timm_shiftnas.evaluation import evaluate_budgets
-        from timm_shiftnas.sampling import BudgetGroups
-        from train import create_loaders, open_data, parse_args
-
-        args = parse_args(run.command())
-        net, generator = timm_shiftnas.load_supernet(folder / 'model')
-        args.num_classes = net.num_classes
-        device = torch.device('cpu')
-        loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
-        groups = BudgetGroups.of_space(net.space, count=args.num_groups)
-        rows = evaluate_budgets(net, groups, generator.propose_many(groups.budgets), loader, device)
-        keep = [dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
-                for k, row in enumerate(rows) if row['budget'] is not None]
-        path.write_text(json.dumps(keep))
-    return json.loads(path.read_text())
 
 
 def alone(args: argparse.Namespace, reference: list[Run]) -> list[dict]:

@@ -152,6 +152,33 @@ def group_rows(folder: Path) -> list[dict]:
                  top1=float(row['top1'])) for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
 
 
+def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
+    """As `group_rows`, at the generator's archs for `groups` budgets, whatever the training served; kept in the folder.
+    """
+    path = folder / f'generator_archs_{groups}.json'
+    if not path.exists():
+        sys.path.insert(0, str(ROOT))
+        import torch
+        from timm.data import resolve_input_data_config
+
+        import timm_shiftnas
+        from timm_shiftnas.evaluation import evaluate_budgets
+        from timm_shiftnas.sampling import BudgetGroups
+        from train import create_loaders, open_data, parse_args
+
+        args = parse_args(run.command())
+        net, generator = timm_shiftnas.load_supernet(folder / 'model')
+        args.num_classes = net.num_classes
+        device = torch.device('cpu')
+        loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
+        budgets = BudgetGroups.of_space(net.space, count=groups)
+        rows = evaluate_budgets(net, budgets, generator.propose_many(budgets.budgets), loader, device)
+        path.write_text(json.dumps([
+            dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
+            for k, row in enumerate(rows) if row['budget'] is not None]))
+    return json.loads(path.read_text())
+
+
 def seconds_per_epoch(folder: Path) -> float:
     """Median training time of an epoch, evaluation aside."""
     return median(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))

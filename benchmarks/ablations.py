@@ -1,0 +1,115 @@
+"""Ablations, one command each: what a setting of ShiftNAS changes, over paired seeds.
+
+    python benchmarks/ablations.py group-width
+    python benchmarks/ablations.py room
+
+All variants of an experiment are measured at the same eight budgets; differences are paired with the variant that is
+named first. Writes `ablation_EXPERIMENT_TASK.csv` and a table `.md`. `room` asks what there is to win for any
+probability shift: it trains at fixed P, with twice its share or everything for one group, or tilted to one end.
+"""
+from __future__ import annotations
+
+import argparse
+from statistics import mean
+
+import runs
+from runs import SAMPLERS, Run
+
+SHIFT, EVEN = SAMPLERS['hypergradient'], SAMPLERS['generator']
+GROUPS = 8
+
+
+def weights(*values: float) -> list[str]:
+    return [*EVEN, '--group-weights', *map(str, values)]
+
+
+def boosted(group: int, factor: float) -> list[str]:
+    """P with `factor` times its even share for one group, and what is left shared by the others."""
+    other = (GROUPS - factor) / (GROUPS - 1)
+    return weights(*(factor if k == group else other for k in range(1, GROUPS + 1)))
+
+
+# experiment -> variant -> flags; the first variant is the reference
+EXPERIMENTS = {
+    'group-width': {
+        '8 groups': SHIFT, '4 groups': [*SHIFT, '--num-groups', '4'], '16 groups': [*SHIFT, '--num-groups', '16'],
+    },
+    'shift-interval': {
+        'no shift': EVEN, 'every 20': SHIFT,
+        **{f'every {n}': [*SHIFT, '--shift-interval', str(n)] for n in (50, 100, 500, 1000)},
+    },
+    'estimator': {'no shift': EVEN, **{name: SAMPLERS[name] for name in ('hypergradient', 'grad_norm', 'variation')}},
+    'generator': {
+        'trained': EVEN, 'fitted only': [*EVEN, '--generator-interval', '0'],
+    },
+    'lambda': {
+        'lambda 1000': EVEN,
+        **{f'lambda {n}': [*EVEN, '--resource-weight', str(n)] for n in (10, 100, 10_000)},
+    },
+    'warmup-sampler': {
+        'generator': SHIFT, 'uniform': [*SHIFT, '--warmup-sampler', 'uniform'],
+    },
+    'room': {
+        'even': EVEN,
+        **{f'group {k} twice': boosted(k, 2) for k in (1, 3, 6, 8)},
+        **{f'group {k} alone': boosted(k, GROUPS) for k in (1, 3, 6, 8)},
+        'tilted to small': weights(*(2 ** (1 - 2 * k / 7) for k in range(8))),  # twice to half the even share
+        'tilted to large': weights(*(2 ** (2 * k / 7 - 1) for k in range(8))),
+    },
+}
+
+
+def folder_name(flags: list[str]) -> str:
+    """One folder per setting, so that experiments share their trainings."""
+    for name, known in SAMPLERS.items():
+        if flags == known:
+            return name
+    return '_'.join(flag.lstrip('-').replace('.', 'p') for flag in flags)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('experiment', choices=tuple(EXPERIMENTS))
+    runs.add_arguments(parser)
+    args = parser.parse_args()
+    epochs = args.epochs or runs.EPOCHS[args.task]
+    output = args.output if epochs == runs.EPOCHS[args.task] else args.output / f'{epochs}epochs'
+    variants = EXPERIMENTS[args.experiment]
+    trained = {name: [Run(folder_name(flags), args.task, tuple(flags), seed, epochs) for seed in range(args.seeds)]
+               for name, flags in variants.items()}
+    runs.train([run for seed in range(args.seeds) for by_seed in trained.values() for run in by_seed[seed:seed + 1]],
+               output, args.jobs)
+    rows, scores = [], {}
+    for name, by_seed in trained.items():
+        found = {run.seed: runs.rows_at(run, run.folder(output), GROUPS) for run in by_seed}
+        scores[name] = {seed: [row['top1'] for row in measured] for seed, measured in found.items()}
+        rows += [dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs, **row)
+                 for seed, measured in found.items() for row in measured]
+    reference = next(iter(variants))
+    stem = f'ablation_{args.experiment}_{args.task}'
+    runs.write_csv(args.results / f'{stem}.csv', [{**row, 'top1': round(row['top1'], 3)} for row in rows])
+    text = f'{args.task}, {epochs} epochs:\n\n' + runs.paired_table(scores, reference) + '\n'
+    if args.experiment == 'room':
+        text += '\n' + room_table(scores) + '\n'
+    (args.results / f'{stem}.md').write_text(text)
+    print(text)
+
+
+def room_table(scores: dict[str, dict[int, list[float]]]) -> str:
+    """What a group gains from its own share, and what all groups gain on average; paired differences from even P."""
+    lines = []
+    for name, by_seed in scores.items():
+        if not name.startswith('group'):
+            continue
+        group = int(name.split()[1]) - 1
+        pairs = [(values, scores['even'][seed]) for seed, values in by_seed.items()]
+        own = runs.interval([values[group] - even[group] for values, even in pairs])
+        others = runs.interval([
+            mean(v for k, v in enumerate(values) if k != group) - mean(v for k, v in enumerate(even) if k != group)
+            for values, even in pairs])
+        lines.append([name, '{:+.2f} ± {:.2f}'.format(*own), '{:+.2f} ± {:.2f}'.format(*others)])
+    return runs.markdown_table(['share', 'that group gains (95%)', 'the others gain (95%)'], lines)
+
+
+if __name__ == '__main__':
+    main()
