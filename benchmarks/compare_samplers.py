@@ -45,7 +45,7 @@ def alone(args: argparse.Namespace, reference: list[Run]) -> list[dict]:
     for run in reference:
         source = run.folder(args.output).resolve()
         for method, epochs, options in (('from scratch', run.epochs, ['--from-scratch']),
-                                        ('fine-tuned', max(run.epochs // 5, 1), ['--lr', '5e-4', '--warmup-epochs', '1'])):
+                                        ('fine-tuned', max(run.epochs // 5, 1), ['--lr', '2e-3'])):
             folder = source / method.replace(' ', '-')
             argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
                     '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), *options]

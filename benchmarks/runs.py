@@ -21,17 +21,17 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Data and recipe that all samplers share. The share held out is equal, so that all see the same training images.
+# Data and recipe that all samplers share. The share held out is equal, so that all see the same training images. Muon,
+# because it learns in 700 updates what AdamW does not in 2,000.
 COMMON = '''
-    --model test_shiftformer_supernet --workers 0 --batch-size 64 --lr 2e-3 --smoothing 0.1 --hflip 0 --color-jitter 0
-    --num-groups 8 --held-out 0.05 --shift-interval 20 --shift-batch-size 64 --shift-lr 0.1
-    --checkpoint-hist 1 --log-interval 1000'''.split()
+    --model test_shiftformer_supernet --workers 0 --batch-size 64 --opt muon --lr 1e-2 --warmup-epochs 1
+    --warmup-lr 5e-4 --smoothing 0.1 --hflip 0 --color-jitter 0 --num-groups 8 --held-out 0.05
+    --shift-interval 20 --shift-batch-size 64 --shift-lr 0.1 --checkpoint-hist 1 --log-interval 1000'''.split()
 TASKS = dict(
-    digits='--dataset sklearn/digits --warmup-epochs 3 --scale 0.6 1 --ratio 0.8 1.25'.split(),
-    glyphs='''--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --warmup-epochs 1 --scale 0.8 1
-        --ratio 0.9 1.1'''.split(),
+    digits='--dataset sklearn/digits --scale 0.6 1 --ratio 0.8 1.25'.split(),
+    glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
 )
-EPOCHS = dict(digits=40, glyphs=16)
+EPOCHS = dict(digits=30, glyphs=8)
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
     sandwich='--sampler uniform --sandwich --archs-per-step 4'.split(),
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     """The flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
     parser.add_argument('--seeds', type=int, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
-    parser.add_argument('--epochs', type=int, metavar='N', help='length (default: 40 of digits, 16 of glyphs)')
+    parser.add_argument('--epochs', type=int, metavar='N', help='length (default: 30 of digits, 8 of glyphs)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N', help='processes, of one thread each')

@@ -1,4 +1,5 @@
 """ShiftNASTask on the real test supernet with real images."""
+import math
 import random
 
 import numpy as np
@@ -151,6 +152,49 @@ def test_budgets_follow_p(fitted, shift_batches):
     assert float((budgets > task.groups.edges[2]).double().mean()) > .7
 
 
+def test_sandwich_trains_both_ends_and_others(fitted, shift_batches):
+    """Loss and gradient are the mean over the largest, the smallest and archs drawn by the sampler."""
+    task = make_task(fitted, None, sampler='uniform', archs_per_step=4, sandwich=True, seed=6)
+    net, (images, targets) = task.get_trainable_module(), shift_batches(0)[0]
+    noise = stream(6, 'arch', 0)
+    expected = (net.space.largest, net.space.smallest, net.space.sample(noise), net.space.sample(noise))
+    result = task(images, targets)
+    assert result['archs'] == expected
+    torch.testing.assert_close(result['output'], net(images, net.space.largest))
+    result['loss'].backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    losses = [F.cross_entropy(net(images, arch), targets) for arch in expected]
+    for loss in losses:
+        (loss / 4).backward()
+    torch.testing.assert_close(result['loss'], torch.stack(losses).mean())
+    for p, gradient in zip(net.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_several_archs_of_the_generator(fitted, shift_batches):
+    task = make_task(fitted, None, shift='none', archs_per_step=3, generator_interval=5, seed=8)
+    noise = stream(8, 'arch', 0)
+    drawn = task.generator.sample(task.groups.draw(task.shift.probabilities, 15, noise), noise)
+    assert [arch for _ in range(5) for arch in task._next_archs()] == drawn
+
+
+def test_fixed_weights_of_groups(fitted):
+    task = make_task(fitted, None, shift='none', group_weights=(1., 0., 3.))
+    assert task.shift.probabilities.tolist() == [.25, 0., .75] == task.history[0][1]
+    for wrong in ((1., 2.), (0., 0., 0.), (1., -1., 1.), (1., math.nan, 1.)):
+        with pytest.raises(ValueError, match='group weights .* must be 3 numbers'):
+            make_task(fitted, None, shift='none', group_weights=wrong)
+
+
+def test_the_generator_may_stay_as_fitted(fitted, shift_batches):
+    task = make_task(fitted, None, shift='none', generator_interval=0)
+    before = {name: value.clone() for name, value in task.generator.state_dict().items()}
+    archs = train(task, shift_batches, 12)
+    assert all(torch.equal(value, before[name]) for name, value in task.generator.state_dict().items())
+    assert len(set(archs)) > 3
+
+
 def test_warmup_keeps_p_uniform_and_measures_noise(fitted, shift_batches):
     task = make_task(fitted, shift_batches, warmup_updates=9, warmup_sampler='uniform', seed=2)
     archs = train(task, shift_batches, 9)
@@ -267,6 +311,8 @@ def test_parts_must_fit(fitted, shift_batches):
                      shift_batches=shift_batches)
     with pytest.raises(ValueError, match='shift_batches'):
         ShiftNASTask(task.get_trainable_module(), config=task.config, generator=task.generator, groups=task.groups)
-    for wrong in (dict(sampler='x'), dict(warmup_sampler='x'), dict(shift_interval=0), dict(accum_steps=0)):
+    for wrong in (dict(sampler='x'), dict(warmup_sampler='x'), dict(shift_interval=0), dict(accum_steps=0),
+                  dict(archs_per_step=0), dict(archs_per_step=2, sandwich=True), dict(generator_interval=-1),
+                  dict(group_weights=(1.,)), dict(group_weights=(1.,), shift='none', sampler='uniform')):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShiftNASConfig(**wrong)

@@ -70,7 +70,8 @@ def same(a, b, where=''):
 def test_writes_what_it_promises(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
-    assert {'summary.csv', 'budgets.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar', 'args.yaml'} <= names
+    assert {'summary.csv', 'budgets.csv', 'shift.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar',
+            'args.yaml'} <= names
     assert not [name for name in names if 'tmp' in name]
     for name in ('accuracy.png', 'shift.png'):
         assert min(Image.open(output / name).size) > 300
@@ -82,6 +83,12 @@ def test_writes_what_it_promises(finished):
     assert all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
     top1 = [float(row['top1']) for row in rows[1:-1]]
     assert float(summary[2]['eval_top1']) == pytest.approx(sum(top1) / 3, abs=.01)
+    assert all(float(row['train_seconds']) > 0 for row in summary)
+    shifts = list(csv.DictReader((output / 'shift.csv').open()))
+    history = load(output / 'last.pth.tar')['task_state']['history']
+    assert [int(row['update']) for row in shifts] == [update for update, _ in history] and len(shifts) > 3
+    for row, (_, p) in zip(shifts, history):
+        assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
 def test_the_model_directory_is_what_was_evaluated(finished):

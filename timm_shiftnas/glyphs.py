@@ -37,7 +37,7 @@ class Glyphs(Dataset):
         fonts: A font file's folder, searched with all below it for .ttf and .otf; `None` takes those of matplotlib.
         images: Training images; there are a quarter as many for validation. Rounded up to a multiple of the classes.
         difficulty: From 0 (upright, centred, full contrast) to 1 (turned by up to 40 degrees, sheared, half the size,
-            faint, noisy).
+            faint, noisy, half of them dark on light).
         pixels: Height and width of the images.
         input_img_mode: Mode of the PIL images, as in timm: 'RGB' or 'L'.
         transform: Applied to the image.
@@ -179,7 +179,8 @@ def _draw(stencil: Image.Image, rng: np.random.Generator, difficulty: float, pix
     zoom = STENCIL / pixels / (1 - 0.5 * difficulty * scale)  # stencil pixels per image pixel
     a, b = zoom * math.cos(angle), zoom * math.sin(angle)
     matrix = (a + shear * b, b, -b + shear * a, a)  # of the inverse map, from the image to the stencil
-    centre = (pixels / 2 + 0.15 * difficulty * pixels * (2 * dx - 1), pixels / 2 + 0.15 * difficulty * pixels * (2 * dy - 1))
+    wander = 0.15 * difficulty * pixels
+    centre = pixels / 2 + wander * (2 * dx - 1), pixels / 2 + wander * (2 * dy - 1)
     offset = (STENCIL / 2 - matrix[0] * centre[0] - matrix[1] * centre[1],
               STENCIL / 2 - matrix[2] * centre[0] - matrix[3] * centre[1])
     # shrinking by more than two reads too few pixels of the stencil; twice the size and a box filter read them all
@@ -188,6 +189,6 @@ def _draw(stencil: Image.Image, rng: np.random.Generator, difficulty: float, pix
     letter = np.asarray(drawn.reduce(2), dtype=np.float32) / 255
     contrast = 1 - 0.85 * difficulty * contrast
     low = (1 - contrast) * level
-    picture = low + contrast * (1 - letter if difficulty and inverted < 0.5 else letter)
+    picture = low + contrast * (1 - letter if inverted < difficulty / 2 else letter)
     picture = picture + 0.25 * difficulty * rng.standard_normal(picture.shape, dtype=np.float32)
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)

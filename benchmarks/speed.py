@@ -1,0 +1,255 @@
+"""What things cost: ratios of medians from one interleaved run each.
+
+    python benchmarks/speed.py supernet            # supernet at an arch / the extracted network
+    python benchmarks/speed.py step                # a ShiftNAS step / a uniform step, and its parts
+    python benchmarks/speed.py per-mac             # time per MAC / that of timm's vit_tiny_patch16_224
+    python benchmarks/speed.py relative-position   # fused attention / gathered tables
+    python benchmarks/speed.py generator           # seconds of fit(), milliseconds of propose(), for T, S and B
+
+`--device cuda --amp` measures bf16 autocast; `--torchcompile` compares with compiled networks where that applies. Images
+per second and the share of the matrix rate (of a large matrix product of the same type, measured in the same run) are
+printed with the ratios.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_shiftnas
+from timm_shiftnas.generator import ArchitectureGenerator
+from timm_shiftnas.layers import RelativePosition2d
+from timm_shiftnas.sampling import BudgetGroups
+from timm_shiftnas.space import Arch
+from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
+
+REAL = ('shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet')
+PATCHES = dict(grid_size=(14, 14), num_prefix=1, max_distance=14)
+
+
+class Bench:
+    """Where and how things are timed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16) if args.amp else nullcontext
+        self._rate: float | None = None
+
+    def synchronize(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def interleave(self, cases: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of every case, round after round and in turning order, after two rounds that do not count."""
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        names = list(cases)
+        for number in range(self.args.rounds + 2):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                self.synchronize()
+                start = time.perf_counter()
+                cases[name]()
+                self.synchronize()
+                if number >= 2:
+                    times[name].append(time.perf_counter() - start)
+        return times
+
+    def images(self, net: nn.Module) -> torch.Tensor:
+        return torch.randn(self.args.batch_size, net.in_chans, *net.patch_embed.img_size, device=self.device)
+
+    def forward(self, call: Callable[[], torch.Tensor]) -> None:
+        with torch.no_grad(), self.autocast():
+            call()
+
+    def backward(self, net: nn.Module, call: Callable[[], torch.Tensor]) -> None:
+        """Forward and backward as in training: gradients start as None."""
+        for parameter in net.parameters():
+            parameter.grad = None
+        with self.autocast():
+            loss = call().float().logsumexp(-1).mean()
+        loss.backward()
+
+    def compiled(self, net: nn.Module) -> nn.Module:
+        return torch.compile(net, dynamic=True) if self.args.torchcompile else net
+
+    def rate(self) -> float:
+        """MACs per second of a large matrix product in the type that networks run in."""
+        if self._rate is None:
+            size = 8192 if self.device.type == 'cuda' else 2048
+            dtype = torch.bfloat16 if self.args.amp else torch.float32
+            a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
+            self._rate = size ** 3 / median(self.interleave({'matmul': lambda: a @ b})['matmul'])
+        return self._rate
+
+    def speed(self, macs: float, seconds: float) -> str:
+        """Images per second, and the share of the matrix rate that `macs` per batch amount to."""
+        return f'{self.args.batch_size / seconds:8.1f} images/s  {macs / seconds / self.rate():4.0%} of the matrix rate'
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median of the ratios round by round: what slows a whole round down cancels."""
+    return median(a / b for a, b in zip(times[above], times[below]))
+
+
+def some_archs(net: nn.Module) -> dict[str, Arch]:
+    return dict(smallest=net.space.smallest, sampled=net.space.sample(torch.Generator().manual_seed(0)),
+                largest=net.space.largest)
+
+
+def supernet(bench: Bench) -> None:
+    net = timm.create_model(bench.args.model).to(bench.device).train()
+    images, run = bench.images(net), bench.compiled(net)
+    for name, arch in some_archs(net).items():
+        plain = timm_shiftnas.extract(net, arch).train()
+        static = torch.compile(plain) if bench.args.torchcompile else plain
+        times = bench.interleave(dict(
+            supernet=lambda: bench.backward(net, lambda: run(images, arch)),
+            extracted=lambda: bench.backward(plain, lambda: static(images))))
+        seconds = {key: median(values) for key, values in times.items()}
+        print(f'{name:9s} {net.macs(arch) / 1e9:6.3f} GMACs  supernet {seconds["supernet"] * 1e3:8.1f} ms  '
+              f'extracted {seconds["extracted"] * 1e3:8.1f} ms  ratio {ratio(times, "supernet", "extracted"):.3f}  '
+              f'{bench.speed(3 * net.macs(arch) * len(images), seconds["supernet"])}', flush=True)
+
+
+def step(bench: Bench) -> None:
+    """The parts of a ShiftNAS step beyond a uniform one, at the intervals of the settings, and their sum."""
+    net = timm.create_model(bench.args.model).to(bench.device).train()
+    size, count = bench.args.batch_size, bench.args.shift_batch_size
+    images, targets = bench.images(net), torch.randint(net.num_classes, (size,), device=bench.device)
+    shift = torch.randn(count, *images.shape[1:]), torch.randint(net.num_classes, (count,))
+    config = ShiftNASConfig(shift=bench.args.shift, total_updates=10 ** 6)
+    groups = BudgetGroups.of_space(net.space)
+    task = ShiftNASTask(
+        net, config=config, generator=ArchitectureGenerator(net.space).fit(progress=True), groups=groups,
+        shift_batches=lambda n: (shift, shift), device=bench.device, verbose=False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=bench.device.type == 'cuda')
+    archs = task.generator.propose_many([sum(pair) / 2 for pair in zip(groups.edges, groups.edges[1:])])
+    arch = archs[len(archs) // 2]
+
+    def train() -> None:
+        with bench.autocast():
+            loss = task.criterion(net(images, arch), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def generator() -> None:
+        with bench.autocast():
+            task._update_generator(images[:config.generator_images], targets[:config.generator_images])
+
+    def draw() -> None:
+        task._archs.clear()
+        task._next_archs()
+
+    parts = {'uniform step': train, 'generator update': generator, 'drawing archs': draw}
+    every = {'uniform step': 1, 'generator update': config.generator_interval, 'drawing archs': config.generator_interval}
+    if config.shift != 'none':
+        parts['shift update'], every['shift update'] = task._update_shift, config.shift_interval
+    times = bench.interleave(parts)
+    base = median(times['uniform step'])
+    print(f'{bench.args.model}, batch {size}, {len(groups)} groups, generator on '
+          f'{min(config.generator_images, size)} images, shift {config.shift} on {count}')
+    total = 0.
+    for name, interval in every.items():
+        share = ratio(times, name, 'uniform step') / interval
+        total += share
+        print(f'{name:17s} {median(times[name]):9.4f} s, every {interval:3d} updates: {share:6.1%} of a uniform step')
+    print(f'ratio of a ShiftNAS step to a uniform step of the same arch: {total:.3f}  '
+          f'{bench.speed(3 * net.macs(arch) * size, base)} (uniform)')
+
+
+def per_mac(bench: Bench) -> None:
+    net = timm.create_model(bench.args.model).to(bench.device).train()
+    reference = timm.create_model('vit_tiny_patch16_224').to(bench.device).train()
+    images = bench.images(net)
+    with FlopCounterMode(display=False) as counter:
+        reference.eval()(images[:1])
+    reference.train()
+    cost = {'vit_tiny': counter.get_total_flops() / 2, 'smallest': net.macs(net.space.smallest),
+            'largest': net.macs(net.space.largest)}
+    run, plain = bench.compiled(net), torch.compile(reference) if bench.args.torchcompile else reference
+    calls = {'vit_tiny': (reference, lambda: plain(images)),
+             'smallest': (net, lambda: run(images, net.space.smallest)),
+             'largest': (net, lambda: run(images, net.space.largest))}
+    for title, passes in (('forward', 1), ('forward + backward', 3)):
+        cases = {name: partial(bench.forward, call) if passes == 1 else partial(bench.backward, module, call)
+                 for name, (module, call) in calls.items()}
+        times = bench.interleave(cases)
+        for name, macs in cost.items():
+            relative = ratio(times, name, 'vit_tiny') * cost['vit_tiny'] / macs
+            print(f'{title:18s} {name:9s} {macs / 1e9:6.3f} GMACs {median(times[name]) * 1e3:9.1f} ms  '
+                  f'time per MAC / vit_tiny {relative:.3f}  '
+                  f'{bench.speed(passes * macs * len(images), median(times[name]))}', flush=True)
+
+
+def relative_position(bench: Bench) -> None:
+    position = RelativePosition2d(**PATCHES).to(bench.device)
+    shape = bench.args.batch_size, 3, 197, 64
+    q, k, v = (torch.randn(shape, device=bench.device, requires_grad=True) for _ in range(3))
+    index = position.index(q)
+
+    def run(attend: Callable) -> None:
+        with bench.autocast():
+            out = attend(q, k, v, index)
+        torch.autograd.grad(out.float().square().mean(), [q, k, v, *position.parameters()])
+
+    times = bench.interleave(dict(
+        fused=lambda: run(position.attend), gathered=lambda: run(position.attend_plainly)))
+    print(f'forward + backward, 3 heads, 197 tokens, batch {bench.args.batch_size}: '
+          f'fused {median(times["fused"]) * 1e3:.1f} ms, gathered {median(times["gathered"]) * 1e3:.1f} ms, '
+          f'ratio {ratio(times, "fused", "gathered"):.3f}')
+
+
+def generator(bench: Bench) -> None:
+    for name in REAL:
+        space = timm.create_model(name, device='meta').space
+        start = time.perf_counter()
+        fitted = ArchitectureGenerator(space).fit(progress=False)
+        seconds = time.perf_counter() - start
+        budgets = torch.linspace(fitted.macs_min, fitted.macs_max, 22, dtype=torch.float64)[1:-1].tolist()
+        times = []
+        for budget in budgets:
+            start = time.perf_counter()
+            fitted.propose(budget)
+            times.append(time.perf_counter() - start)
+        used = [timm_shiftnas.macs(space, arch) / budget
+                for arch, budget in zip(fitted.propose_many(budgets), budgets)]
+        print(f'{name:27s} fit {seconds:5.1f} s  propose {median(times) * 1e3:5.1f} ms (longest '
+              f'{max(times) * 1e3:.1f})  budget use: mean {sum(used) / len(used):.4f}, least {min(used):.4f}', flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    measures = {'supernet': supernet, 'step': step, 'per-mac': per_mac, 'relative-position': relative_position,
+                'generator': generator}
+    parser.add_argument('what', choices=tuple(measures))
+    parser.add_argument('--model', default='shiftformer_tiny_supernet')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--shift', default='hypergradient', choices=('hypergradient', 'grad_norm', 'variation', 'none'))
+    parser.add_argument('--shift-batch-size', type=int, default=128)
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--amp', action='store_true', help='bf16 autocast')
+    parser.add_argument('--torchcompile', action='store_true')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    measures[args.what](Bench(args))
+
+
+if __name__ == '__main__':
+    main()
