@@ -73,15 +73,14 @@ def main() -> None:
     runs.add_arguments(parser)
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
-    output = args.output if epochs == runs.EPOCHS[args.task] else args.output / f'{epochs}epochs'
     variants = EXPERIMENTS[args.experiment]
     trained = {name: [Run(folder_name(flags), args.task, tuple(flags), seed, epochs) for seed in range(args.seeds)]
                for name, flags in variants.items()}
     runs.train([run for seed in range(args.seeds) for by_seed in trained.values() for run in by_seed[seed:seed + 1]],
-               output, args.jobs)
+               args.output, args.jobs)
     rows, scores = [], {}
     for name, by_seed in trained.items():
-        found = {run.seed: runs.rows_at(run, run.folder(output), GROUPS) for run in by_seed}
+        found = {run.seed: runs.rows_at(run, run.folder(args.output), GROUPS) for run in by_seed}
         scores[name] = {seed: [row['top1'] for row in measured] for seed, measured in found.items()}
         rows += [dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs, **row)
                  for seed, measured in found.items() for row in measured]

@@ -35,8 +35,7 @@ def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
     kinds = {run.name: runs.group_rows(folder)}
     if 'uniform' in run.flags:
         kinds = {run.name: runs.rows_at(run, folder, GROUPS), f'{run.name}, searched': runs.group_rows(folder)}
-    return [dict(common, method=kind.removesuffix('-time').replace('-time,', ','), **row)
-            for kind, rows in kinds.items() for row in rows]
+    return [dict(common, method=kind, **row) for kind, rows in kinds.items() for row in rows]
 
 
 def alone(args: argparse.Namespace, reference: list[Run]) -> list[dict]:
@@ -135,7 +134,7 @@ def main() -> None:
                 for name in args.samplers}
         lengths = {name: min(max(round(epochs * cost['uniform'] / cost[name]), 1), epochs) for name in args.samplers}
         print('epochs at the time of uniform sampling:', lengths, file=sys.stderr)
-        equal_time = [Run(f'{name}-time', args.task, tuple(SAMPLERS[name]), seed, lengths[name])
+        equal_time = [Run(name, args.task, tuple(SAMPLERS[name]), seed, lengths[name])
                       for seed in range(args.seeds) for name in args.samplers if lengths[name] != epochs]
         runs.train(equal_time, args.output, args.jobs)
         done += [(run, run.folder(args.output), 'time') for run in equal_time]

@@ -1,7 +1,8 @@
 """What the benchmarks share: trainings by `train.py`, each in a process of its own, and statistics of paired seeds.
 
 A training is a name and flags. It counts as done when its folder holds `done.json`, which is written last; an
-interrupted one goes on from its last checkpoint. So every benchmark can be stopped and started again.
+interrupted one goes on from its last checkpoint. So every benchmark can be stopped and started again, and benchmarks
+share the trainings that they have in common.
 """
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class Run:
         task: A key of TASKS.
         flags: Of `train.py`, beyond those of the task.
         seed: Runs of equal seeds are paired: they share the held-out split, the initial weights and the image order.
-        epochs: Length, by default that of the task.
+        epochs: Length of the training.
     """
     name: str
     task: str
@@ -60,7 +61,8 @@ class Run:
     epochs: int
 
     def folder(self, output: Path) -> Path:
-        return output / self.task / self.name / f'seed{self.seed}'
+        length = '' if self.epochs == EPOCHS[self.task] else f'-{self.epochs}epochs'
+        return output / self.task / f'{self.name}{length}' / f'seed{self.seed}'
 
     def command(self) -> list[str]:
         """Flags of `train.py` without those of its output."""
@@ -87,25 +89,32 @@ def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None
     """Run commands, (title, folder, argv) each, whose folders are not done yet; stop at the first that fails.
 
     Raises:
-        SystemExit: With the end of the log of a command that failed.
+        SystemExit: With the end of the log of a command that failed, or if a folder was made by another command.
     """
-    todo = [job for job in jobs if not (job[1] / 'done.json').exists()]
+    todo = []
+    for title, folder, argv in jobs:
+        if not (folder / 'done.json').exists():
+            todo.append((title, folder, argv))
+        elif json.loads((folder / 'done.json').read_text())['command'] != argv[1:]:
+            sys.exit(f'{folder} was made by another command; remove it or give another --output')
     print(f'{len(jobs)} runs, {len(jobs) - len(todo)} of them done', file=sys.stderr, flush=True)
     failed: list[str] = []
 
     def start(job: tuple[str, Path, list[str]]) -> None:
-        title, folder, argv = job
+        title, folder, command = job
         if failed:
             return
         folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
+        checkpoint = folder / 'last.pth.tar'
+        argv = [*command, '--resume', str(checkpoint)] if checkpoint.exists() else command
         with open(folder / 'log.txt', 'a') as log:
             code = subprocess.run(argv, stdout=log, stderr=log, env=single_thread(), cwd=ROOT).returncode
         if code:
             failed.append(f'{title}: exit code {code}\n' + '\n'.join((folder / 'log.txt').read_text().splitlines()[-5:]))
             return
         temporary = folder / '.done.tmp'
-        temporary.write_text(json.dumps(dict(command=argv[1:], seconds=time.monotonic() - begun)))
+        temporary.write_text(json.dumps(dict(command=command[1:], seconds=time.monotonic() - begun)))
         temporary.replace(folder / 'done.json')
         print(f'{time.strftime("%H:%M:%S")}  {title}  {time.monotonic() - begun:.0f} s', file=sys.stderr, flush=True)
 
@@ -121,8 +130,6 @@ def train(runs: Iterable[Run], output: Path, processes: int) -> None:
     for run in dict.fromkeys(runs):
         folder = run.folder(output)
         argv = [sys.executable, 'train.py', *run.command(), '--output', str(folder.parent), '--experiment', folder.name]
-        if (folder / 'last.pth.tar').exists():
-            argv += ['--resume', str(folder / 'last.pth.tar')]
         jobs.append((f'{run.task} {run.name} seed {run.seed}', folder, argv))
     execute(jobs, processes)
 

@@ -186,6 +186,8 @@ def test_hypergradient_is_the_inner_product(net, epsilon, tolerance):
     g = sum(flat(loss(arch, held_out)) for arch in archs) / len(archs)
     exact = torch.stack([g @ flat(loss(arch, train)) for arch in archs])
     scores = hypergradient(net, loss, archs, train, held_out, epsilon=epsilon)
+    same = hypergradient(net, loss, archs, train, [held_out] * len(archs), epsilon=epsilon)
+    assert torch.equal(scores, same)  # one batch for each group
     torch.testing.assert_close(scores, exact, rtol=tolerance, atol=0)
     # the first-order saving of one step on a group, from the definition: L_val(w) - L_val(w - eta * grad)
     eta, state = 1e-6, {k: v.clone() for k, v in net.state_dict().items()}

@@ -75,9 +75,15 @@ def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, toleran
         return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
                           for p, g in zip(net.parameters(), gradients)])
 
-    g = sum(flat(arch, held_out) for arch in archs) / len(archs)
+    parts = [tuple(tensor[k::3] for tensor in held_out) for k in range(3)]  # every group sees a third of the images
+    g = sum(flat(arch, part) for arch, part in zip(archs, parts)) / len(archs)
     exact = torch.stack([g @ flat(arch, train_batch) for arch in archs])
     torch.testing.assert_close(task.shift_scores(net), exact, rtol=tolerance, atol=0)
+
+
+def test_more_groups_than_held_out_images(fitted, shift_batches):
+    task = make_task(fitted, lambda n: tuple((x[:3], y[:3]) for x, y in shift_batches(n)), groups=5)
+    assert bool(task.shift_scores(task.get_trainable_module()).isfinite().all())
 
 
 @pytest.mark.parametrize('signal', ['hypergradient', 'grad_norm', 'variation'])

@@ -271,7 +271,11 @@ class ShiftNASTask(ClassificationTask):
             images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             return F.cross_entropy(net(images, arch), targets)
 
-        options = dict(epsilon=self.config.shift_epsilon) if self.config.shift == 'hypergradient' else {}
+        options = {}
+        if self.config.shift == 'hypergradient':
+            options['epsilon'] = self.config.shift_epsilon
+            groups, count = len(archs), len(held_out[1])
+            held_out = [tuple(tensor[k % count::groups] for tensor in held_out) for k in range(groups)]
         with frozen(net), full_precision(self.device), torch.enable_grad():
             scores = ESTIMATORS[self.config.shift](net, loss, archs, train, held_out, **options)
         if self.config.shift == 'variation':

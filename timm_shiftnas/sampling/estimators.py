@@ -73,12 +73,15 @@ def hypergradient(
     (DARTS, Liu et al., ICLR 2019, applied to the sampling distribution). Taken as a central difference of the training
     loss along g: two forwards per group and no second order.
 
+    All groups see the same training images, so that what is left between their scores is the groups' own. For g, a mean
+    over groups, they may see different held-out images: with a K-th of them each, g costs K times less and is as fair.
+
     Args:
         net: The supernet, unwrapped.
         loss: Cross-entropy of an arch on a batch.
         archs: The arch of each of the K groups.
         train: Training batch.
-        held_out: Held-out batch.
+        held_out: Held-out batch, or a list of K batches, one for each group.
         epsilon: Length of the step along g, in units of weights.
 
     Returns:
@@ -86,8 +89,9 @@ def hypergradient(
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     direction = [torch.zeros_like(p) for p in parameters]
-    for arch in archs:
-        torch._foreach_add_(direction, gradient(loss(arch, held_out) / len(archs), parameters))
+    seen = held_out if isinstance(held_out, list) else [held_out] * len(archs)
+    for arch, batch in zip(archs, seen):
+        torch._foreach_add_(direction, gradient(loss(arch, batch) / len(archs), parameters))
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)).double())
     step = epsilon / float(norm) if float(norm) > 0 else 0.
     if step == 0:

@@ -1,0 +1,100 @@
+"""Does inherited accuracy rank archs as training them alone does? Kendall's tau and Spearman's rho, per sampler.
+
+    python benchmarks/ranking.py --task glyphs
+
+The same uniformly drawn archs for all samplers: their accuracy with inherited weights, after fine-tuning for a quarter
+of the epochs, and trained from scratch with all of them. Supernets are those of `compare_samplers.py`. Ranking by MACs
+alone is reported beside it: what a supernet adds is what goes beyond. Writes `ranking_TASK.csv` and a table `.md`.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import runs
+from runs import SAMPLERS, Run
+
+PARTS = 2  # processes that share the archs of one supernet
+
+
+def draw(model_directory: Path, count: int) -> list[dict]:
+    """Different archs of the uniform sampler, as dicts."""
+    sys.path.insert(0, str(runs.ROOT))
+    import timm_shiftnas
+    from timm_shiftnas.sampling import stream
+
+    space = timm_shiftnas.load_supernet(model_directory)[0].space
+    noise, archs = stream(0, 'ranking', count), {}
+    while len(archs) < count:
+        archs[space.sample(noise)] = None
+    return [arch.to_dict() for arch in archs]
+
+
+def correlations(rows: list[dict]) -> str:
+    from scipy.stats import kendalltau, spearmanr
+
+    def measured(x: list[float], y: list[float]) -> str:
+        return f'{kendalltau(x, y).statistic:.2f} / {spearmanr(x, y).statistic:.2f}'
+
+    lines = []
+    for sampler in dict.fromkeys(row['sampler'] for row in rows):
+        for seed in sorted({row['seed'] for row in rows}):
+            chosen = [row for row in rows if (row['sampler'], row['seed']) == (sampler, seed)]
+            column = {name: [row[name] for row in chosen] for name in ('macs', 'inherited', 'fine_tuned', 'from_scratch')}
+            lines.append([
+                sampler, str(seed), str(len(chosen)), measured(column['inherited'], column['fine_tuned']),
+                measured(column['inherited'], column['from_scratch']),
+                measured(column['macs'], column['fine_tuned']), measured(column['macs'], column['from_scratch'])])
+    return runs.markdown_table(
+        ['sampler', 'seed', 'archs', 'inherited, fine-tuned', 'inherited, from scratch', 'MACs, fine-tuned',
+         'MACs, from scratch'], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    runs.add_arguments(parser, seeds=1)
+    parser.add_argument('--samplers', nargs='+', default=['generator', 'uniform', 'hypergradient'], metavar='NAME',
+                        choices=list(SAMPLERS))
+    parser.add_argument('--archs', type=int, default=24, metavar='N')
+    args = parser.parse_args()
+    epochs = args.epochs or runs.EPOCHS[args.task]
+    trained = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
+               for seed in range(args.seeds) for name in args.samplers]
+    runs.train(trained, args.output, args.jobs)
+    archs = draw(trained[0].folder(args.output) / 'model', args.archs)
+    jobs, files = [], {}
+    for run in trained:
+        source = run.folder(args.output).resolve()
+        kinds = {'fine_tuned': (max(epochs // 4, 1), ['--lr', '2e-3'])}
+        if run.name == trained[0].name:
+            kinds['from_scratch'] = epochs, ['--from-scratch']  # no matter of the sampler: once per seed
+        for kind, (length, options) in kinds.items():
+            for part in range(PARTS):
+                folder = source / f'ranking-{kind}-{len(archs)}-{part}'
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / 'archs.json').write_text(json.dumps(archs[part::PARTS]))
+                jobs.append((f'{run.name} seed {run.seed} {kind} {part + 1}/{PARTS}', folder, [
+                    sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
+                    '--archs', str(folder / 'archs.json'), '--results-file', str(folder / 'subnets.json'),
+                    '--epochs', str(length), *options]))
+                files.setdefault((run.name if kind == 'fine_tuned' else None, run.seed, kind), []).append(
+                    folder / 'subnets.json')
+    runs.execute(jobs, args.jobs)
+    results = {key: [row for path in paths for row in json.loads(path.read_text())] for key, paths in files.items()}
+    rows = []
+    for run in trained:
+        alone = {json.dumps(row['arch']): row['top1'] for row in results[None, run.seed, 'from_scratch']}
+        rows += [dict(task=run.task, sampler=run.name, seed=run.seed, macs=row['macs'],
+                      inherited=round(row['inherited'], 3), fine_tuned=round(row['top1'], 3),
+                      from_scratch=round(alone[json.dumps(row['arch'])], 3), arch=json.dumps(row['arch']))
+                 for row in results[run.name, run.seed, 'fine_tuned']]
+    runs.write_csv(args.results / f'ranking_{args.task}.csv', rows)
+    text = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho:\n\n{correlations(rows)}\n"
+    (args.results / f'ranking_{args.task}.md').write_text(text)
+    print(text)
+
+
+if __name__ == '__main__':
+    main()
