@@ -21,7 +21,7 @@ from statistics import mean, stdev
 import runs
 from runs import SAMPLERS, Run
 
-REFERENCE = 'generator'
+ALONE = 'generator'  # whose archs are trained by themselves
 GROUPS = 8
 COLOURS = dict(zip(
     ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
@@ -38,10 +38,10 @@ def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
     return [dict(common, method=kind, **row) for kind, rows in kinds.items() for row in rows]
 
 
-def alone(args: argparse.Namespace, reference: list[Run]) -> list[dict]:
-    """Every group's subnet of the reference trained by itself, from scratch and from inherited weights."""
+def alone(args: argparse.Namespace, trained: list[Run]) -> list[dict]:
+    """Every group's subnet of a sampler trained by itself, from scratch and from inherited weights."""
     jobs, outputs = [], []
-    for run in reference:
+    for run in trained:
         source = run.folder(args.output).resolve()
         for method, epochs, options in (('from scratch', run.epochs, ['--from-scratch']),
                                         ('fine-tuned', max(run.epochs // 5, 1), ['--lr', '2e-3'])):
@@ -118,6 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     runs.add_arguments(parser)
     parser.add_argument('--samplers', nargs='+', default=list(SAMPLERS), choices=list(SAMPLERS), metavar='NAME')
+    parser.add_argument('--reference', default='generator', choices=list(COLOURS), metavar='NAME',
+                        help='method that differences are taken from')
     parser.add_argument('--match', nargs='+', default=['images', 'time'], choices=('images', 'time'),
                         help='equal images seen, equal training time, or both')
     parser.add_argument('--alone', action='store_true', help="also train every group's subnet by itself")
@@ -141,17 +143,17 @@ def main() -> None:
         done += [(run, run.folder(args.output), 'time') for run in equal_images if lengths[run.name] == epochs]
     rows = [row for run, folder, match in done for row in rows_of(run, folder, match)]
     if args.alone:
-        rows += alone(args, [run for run in equal_images if run.name == REFERENCE])
+        rows += alone(args, [run for run in equal_images if run.name == ALONE])
     names = list(COLOURS)
     rows.sort(key=lambda row: (row['match'], names.index(row['method']), row['seed'], row['group']))
     runs.write_csv(args.results / f'samplers_{args.task}.csv', [
         dict(task=row['task'], match=row['match'], method=row['method'], seed=row['seed'], epochs=row['epochs'],
              group=row['group'], budget=row['budget'], macs=row['macs'], top1=round(row['top1'], 3)) for row in rows])
-    tables = [f'Equal images seen ({epochs} epochs):', runs.paired_table(scores(rows, 'images'), REFERENCE)]
+    tables = [f'Equal images seen ({epochs} epochs):', runs.paired_table(scores(rows, 'images'), args.reference)]
     plot_curves(args.results / f'samplers_{args.task}.png', rows, 'images', f'{args.task}: equal images seen')
     if lengths:
         said = ', '.join(f'{name} {length}' for name, length in lengths.items())
-        tables += [f'Equal training time (epochs: {said}):', runs.paired_table(scores(rows, 'time'), REFERENCE)]
+        tables += [f'Equal training time (epochs: {said}):', runs.paired_table(scores(rows, 'time'), args.reference)]
         plot_curves(args.results / f'samplers_{args.task}_time.png', rows, 'time', f'{args.task}: equal training time')
     shifts = [(run, folder) for run, folder, match in done
               if match == 'images' and run.name in ('hypergradient', 'grad_norm', 'variation')]

@@ -301,3 +301,26 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     (tmp_path / 'run' / 'budgets.csv').unlink()
     assert train.main([*FAST, *flags]) == 0  # nothing is left to train: evaluates
     assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1
+
+
+@pytest.mark.parametrize('size, paper', [('tiny', '76.0'), ('small', '82.2'), ('base', '82.8')])
+def test_imagenet_configs_are_autoformers_recipe(size, paper):
+    path = ROOT / 'configs' / f'shiftformer_{size}_imagenet.yaml'
+    args = train.parse_args(['-c', str(path), '--data-dir', '/data/imagenet'])
+    assert args.batch_size * args.grad_accum_steps == 1024 and train.scaled_lr(args) == pytest.approx(5e-4 * 1024 / 512)
+    wanted = dict(
+        model=f'shiftformer_{size}_supernet', epochs=500, opt='adamw', weight_decay=.05, warmup_epochs=20, drop_path=.1,
+        aa='rand-m9-mstd0.5-inc1', mixup=.8, cutmix=1., smoothing=.1, reprob=.25, aug_repeats=3,
+        shift_warmup_epochs=50, group_width='0.1G')
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    header = path.read_text().split('model:')[0]
+    assert f'{paper}% top-1' in header and f'-c configs/{path.name}' in header
+    space = timm.create_model(args.model, device='meta').space
+    middle = (tsn.macs(space, space.smallest) + tsn.macs(space, space.largest)) / 2  # an even P over groups
+    assert f'3 x {middle / 1e9:.2f} GMACs' in header
+    assert f'= {500 * 1.281167 * 3 * middle / 1e9 / 1e3:.1f} EMACs' in header
+
+
+def test_repeated_augmentation_needs_several_processes(tmp_path, caplog):
+    assert run(tmp_path, '--epochs', '1', '--aug-repeats', '3', '--shift', 'none') == 0
+    assert '--aug-repeats needs several processes; it is ignored' in caplog.text

@@ -1,0 +1,82 @@
+"""The benchmarks' statistics against closed forms, their processes, and one comparison as users run it."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import ablations  # noqa: E402
+import ranking  # noqa: E402
+import runs  # noqa: E402
+
+
+def test_interval_of_paired_differences():
+    mean, half = runs.interval([1.0, 2.0, 6.0])
+    assert mean == 3 and half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-5)  # t table, 2 degrees of freedom
+    assert math.isnan(runs.interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    scores = {'a': {0: [10., 20.], 1: [50., 60.]}, 'b': {1: [51., 62.], 0: [11., 21.], 2: [0., 0.]}}
+    lines = [line.split(' | ') for line in runs.paired_table(scores, 'a').splitlines()]
+    assert lines[2][:2] == ['| a', '2'] and lines[3][1] == '3'
+    # differences of the means over budgets: 1 and 1.5; their interval at one degree of freedom
+    assert lines[3][5] == '+1.25 ± 3.18 |'
+
+
+def test_boosted_groups_keep_the_sum():
+    flags = ablations.boosted(3, 2)
+    values = [float(value) for value in flags[flags.index('--group-weights') + 1:]]
+    assert len(values) == 8 and values[2] == 2 and sum(values) == pytest.approx(8)
+    assert ablations.boosted(1, 8)[-7:] == ['0.0'] * 7
+
+
+def test_rank_correlations_by_hand():
+    rows = [dict(sampler='a', seed=0, macs=m, inherited=i, fine_tuned=f, from_scratch=s)
+            for m, i, f, s in ((1, 1, 1, 4), (2, 2, 3, 3), (3, 3, 2, 2), (4, 4, 4, 1))]
+    cells = ranking.correlations(rows).splitlines()[-1].split(' | ')
+    assert cells[3] == '0.67 / 0.80' and cells[4] == '-1.00 / -1.00'  # one swapped pair of six: 4 / 6
+
+
+def test_commands_run_once_and_failures_are_told(tmp_path):
+    code = "import pathlib, sys; open('{}', 'a').write('x'); print('words'); sys.exit({})"
+    jobs = [(f'job {i}', tmp_path / str(i), [sys.executable, '-c', code.format(tmp_path / f'{i}.txt', 0)])
+            for i in range(3)]
+    for _ in range(2):
+        runs.execute(jobs, 2)
+    assert [(tmp_path / f'{i}.txt').read_text() for i in range(3)] == ['x'] * 3
+    assert (tmp_path / '1' / 'log.txt').read_text() == 'words\n'
+    with pytest.raises(SystemExit, match='made by another command'):
+        runs.execute([('job', tmp_path / '1', [sys.executable, '-c', ''])], 1)
+    with pytest.raises(SystemExit, match='bad: exit code 3\nwords'):
+        runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', code.format(tmp_path / 'bad.txt', 3)])], 1)
+    assert not (tmp_path / 'bad' / 'done.json').exists()
+
+
+def test_comparison_as_users_run_it(tmp_path):
+    argv = [sys.executable, str(ROOT / 'benchmarks' / 'compare_samplers.py'), '--task', 'digits', '--epochs', '1',
+            '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match', 'images', '--output',
+            str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
+    argv += ['--reference', 'uniform']
+    for _ in range(2):  # the second time everything is done
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env={
+            **os.environ, 'OMP_NUM_THREADS': '1', 'XDG_CACHE_HOME': str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+    assert '2 runs, 2 of them done' in done.stderr and '| grad_norm | 1 |' in done.stdout
+    names = {path.name for path in (tmp_path / 'results').iterdir()}
+    assert names == {'samplers_digits.csv', 'samplers_digits.md', 'samplers_digits.png', 'shift_digits.png'}
+    rows = list(csv.DictReader((tmp_path / 'results' / 'samplers_digits.csv').open()))
+    assert {row['method'] for row in rows} == {'uniform', 'uniform, searched', 'grad_norm'} and len(rows) == 24
+    folder = tmp_path / 'runs' / 'digits' / 'uniform-1epochs' / 'seed0'
+    budgets = [row for row in csv.DictReader((folder / 'budgets.csv').open()) if row['name'].startswith('group')]
+    searched = [row for row in rows if row['method'] == 'uniform, searched']
+    assert [float(row['top1']) for row in searched] == pytest.approx([float(row['top1']) for row in budgets], abs=1e-3)
+    proposed = json.loads((folder / 'generator_archs_8.json').read_text())
+    plain = [row for row in rows if row['method'] == 'uniform']
+    assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
