@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMON = '''
     --model test_shiftformer_supernet --workers 0 --batch-size 64 --opt muon --lr 1e-2 --warmup-epochs 1
     --warmup-lr 5e-4 --smoothing 0.1 --hflip 0 --color-jitter 0 --num-groups 8 --held-out 0.05
-    --shift-interval 20 --shift-batch-size 64 --shift-lr 0.1 --checkpoint-hist 1 --log-interval 1000'''.split()
+    --generator-images 64 --shift-interval 20 --shift-batch-size 64 --shift-lr 0.1 --checkpoint-hist 1
+    --log-interval 1000'''.split()
 TASKS = dict(
     digits='--dataset sklearn/digits --scale 0.6 1 --ratio 0.8 1.25'.split(),
     glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
