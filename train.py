@@ -5,7 +5,7 @@
 
 Every `--val-interval` epochs and at the end it evaluates the smallest and the largest subnet and one subnet per budget
 group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `shift.csv`, `accuracy.png`, `shift.png`,
-checkpoints, and `model/`, a directory that `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
+checkpoints, and `model/`, which `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
 """
 from __future__ import annotations
 
@@ -203,12 +203,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
         help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
     add('--shift', default=config.shift, choices=('hypergradient', 'grad_norm', 'variation', 'none'),
-        help='signal of the probability shift; none keeps P uniform over the groups')
+        help='signal of the probability shift; none keeps P even over the groups (default)')
     add('--group-weights', type=float, nargs='+', metavar='W',
         help='with --shift none: how often each group is trained, one weight for each (default: all alike)')
     add('--shift-warmup-epochs', type=float, metavar='N', help='epochs before the shift begins (default: a tenth)')
     add('--shift-interval', type=int, default=config.shift_interval, metavar='N', help='updates between two shifts')
-    add('--shift-batch-size', type=int, default=128, metavar='N', help='training, and held-out, images of a shift')
+    add('--shift-batch-size', type=int, default=32, metavar='N', help='training, and held-out, images of a shift')
     add('--shift-lr', type=float, default=config.shift_lr, metavar='X')
     add('--shift-momentum', type=float, default=config.shift_momentum, metavar='X')
     add('--shift-floor', type=float, default=config.shift_floor, metavar='X', help='share of P spread evenly')

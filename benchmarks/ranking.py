@@ -42,7 +42,8 @@ def correlations(rows: list[dict]) -> str:
     for sampler in dict.fromkeys(row['sampler'] for row in rows):
         for seed in sorted({row['seed'] for row in rows}):
             chosen = [row for row in rows if (row['sampler'], row['seed']) == (sampler, seed)]
-            column = {name: [row[name] for row in chosen] for name in ('macs', 'inherited', 'fine_tuned', 'from_scratch')}
+            names = 'macs', 'inherited', 'fine_tuned', 'from_scratch'
+            column = {name: [row[name] for row in chosen] for name in names}
             lines.append([
                 sampler, str(seed), str(len(chosen)), measured(column['inherited'], column['fine_tuned']),
                 measured(column['inherited'], column['from_scratch']),

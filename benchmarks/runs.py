@@ -112,7 +112,8 @@ def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None
         with open(folder / 'log.txt', 'a') as log:
             code = subprocess.run(argv, stdout=log, stderr=log, env=single_thread(), cwd=ROOT).returncode
         if code:
-            failed.append(f'{title}: exit code {code}\n' + '\n'.join((folder / 'log.txt').read_text().splitlines()[-5:]))
+            end = (folder / 'log.txt').read_text().splitlines()[-5:]
+            failed.append('\n'.join([f'{title}: exit code {code}', *end]))
             return
         temporary = folder / '.done.tmp'
         temporary.write_text(json.dumps(dict(command=command[1:], seconds=time.monotonic() - begun)))
@@ -156,8 +157,9 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 def group_rows(folder: Path) -> list[dict]:
     """Group, budget, MACs and top-1 of the subnets that serve the groups of a finished training."""
+    rows = [row for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
     return [dict(group=int(row['name'].split()[1]), budget=float(row['budget']), macs=int(row['macs']),
-                 top1=float(row['top1'])) for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
+                 top1=float(row['top1'])) for row in rows]
 
 
 def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:

@@ -6,9 +6,8 @@
     python benchmarks/speed.py relative-position   # fused attention / gathered tables
     python benchmarks/speed.py generator           # seconds of fit(), milliseconds of propose(), for T, S and B
 
-`--device cuda --amp` measures bf16 autocast; `--torchcompile` compares with compiled networks where that applies. Images
-per second and the share of the matrix rate (of a large matrix product of the same type, measured in the same run) are
-printed with the ratios.
+`--device cuda --amp` measures bf16 autocast, `--torchcompile` compiled networks. Images per second and the share of the
+matrix rate (of a large matrix product of the same type, measured in the same run) are printed with the ratios.
 """
 from __future__ import annotations
 
@@ -154,7 +153,8 @@ def step(bench: Bench) -> None:
         task._next_archs()
 
     parts = {'uniform step': train, 'generator update': generator, 'drawing archs': draw}
-    every = {'uniform step': 1, 'generator update': config.generator_interval, 'drawing archs': config.generator_interval}
+    every = {'uniform step': 1, 'generator update': config.generator_interval,
+             'drawing archs': config.generator_interval}
     if config.shift != 'none':
         parts['shift update'], every['shift update'] = task._update_shift, config.shift_interval
     times = bench.interleave(parts)
@@ -226,8 +226,9 @@ def generator(bench: Bench) -> None:
             times.append(time.perf_counter() - start)
         used = [timm_shiftnas.macs(space, arch) / budget
                 for arch, budget in zip(fitted.propose_many(budgets), budgets)]
-        print(f'{name:27s} fit {seconds:5.1f} s  propose {median(times) * 1e3:5.1f} ms (longest '
-              f'{max(times) * 1e3:.1f})  budget use: mean {sum(used) / len(used):.4f}, least {min(used):.4f}', flush=True)
+        print(f'{name:27s} fit {seconds:5.1f} s  propose {median(times) * 1e3:5.1f} ms '
+              f'(longest {max(times) * 1e3:.1f})  budget use: mean {sum(used) / len(used):.4f}, least {min(used):.4f}',
+              flush=True)
 
 
 def main() -> None:

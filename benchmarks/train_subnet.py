@@ -1,6 +1,6 @@
 """Train the subnets that a supernet's generator proposes by themselves: from scratch, or from inherited weights.
 
-    python benchmarks/train_subnet.py --supernet output/NAME/model --results-file subnets.json --epochs 5 --lr 5e-4 FLAGS
+    python benchmarks/train_subnet.py --supernet output/NAME/model --results-file subnets.json --epochs 5 FLAGS
 
 FLAGS are those of `train.py` (data, batch size, learning rate, augmentation). `--archs FILE` takes a JSON list of archs
 instead. Results are kept from subnet to subnet, so that an interrupted run goes on with the next.

@@ -37,7 +37,8 @@ def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, **config):
     net = timm.create_model('test_shiftformer_supernet', num_classes=10).to(dtype)
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(fitted)
-    config = ShiftNASConfig(**dict(dict(total_updates=100, generator_interval=4, shift_interval=3), **config))
+    defaults = dict(shift='hypergradient', total_updates=100, generator_interval=4, shift_interval=3)
+    config = ShiftNASConfig(**dict(defaults, **config))
     return ShiftNASTask(
         net, config=config, generator=generator, groups=BudgetGroups.of_space(net.space, count=groups),
         shift_batches=shift_batches, dtype=dtype, verbose=False)
@@ -160,7 +161,7 @@ def test_budgets_follow_p(fitted, shift_batches):
 
 def test_sandwich_trains_both_ends_and_others(fitted, shift_batches):
     """Loss and gradient are the mean over the largest, the smallest and archs drawn by the sampler."""
-    task = make_task(fitted, None, sampler='uniform', archs_per_step=4, sandwich=True, seed=6)
+    task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6)
     net, (images, targets) = task.get_trainable_module(), shift_batches(0)[0]
     noise = stream(6, 'arch', 0)
     expected = (net.space.largest, net.space.smallest, net.space.sample(noise), net.space.sample(noise))

@@ -27,7 +27,8 @@ import train  # noqa: E402
 
 FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
         '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
-        '--shift-batch-size', '16', '--generator-images', '16', '--shift-warmup-epochs', '0', '--log-interval', '5']
+        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
+        '--generator-images', '16', '--log-interval', '5']
 
 
 def run(tmp_path, *flags):

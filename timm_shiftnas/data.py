@@ -1,8 +1,9 @@
 """Images: timm's datasets with clear errors, a data source of our own, the held-out split, batches for shift scores.
 
 Everything that timm reads is read by timm. Added are `sklearn/digits` (real images that need no download) and `glyphs`
-(rendered letters), an error in place of timm's silent skip where an image file is broken, and views: parts of a dataset that have a transform of their
-own, because timm's `create_loader` sets `transform` on the dataset it is given (which breaks `Subset`).
+(rendered letters); an error in place of timm's silent skip where an image file is broken; and views: parts of a dataset
+that have a transform of their own, because timm's `create_loader` sets `transform` on the dataset it is given (which
+breaks `Subset`).
 """
 from __future__ import annotations
 

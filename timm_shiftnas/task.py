@@ -49,7 +49,7 @@ class ShiftNASConfig:
         warmup_sampler: During warm-up, archs from the 'generator' at uniform P, or 'uniform' (the paper's first step).
         warmup_updates: Length of the warm-up, in which P stays uniform.
         total_updates: Length of the training; the Gumbel temperature falls over it.
-        shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation') or 'none'.
+        shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation'), or 'none': P stays uniform.
         group_weights: With 'none', the fixed P is proportional to these, one for each group; `None` is uniform.
         shift_interval: Updates between two shifts.
         shift_lr: Rate of the shift, see `sampling.ProbabilityShift`.
@@ -71,7 +71,7 @@ class ShiftNASConfig:
     warmup_sampler: str = 'generator'
     warmup_updates: int = 0
     total_updates: int = 1
-    shift: str = 'hypergradient'
+    shift: str = 'none'
     group_weights: tuple[float, ...] | None = None
     shift_interval: int = 100
     shift_lr: float = 0.01
@@ -79,7 +79,7 @@ class ShiftNASConfig:
     shift_floor: float = 0.2
     shift_epsilon: float = 1e-3
     generator_interval: int = 10
-    generator_images: int = 64
+    generator_images: int = 32
     generator_lr: float = 1e-3
     resource_weight: float = 1000.
     resource_batch: int = 64
