@@ -128,7 +128,8 @@ def step(bench: Bench) -> None:
     size, count = bench.args.batch_size, bench.args.shift_batch_size
     images, targets = bench.images(net), torch.randint(net.num_classes, (size,), device=bench.device)
     shift = torch.randn(count, *images.shape[1:]), torch.randint(net.num_classes, (count,))
-    config = ShiftNASConfig(shift=bench.args.shift, total_updates=10 ** 6)
+    config = ShiftNASConfig(
+        shift=bench.args.shift, generator_images=bench.args.generator_images, total_updates=10 ** 6)
     groups = BudgetGroups.of_space(net.space)
     task = ShiftNASTask(
         net, config=config, generator=ArchitectureGenerator(net.space).fit(progress=True), groups=groups,
@@ -161,13 +162,15 @@ def step(bench: Bench) -> None:
     base = median(times['uniform step'])
     print(f'{bench.args.model}, batch {size}, {len(groups)} groups, generator on '
           f'{min(config.generator_images, size)} images, shift {config.shift} on {count}')
-    total = 0.
+    shares = {name: ratio(times, name, 'uniform step') / interval for name, interval in every.items()}
     for name, interval in every.items():
-        share = ratio(times, name, 'uniform step') / interval
-        total += share
-        print(f'{name:17s} {median(times[name]):9.4f} s, every {interval:3d} updates: {share:6.1%} of a uniform step')
-    print(f'ratio of a ShiftNAS step to a uniform step of the same arch: {total:.3f}  '
-          f'{bench.speed(3 * net.macs(arch) * size, base)} (uniform)')
+        print(f'{name:17s} {median(times[name]):9.4f} s, every {interval:3d} updates: '
+              f'{shares[name]:6.1%} of a uniform step')
+    added = sum(shares.values()) - 1
+    for accum in sorted({1, max(1024 // size, 1)}):
+        print(f'ratio of a ShiftNAS update to a uniform one of the same archs, {accum} x {size} images: '
+              f'{1 + added / accum:.3f}')
+    print(f'uniform: {bench.speed(3 * net.macs(arch) * size, base)}')
 
 
 def per_mac(bench: Bench) -> None:
@@ -241,7 +244,8 @@ def main() -> None:
     parser.add_argument('--model', default='shiftformer_tiny_supernet')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--shift', default='hypergradient', choices=('hypergradient', 'grad_norm', 'variation', 'none'))
-    parser.add_argument('--shift-batch-size', type=int, default=128)
+    parser.add_argument('--shift-batch-size', type=int, default=32)
+    parser.add_argument('--generator-images', type=int, default=ShiftNASConfig.generator_images)
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', default='cpu')
