@@ -165,6 +165,8 @@ def group_rows(folder: Path) -> list[dict]:
 def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
     """As `group_rows`, at the generator's archs for `groups` budgets, whatever the training served; kept in the folder.
     """
+    if 'uniform' not in run.flags and len(group_rows(folder)) == groups:
+        return group_rows(folder)  # these are what it served
     path = folder / f'generator_archs_{groups}.json'
     if not path.exists():
         sys.path.insert(0, str(ROOT))
