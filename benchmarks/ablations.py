@@ -5,7 +5,8 @@
 
 All variants of an experiment are measured at the same eight budgets; differences are paired with the variant that is
 named first. Writes `ablation_EXPERIMENT_TASK.csv` and a table `.md`. `room` asks what there is to win for any
-probability shift: it trains at fixed P, with twice its share or everything for one group, or tilted to one end.
+probability shift: it trains at fixed P, with twice its share or everything for one group, tilted to one end, or
+concentrated on a few groups.
 """
 from __future__ import annotations
 
@@ -55,6 +56,10 @@ EXPERIMENTS = {
         **{f'group {k} alone': boosted(k, GROUPS) for k in (1, 3, 6, 8)},
         'tilted to small': weights(*(round(2 ** (1 - 2 * k / 7), 3) for k in range(8))),  # twice to half the even share
         'tilted to large': weights(*(round(2 ** (2 * k / 7 - 1), 3) for k in range(8))),
+        'tilted more to large': weights(*(round(4 ** (2 * k / 7 - 1), 3) for k in range(8))),
+        'mostly groups 1, 8': weights(3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 3),
+        'mostly groups 1, 6': weights(3, 0.1, 0.1, 0.1, 0.1, 4, 0.1, 0.1),
+        'mostly groups 1, 3, 7': weights(2, 0.1, 2, 0.1, 0.1, 0.1, 3, 0.1),
     },
 }
 
