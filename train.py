@@ -485,9 +485,10 @@ class Trainer:
 
     def resume(self) -> int:
         saved = check_checkpoint(self.args.resume, self.net.space)
-        # another split would put images into the held-out part that the weights have been trained on, and another
-        # optimizer has another state
-        for name in ('seed', 'held_out') if self.args.no_resume_opt else ('seed', 'held_out', 'opt'):
+        # another split, or other images, would put some into the held-out part that the weights have been trained on;
+        # another optimizer has another state
+        names = ['seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels']
+        for name in names if self.args.no_resume_opt else [*names, 'opt']:
             if name in saved and saved[name] != getattr(self.args, name):
                 raise ValueError(
                     f'the checkpoint was trained with {name}={saved[name]} and not {getattr(self.args, name)}; resume '

@@ -95,7 +95,7 @@ def main() -> None:
     text = f'{args.task}, {epochs} epochs:\n\n' + runs.paired_table(scores, reference) + '\n'
     if args.experiment == 'room':
         text += '\n' + room_table(scores) + '\n'
-    (args.results / f'{stem}.md').write_text(text)
+    runs.write(args.results / f'{stem}.md', text)
     print(text)
 
 
@@ -107,11 +107,11 @@ def room_table(scores: dict[str, dict[int, list[float]]]) -> str:
             continue
         group = int(name.split()[1]) - 1
         pairs = [(values, scores['even'][seed]) for seed, values in by_seed.items()]
-        own = runs.interval([values[group] - even[group] for values, even in pairs])
-        others = runs.interval([
+        own = runs.difference([values[group] - even[group] for values, even in pairs])
+        others = runs.difference([
             mean(v for k, v in enumerate(values) if k != group) - mean(v for k, v in enumerate(even) if k != group)
             for values, even in pairs])
-        lines.append([name, '{:+.2f} ± {:.2f}'.format(*own), '{:+.2f} ± {:.2f}'.format(*others)])
+        lines.append([name, own, others])
     return runs.markdown_table(['share', 'that group gains (95%)', 'the others gain (95%)'], lines)
 
 

@@ -6,8 +6,8 @@
 Paired seeds, equal images seen, and again at the training time of uniform sampling (`--match time`). Uniform sampling
 and the sandwich rule are reported twice: at the archs of the generator that was fitted to the resource constraint, and
 at the best of 25 archs per budget by held-out accuracy. `--alone` adds every group's subnet trained by itself: from
-scratch with all the steps, and fine-tuned from the weights it inherits. Writes `samplers_TASK.csv`, a table
-(`samplers_TASK.md`) and pictures.
+scratch with all the steps, and fine-tuned for a fifth of them from the weights it inherits. Writes
+`samplers_TASK.csv`, a table (`samplers_TASK.md`) and pictures.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from statistics import mean, stdev
 import runs
 from runs import SAMPLERS, Run
 
+FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()
 ALONE = 'generator'  # whose archs are trained by themselves
 GROUPS = 8
 COLOURS = dict(zip(
@@ -44,7 +45,7 @@ def alone(args: argparse.Namespace, trained: list[Run]) -> list[dict]:
     for run in trained:
         source = run.folder(args.output).resolve()
         for method, epochs, options in (('from scratch', run.epochs, ['--from-scratch']),
-                                        ('fine-tuned', max(run.epochs // 5, 1), ['--lr', '2e-3'])):
+                                        ('fine-tuned', max(run.epochs // 5, 2), FINE_TUNING)):
             folder = source / method.replace(' ', '-')
             argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
                     '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), *options]
@@ -86,7 +87,7 @@ def plot_curves(path: Path, rows: list[dict], match: str, title: str) -> None:
     ax.grid(color='#e4e6ea')
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(loc='lower right', frameon=False, ncols=2)
-    figure.savefig(path, format='png')
+    runs.write(path, lambda file: figure.savefig(file, format='png'))
 
 
 def plot_shifts(path: Path, trained: list[tuple[Run, Path]]) -> None:
@@ -111,19 +112,25 @@ def plot_shifts(path: Path, trained: list[tuple[Run, Path]]) -> None:
     axes[-1][0].set_xlabel('training update')
     axes[0][0].set_ylabel('P relative to uniform')
     axes[0][-1].legend(loc='upper left', fontsize=6, ncols=2, frameon=False)
-    figure.savefig(path, format='png')
+    runs.write(path, lambda file: figure.savefig(file, format='png'))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     runs.add_arguments(parser)
     parser.add_argument('--samplers', nargs='+', default=list(SAMPLERS), choices=list(SAMPLERS), metavar='NAME')
-    parser.add_argument('--reference', default='generator', choices=list(COLOURS), metavar='NAME',
+    parser.add_argument('--reference', default='generator', choices=list(SAMPLERS), metavar='NAME',
                         help='method that differences are taken from')
     parser.add_argument('--match', nargs='+', default=['images', 'time'], choices=('images', 'time'),
                         help='equal images seen, equal training time, or both')
     parser.add_argument('--alone', action='store_true', help="also train every group's subnet by itself")
     args = parser.parse_args()
+    if 'time' in args.match and 'uniform' not in args.samplers:
+        parser.error('--match time takes the time of uniform sampling: add uniform to --samplers, or --match images')
+    if args.reference not in args.samplers:
+        parser.error(f'--reference {args.reference} is not among --samplers {" ".join(args.samplers)}')
+    if args.alone and ALONE not in args.samplers:
+        parser.error(f'--alone trains the archs of {ALONE}: add it to --samplers')
     epochs = args.epochs or runs.EPOCHS[args.task]
     equal_images = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
                     for seed in range(args.seeds) for name in args.samplers]
@@ -134,7 +141,11 @@ def main() -> None:
         # of the seeds together: the time of single epochs is noisy
         cost = {name: mean(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
                 for name in args.samplers}
-        lengths = {name: min(max(round(epochs * cost['uniform'] / cost[name]), 1), epochs) for name in args.samplers}
+        lengths = {name: max(round(epochs * cost['uniform'] / cost[name]), 1) for name in args.samplers}
+        # times vary, but what has been trained for them is kept
+        kept = args.output / args.task / f'equal_time_{epochs}.json'
+        lengths |= json.loads(kept.read_text()) if kept.exists() else {}
+        runs.write(kept, json.dumps(lengths))
         print('epochs at the time of uniform sampling:', lengths, file=sys.stderr)
         equal_time = [Run(name, args.task, tuple(SAMPLERS[name]), seed, lengths[name])
                       for seed in range(args.seeds) for name in args.samplers if lengths[name] != epochs]
@@ -160,7 +171,7 @@ def main() -> None:
     if shifts:
         plot_shifts(args.results / f'shift_{args.task}.png', shifts)
     text = '\n\n'.join(tables) + '\n'
-    (args.results / f'samplers_{args.task}.md').write_text(text)
+    runs.write(args.results / f'samplers_{args.task}.md', text)
     print(text)
 
 

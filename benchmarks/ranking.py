@@ -16,6 +16,7 @@ from pathlib import Path
 import runs
 from runs import SAMPLERS, Run
 
+FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()
 PARTS = 2  # processes that share the archs of one supernet
 
 
@@ -26,6 +27,8 @@ def draw(model_directory: Path, count: int) -> list[dict]:
     from timm_shiftnas.sampling import stream
 
     space = timm_shiftnas.load_supernet(model_directory)[0].space
+    if count > space.size:
+        sys.exit(f'--archs {count} is more than the {space.size} archs of the space')
     noise, archs = stream(0, 'ranking', count), {}
     while len(archs) < count:
         archs[space.sample(noise)] = None
@@ -58,7 +61,7 @@ def main() -> None:
     runs.add_arguments(parser, seeds=1)
     parser.add_argument('--samplers', nargs='+', default=['generator', 'uniform', 'hypergradient'], metavar='NAME',
                         choices=list(SAMPLERS))
-    parser.add_argument('--archs', type=int, default=24, metavar='N')
+    parser.add_argument('--archs', type=runs.positive, default=24, metavar='N')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     trained = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
@@ -68,14 +71,13 @@ def main() -> None:
     jobs, files = [], {}
     for run in trained:
         source = run.folder(args.output).resolve()
-        kinds = {'fine_tuned': (max(epochs // 4, 1), ['--lr', '2e-3'])}
+        kinds = {'fine_tuned': (max(epochs // 4, 2), FINE_TUNING)}
         if run.name == trained[0].name:
             kinds['from_scratch'] = epochs, ['--from-scratch']  # no matter of the sampler: once per seed
         for kind, (length, options) in kinds.items():
             for part in range(PARTS):
                 folder = source / f'ranking-{kind}-{len(archs)}-{part}'
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / 'archs.json').write_text(json.dumps(archs[part::PARTS]))
+                runs.write(folder / 'archs.json', json.dumps(archs[part::PARTS]))
                 jobs.append((f'{run.name} seed {run.seed} {kind} {part + 1}/{PARTS}', folder, [
                     sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
                     '--archs', str(folder / 'archs.json'), '--results-file', str(folder / 'subnets.json'),
@@ -93,7 +95,7 @@ def main() -> None:
                  for row in results[run.name, run.seed, 'fine_tuned']]
     runs.write_csv(args.results / f'ranking_{args.task}.csv', rows)
     text = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho:\n\n{correlations(rows)}\n"
-    (args.results / f'ranking_{args.task}.md').write_text(text)
+    runs.write(args.results / f'ranking_{args.task}.md', text)
     print(text)
 
 

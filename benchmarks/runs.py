@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,14 +73,22 @@ class Run:
                 '--seed', str(self.seed), *self.flags]
 
 
+def positive(text: str) -> int:
+    """Type of flags that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, 1 or more')
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     """The flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
-    parser.add_argument('--seeds', type=int, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
-    parser.add_argument('--epochs', type=int, metavar='N', help='length (default: 30 of digits, 8 of glyphs)')
+    parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
+    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, 8 of glyphs)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N', help='processes, of one thread each')
+    parser.add_argument('--jobs', type=positive, default=os.cpu_count(), metavar='N',
+                        help='processes, of one thread each')
 
 
 def single_thread() -> dict[str, str]:
@@ -89,15 +99,20 @@ def single_thread() -> dict[str, str]:
 def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None:
     """Run commands, (title, folder, argv) each, whose folders are not done yet; stop at the first that fails.
 
+    A command that is started again finds what it left in its folder; trainings resume. Two benchmarks at once may need
+    the same training: the second one waits for it.
+
     Raises:
         SystemExit: With the end of the log of a command that failed, or if a folder was made by another command.
     """
     todo = []
     for title, folder, argv in jobs:
+        for name in ('done.json', 'started.json'):
+            path = folder / name
+            if path.exists() and json.loads(path.read_text())['command'] != argv[1:]:
+                sys.exit(f'{folder} was made by another command; remove it or give another --output')
         if not (folder / 'done.json').exists():
             todo.append((title, folder, argv))
-        elif json.loads((folder / 'done.json').read_text())['command'] != argv[1:]:
-            sys.exit(f'{folder} was made by another command; remove it or give another --output')
     print(f'{len(jobs)} runs, {len(jobs) - len(todo)} of them done', file=sys.stderr, flush=True)
     failed: list[str] = []
 
@@ -106,6 +121,13 @@ def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None
         if failed:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / '.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / 'done.json').exists():
+                run(title, folder, command)
+
+    def run(title: str, folder: Path, command: list[str]) -> None:
+        write(folder / 'started.json', json.dumps(dict(command=command[1:])))
         begun = time.monotonic()
         checkpoint = folder / 'last.pth.tar'
         argv = [*command, '--resume', str(checkpoint)] if checkpoint.exists() else command
@@ -115,9 +137,7 @@ def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None
             end = (folder / 'log.txt').read_text().splitlines()[-5:]
             failed.append('\n'.join([f'{title}: exit code {code}', *end]))
             return
-        temporary = folder / '.done.tmp'
-        temporary.write_text(json.dumps(dict(command=command[1:], seconds=time.monotonic() - begun)))
-        temporary.replace(folder / 'done.json')
+        write(folder / 'done.json', json.dumps(dict(command=command[1:], seconds=time.monotonic() - begun)))
         print(f'{time.strftime("%H:%M:%S")}  {title}  {time.monotonic() - begun:.0f} s', file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(processes) as pool:
@@ -139,20 +159,29 @@ def train(runs: Iterable[Run], output: Path, processes: int) -> None:
 # -- reading what was trained ------------------------------------------------------------------------------------------
 
 
+def write(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Text, or what a function writes to the path that it is given: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        content(temporary) if callable(content) else temporary.write_text(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline='') as file:
         return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Rows under the keys of the first, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    """Rows under the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
 
 
 def group_rows(folder: Path) -> list[dict]:
@@ -165,7 +194,7 @@ def group_rows(folder: Path) -> list[dict]:
 def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
     """As `group_rows`, at the generator's archs for `groups` budgets, whatever the training served; kept in the folder.
     """
-    if 'uniform' not in run.flags and len(group_rows(folder)) == groups:
+    if '--sampler' not in run.flags and len(group_rows(folder)) == groups:
         return group_rows(folder)  # these are what it served
     path = folder / f'generator_archs_{groups}.json'
     if not path.exists():
@@ -185,7 +214,7 @@ def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
         loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
         budgets = BudgetGroups.of_space(net.space, count=groups)
         rows = evaluate_budgets(net, budgets, generator.propose_many(budgets.budgets), loader, device)
-        path.write_text(json.dumps([
+        write(path, json.dumps([
             dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
             for k, row in enumerate(rows) if row['budget'] is not None]))
     return json.loads(path.read_text())
@@ -216,8 +245,15 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [header, ['---'] * len(header), *lines])
 
 
+def difference(values: Sequence[float]) -> str:
+    mean_, half = interval(values)
+    return f'{mean_:+.2f} ± {half:.2f}'
+
+
 def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> str:
-    """Top-1 by method: mean over budgets, at both ends, and the paired difference of the means from a reference.
+    """Top-1 by method, at both ends and as the mean over budgets, and paired differences from a reference.
+
+    With each difference its 95% confidence interval, of one comparison: of many, one in twenty is off by chance.
 
     Args:
         scores: Per method and seed the top-1 at every budget, smallest first.
@@ -225,12 +261,13 @@ def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> s
     """
     lines = []
     for method, by_seed in scores.items():
-        means = {seed: mean(values) for seed, values in by_seed.items()}
-        base = {seed: mean(values) for seed, values in scores[reference].items()}
-        paired = [means[seed] - base[seed] for seed in means if seed in base]
-        difference = '' if method == reference else '{:+.2f} ± {:.2f}'.format(*interval(paired))
-        lines.append([method, str(len(means)), spread([v[0] for v in by_seed.values()]),
-                      spread([v[-1] for v in by_seed.values()]), spread(list(means.values())), difference])
-    header = ['method', 'seeds', 'smallest budget', 'largest budget', 'mean over budgets',
-              f'paired difference from {reference} (95%)']
+        cells = [method, str(len(by_seed))]
+        for score in (lambda tops: tops[0], lambda tops: tops[-1], mean):
+            cells.append(spread([score(tops) for tops in by_seed.values()]))
+            paired = [score(tops) - score(scores[reference][seed]) for seed, tops in by_seed.items()
+                      if seed in scores[reference]]
+            cells.append('' if method == reference else difference(paired))
+        lines.append(cells)
+    header = ['method', 'seeds', 'smallest budget', f'- {reference}', 'largest budget', f'- {reference}',
+              'mean over budgets', f'- {reference}']
     return markdown_table(header, lines)

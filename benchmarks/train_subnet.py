@@ -53,6 +53,10 @@ def main() -> None:
     parser.add_argument('--results-file', type=Path, required=True, metavar='FILE')
     own, flags = parser.parse_known_args()
     args = parse_args(flags)
+    names = 'mixup', 'cutmix', 'amp', 'clip_grad', 'model_ema', 'bce_loss', 'resume', 'layer_decay'
+    ignored = [name for name in names if getattr(args, name)]
+    if ignored:
+        parser.error(f'a subnet is trained without --{ignored[0].replace("_", "-")}; leave it out')
     timm.utils.setup_default_logging()
     device = torch.device(args.device)
     net, generator = timm_shiftnas.load_supernet(own.supernet)

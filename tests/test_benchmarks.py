@@ -26,8 +26,9 @@ def test_differences_are_paired_by_seed():
     scores = {'a': {0: [10., 20.], 1: [50., 60.]}, 'b': {1: [51., 62.], 0: [11., 21.], 2: [0., 0.]}}
     lines = [line.split(' | ') for line in runs.paired_table(scores, 'a').splitlines()]
     assert lines[2][:2] == ['| a', '2'] and lines[3][1] == '3'
-    # differences of the means over budgets: 1 and 1.5; their interval at one degree of freedom
-    assert lines[3][5] == '+1.25 ± 3.18 |'
+    # differences of 1 and 1 at the smallest budget, 1 and 2 at the largest, 1 and 1.5 in the means; their interval
+    # at one degree of freedom is 12.706 standard errors
+    assert lines[3][3] == '+1.00 ± 0.00' and lines[3][5] == '+1.50 ± 6.35' and lines[3][7] == '+1.25 ± 3.18 |'
 
 
 def test_boosted_groups_keep_the_sum():
@@ -57,6 +58,20 @@ def test_commands_run_once_and_failures_are_told(tmp_path):
     with pytest.raises(SystemExit, match='bad: exit code 3\nwords'):
         runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', code.format(tmp_path / 'bad.txt', 3)])], 1)
     assert not (tmp_path / 'bad' / 'done.json').exists()
+    with pytest.raises(SystemExit, match='made by another command'):  # nor is an unfinished one taken for another
+        runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', ''])], 1)
+
+
+@pytest.mark.parametrize('script, flags, message', [
+    ('compare_samplers', ['--samplers', 'generator'], 'add uniform to --samplers, or --match images'),
+    ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator is not among --samplers'),
+    ('ablations', ['lambda', '--seeds', '0'], "'0' must be a whole number, 1 or more"),
+    ('ranking', ['--archs', '-3'], "'-3' must be a whole number"),
+])
+def test_mistakes_are_told_before_anything_is_trained(script, flags, message, tmp_path):
+    argv = [sys.executable, str(ROOT / 'benchmarks' / f'{script}.py'), *flags, '--output', str(tmp_path / 'runs')]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / 'runs').exists()
 
 
 def test_comparison_as_users_run_it(tmp_path):

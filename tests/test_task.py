@@ -320,6 +320,6 @@ def test_parts_must_fit(fitted, shift_batches):
         ShiftNASTask(task.get_trainable_module(), config=task.config, generator=task.generator, groups=task.groups)
     for wrong in (dict(sampler='x'), dict(warmup_sampler='x'), dict(shift_interval=0), dict(accum_steps=0),
                   dict(archs_per_step=0), dict(archs_per_step=2, sandwich=True), dict(generator_interval=-1),
-                  dict(group_weights=(1.,), shift='variation'), dict(group_weights=(1.,), shift='none', sampler='uniform')):
+                  dict(group_weights=(1.,), shift='variation'), dict(group_weights=(1.,), sampler='uniform')):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShiftNASConfig(**wrong)

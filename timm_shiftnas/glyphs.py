@@ -1,7 +1,7 @@
 """Rendered letters of installed fonts: labelled images for experiments, as many and as hard as wanted, no download.
 
-The 52 letters A-Z, a-z, drawn with random size, place, slant, rotation, grey levels and noise. Fonts of the validation
-images are not among those of the training images, so that accuracy is on unseen shapes.
+The 52 letters A-Z, a-z, drawn with random size, place, slant, rotation, grey levels and noise. No font of the
+validation images is among those of the training images, so that accuracy is on unseen shapes.
 """
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ STENCIL = 96  # pixels of the square in which a letter is drawn once, before it 
 class Glyphs(Dataset):
     """Rendered letters as PIL images with targets 0..51 (A-Z, a-z), equally many of each.
 
-    Every fourth usable font, by file name, is kept for validation, the others draw the training images. Images are
-    rendered once and cached in `$XDG_CACHE_HOME/timm_shiftnas` (by default `~/.cache/timm_shiftnas`).
+    Every fourth usable font, by file name, is kept for validation, the others draw the training images. A font is a
+    file: an italic that is kept may be of a family whose upright is not. Images are rendered once and cached in
+    `$XDG_CACHE_HOME/timm_shiftnas` (by default `~/.cache/timm_shiftnas`).
 
     Args:
         split: 'train' or 'validation'.
@@ -70,8 +71,8 @@ class Glyphs(Dataset):
         files = find_fonts(fonts)
         if len(files) < 2:
             raise ValueError(
-                f'{len(files)} font with all of A-Z and a-z in {str(fonts)!r}; glyphs needs two, one of them for '
-                'validation: give a folder with more .ttf or .otf files, or none for the fonts of matplotlib')
+                f'{len(files)} font with all of A-Z and a-z in {str(fonts or "matplotlib")!r}; glyphs needs two, one '
+                'of them for validation: give a folder with more .ttf or .otf files, or none for those of matplotlib')
         files = [file for i, file in enumerate(files) if (i % 4 == 1) == (split == 'validation')]
         per_class = math.ceil((images if split == 'train' else images / 4) / len(self.classes))
         self.pixels = _cached(files, split, per_class, difficulty, pixels)
@@ -107,7 +108,7 @@ def find_fonts(folder: str | os.PathLike | None = None) -> list[Path]:
     root = Path(matplotlib.get_data_path(), 'fonts', 'ttf') if folder is None else Path(folder)
     if not root.is_dir():
         raise ValueError(f'the folder of fonts {str(root)!r} does not exist')
-    usable = []
+    usable: dict[bytes, Path] = {}
     for path in sorted(root.rglob('*'), key=lambda path: (path.name, str(path))):
         if path.suffix.lower() not in ('.ttf', '.otf'):
             continue
@@ -121,14 +122,14 @@ def find_fonts(folder: str | os.PathLike | None = None) -> list[Path]:
         if len(names) == 52 and all(
                 name == letter or name.lower().startswith(('uni', 'glyph', 'g', 'cid')) and len(name) > 1
                 for letter, name in names.items()):
-            usable.append(path)
-    return usable
+            usable.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)  # a copy would be in both splits
+    return list(usable.values())
 
 
 def _cached(files: list[Path], split: str, per_class: int, difficulty: float, pixels: int) -> np.ndarray:
     """Rendered images, uint8 [N, pixels, pixels], from the cache or put into it."""
     described = [RENDERING, Image.__version__, split, per_class, float(difficulty), pixels]
-    described += [(file.name, file.stat().st_size) for file in files]
+    described += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     name = 'glyphs-' + hashlib.sha256(repr(described).encode()).hexdigest()[:16] + '.safetensors'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'timm_shiftnas', name)
     try:

@@ -102,7 +102,9 @@ class ShiftNASConfig:
                 f'archs_per_step={self.archs_per_step} leaves a sandwich without filling: the largest and the smallest '
                 'arch are two of them; give 3 or more, such as 4')
         if self.group_weights is not None and (self.shift != 'none' or self.sampler != 'shiftnas'):
-            raise ValueError("group_weights fix P, which needs sampler='shiftnas' and shift='none'")
+            raise ValueError(
+                f"group_weights={self.group_weights} fix P, which needs sampler='shiftnas' and shift='none', not "
+                f'{self.sampler!r} and {self.shift!r}')
 
 
 class ShiftNASTask(ClassificationTask):
@@ -166,7 +168,14 @@ class ShiftNASTask(ClassificationTask):
         return self._micro_step // self.config.accum_steps
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> ShiftNASTask:
-        """As timm's; a single path leaves weights without a gradient, which DDP must be told."""
+        """As timm's; a single path leaves weights without a gradient, which DDP must be told.
+
+        Raises:
+            ValueError: With several archs per step, each of which would be a forward pass of its own.
+        """
+        if self.config.archs_per_step > 1:
+            raise ValueError(
+                f'archs_per_step={self.config.archs_per_step} needs one process; give archs_per_step=1 with several')
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class ProbabilityShift:
         weights: With 'none', P is proportional to these [K], for good.
 
     Raises:
-        ValueError: If `signal` is unknown, a number is out of its range or the weights are no K positive numbers.
+        ValueError: If `signal` is unknown, a number is out of its range or the weights are not K numbers, none negative
+            and not all 0.
     """
 
     def __init__(self, num_groups: int, signal: str = 'hypergradient', lr: float = 0.01, momentum: float = 0.8,
