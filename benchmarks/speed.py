@@ -250,8 +250,12 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bf16 autocast')
-    parser.add_argument('--torchcompile', action='store_true')
+    parser.add_argument('--torchcompile', action='store_true', help='compiled networks, of supernet and per-mac')
     args = parser.parse_args()
+    if args.torchcompile and args.what not in ('supernet', 'per-mac'):
+        parser.error(f'--torchcompile does not apply to {args.what}; leave it out')
+    if args.what == 'generator' and args.device != 'cpu':
+        parser.error(f'the generator runs on the CPU, not on {args.device}; leave --device out')
     torch.set_num_threads(args.threads)
     measures[args.what](Bench(args))
 

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+import timm_shiftnas as tsn
+from timm_shiftnas.data import StepBatches, create_dataset
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -67,9 +72,12 @@ def test_commands_run_once_and_failures_are_told(tmp_path):
     ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator is not among --samplers'),
     ('ablations', ['lambda', '--seeds', '0'], "'0' must be a whole number, 1 or more"),
     ('ranking', ['--archs', '-3'], "'-3' must be a whole number"),
+    ('speed', ['generator', '--device', 'cuda'], 'the generator runs on the CPU, not on cuda'),
+    ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup; leave it out'),
 ])
 def test_mistakes_are_told_before_anything_is_trained(script, flags, message, tmp_path):
-    argv = [sys.executable, str(ROOT / 'benchmarks' / f'{script}.py'), *flags, '--output', str(tmp_path / 'runs')]
+    argv = [sys.executable, str(ROOT / 'benchmarks' / f'{script}.py'), *flags]
+    argv += [] if script == 'speed' else ['--output', str(tmp_path / 'runs')]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / 'runs').exists()
 
@@ -95,3 +103,38 @@ def test_comparison_as_users_run_it(tmp_path):
     proposed = json.loads((folder / 'generator_archs_8.json').read_text())
     plain = [row for row in rows if row['method'] == 'uniform']
     assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
+
+
+def test_subnets_trained_alone(tmp_path):
+    """What is inherited is the supernet's accuracy at that arch, and training adds to it."""
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10).eval()
+    tsn.save_pretrained(tmp_path / 'model', net, tsn.ArchitectureGenerator(net.space).fit(5, progress=False))
+    archs = [net.space.sample(torch.Generator().manual_seed(1))]
+    (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
+    argv = [sys.executable, str(ROOT / 'benchmarks' / 'train_subnet.py'), '--supernet', str(tmp_path / 'model'),
+            '--archs', str(tmp_path / 'archs.json'), '--results-file', str(tmp_path / 'out' / 'subnets.json'),
+            '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '--workers', '0', '--epochs', '5',
+            '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug']
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / 'out' / 'subnets.json').read_text())
+    images, targets = StepBatches(
+        create_dataset('sklearn/digits', None, 'validation'), 360, 0,
+        **timm.data.resolve_data_config(model=net)).batch(0)
+    for arch, result in zip(archs, results, strict=True):
+        with torch.no_grad():
+            top1 = 100 * float((net(images, arch).argmax(1) == targets).float().mean())
+        assert result['inherited'] == pytest.approx(top1, abs=1e-3) and result['macs'] == net.macs(arch)
+        assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10  # it has learned
+
+
+def test_speed_prints_a_ratio_for_every_arch():
+    argv = [sys.executable, str(ROOT / 'benchmarks' / 'speed.py'), 'supernet', '--model', 'test_shiftformer_supernet',
+            '--rounds', '1', '--batch-size', '4']
+    done = subprocess.run(argv, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ['smallest', 'sampled', 'largest'], done.stderr
+    for line in lines:
+        words = line.split()
+        value = {name: float(words[words.index(name) + 1]) for name in ('supernet', 'extracted', 'ratio')}
+        assert value['ratio'] == pytest.approx(value['supernet'] / value['extracted'], rel=0.02)  # of a single round
