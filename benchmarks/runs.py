@@ -268,6 +268,6 @@ def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> s
                       if seed in scores[reference]]
             cells.append('' if method == reference else difference(paired))
         lines.append(cells)
-    header = ['method', 'seeds', 'smallest budget', f'- {reference}', 'largest budget', f'- {reference}',
-              'mean over budgets', f'- {reference}']
+    header = ['method', 'seeds', 'smallest budget', f'vs {reference}', 'largest budget', f'vs {reference}',
+              'mean over budgets', f'vs {reference}']
     return markdown_table(header, lines)
