@@ -79,7 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     variants = EXPERIMENTS[args.experiment]
-    trained = {name: [Run(folder_name(flags), args.task, tuple(flags), seed, epochs) for seed in range(args.seeds)]
+    trained = {name: [Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
+                      for seed in range(args.seeds)]
                for name, flags in variants.items()}
     runs.train([run for seed in range(args.seeds) for by_seed in trained.values() for run in by_seed[seed:seed + 1]],
                args.output, args.jobs)

@@ -132,7 +132,7 @@ def main() -> None:
     if args.alone and ALONE not in args.samplers:
         parser.error(f'--alone trains the archs of {ALONE}: add it to --samplers')
     epochs = args.epochs or runs.EPOCHS[args.task]
-    equal_images = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
+    equal_images = [Run(name, args.task, (*SAMPLERS[name], *args.train_flags), seed, epochs)
                     for seed in range(args.seeds) for name in args.samplers]
     runs.train(equal_images, args.output, args.jobs)
     done = [(run, run.folder(args.output), 'images') for run in equal_images]
@@ -147,7 +147,7 @@ def main() -> None:
         lengths |= json.loads(kept.read_text()) if kept.exists() else {}
         runs.write(kept, json.dumps(lengths))
         print('epochs at the time of uniform sampling:', lengths, file=sys.stderr)
-        equal_time = [Run(name, args.task, tuple(SAMPLERS[name]), seed, lengths[name])
+        equal_time = [Run(name, args.task, (*SAMPLERS[name], *args.train_flags), seed, lengths[name])
                       for seed in range(args.seeds) for name in args.samplers if lengths[name] != epochs]
         runs.train(equal_time, args.output, args.jobs)
         done += [(run, run.folder(args.output), 'time') for run in equal_time]

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument('--archs', type=runs.positive, default=24, metavar='N')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
-    trained = [Run(name, args.task, tuple(SAMPLERS[name]), seed, epochs)
+    trained = [Run(name, args.task, (*SAMPLERS[name], *args.train_flags), seed, epochs)
                for seed in range(args.seeds) for name in args.samplers]
     runs.train(trained, args.output, args.jobs)
     archs = draw(trained[0].folder(args.output) / 'model', args.archs)

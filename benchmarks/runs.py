@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -87,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, 8 of glyphs)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
+    parser.add_argument('--train-flags', type=lambda text: tuple(shlex.split(text)), default=(), metavar='FLAGS',
+                        help='further flags of train.py for all trainings, in quotes after an equals sign')
     parser.add_argument('--jobs', type=positive, default=os.cpu_count(), metavar='N',
                         help='processes, of one thread each')
 

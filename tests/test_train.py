@@ -287,7 +287,10 @@ def test_mixup_switched_off_without_prefetcher(tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
+        # a shell's background jobs ignore it, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     last = tmp_path / 'run' / 'last.pth.tar'
     while process.poll() is None and not last.exists():
         time.sleep(.05)
