@@ -428,6 +428,11 @@ def scaled_lr(args: argparse.Namespace) -> float:
     return args.lr_base * (math.sqrt(ratio) if args.lr_base_scale == 'sqrt' else ratio)
 
 
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Set all random states to a function of the arguments."""
+    random_seed(stream(seed, 'epoch', epoch).initial_seed() % 2 ** 32)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +536,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One epoch: a function of (seed, epoch) and of the state at its start."""
         args, task, accum = self.args, self.task, self.args.grad_accum_steps
-        random_seed(stream(args.seed, 'epoch', epoch).initial_seed() % 2 ** 32)
+        seed_epoch(args.seed, epoch)
         losses, started = AverageMeter(), time.perf_counter()
         task.get_trainable_module().train()
         self.optimizer.zero_grad()

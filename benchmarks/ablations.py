@@ -14,10 +14,9 @@ import argparse
 from statistics import mean
 
 import runs
-from runs import SAMPLERS, Run
+from runs import GROUPS, SAMPLERS, Run
 
 SHIFT, EVEN = SAMPLERS['hypergradient'], SAMPLERS['generator']
-GROUPS = 8
 
 
 def weights(*values: float) -> list[str]:
@@ -86,7 +85,7 @@ def main() -> None:
                args.output, args.jobs)
     rows, scores = [], {}
     for name, by_seed in trained.items():
-        found = {run.seed: runs.rows_at(run, run.folder(args.output), GROUPS) for run in by_seed}
+        found = {run.seed: runs.rows_at(run, run.folder(args.output)) for run in by_seed}
         scores[name] = {seed: [row['top1'] for row in measured] for seed, measured in found.items()}
         rows += [dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs, **row)
                  for seed, measured in found.items() for row in measured]
@@ -101,7 +100,7 @@ def main() -> None:
 
 
 def room_table(scores: dict[str, dict[int, list[float]]]) -> str:
-    """What a group gains from its own share, and what all groups gain on average; paired differences from even P."""
+    """What a group gains from its own share, and what the others gain on average; paired differences from even P."""
     lines = []
     for name, by_seed in scores.items():
         if not name.startswith('group'):

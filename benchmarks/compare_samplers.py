@@ -19,11 +19,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import runs
-from runs import SAMPLERS, Run
+from runs import FINE_TUNING, SAMPLERS, Run
 
-FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()
 ALONE = 'generator'  # whose archs are trained by themselves
-GROUPS = 8
 COLOURS = dict(zip(
     ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
      'variation', 'from scratch', 'fine-tuned'),
@@ -34,8 +32,8 @@ def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
     """What a training contributes to the table: a line per group, two where archs are searched."""
     common = dict(task=run.task, match=match, seed=run.seed, epochs=run.epochs)
     kinds = {run.name: runs.group_rows(folder)}
-    if 'uniform' in run.flags:
-        kinds = {run.name: runs.rows_at(run, folder, GROUPS), f'{run.name}, searched': runs.group_rows(folder)}
+    if run.searches:
+        kinds = {run.name: runs.rows_at(run, folder), f'{run.name}, searched': runs.group_rows(folder)}
     return [dict(common, method=kind, **row) for kind, rows in kinds.items() for row in rows]
 
 

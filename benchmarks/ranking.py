@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import runs
-from runs import SAMPLERS, Run
+from runs import FINE_TUNING, SAMPLERS, Run
 
-FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()
 PARTS = 2  # processes that share the archs of one supernet
 
 

@@ -26,7 +26,7 @@ from statistics import mean, median, stdev
 ROOT = Path(__file__).resolve().parents[1]
 
 # Data and recipe that all samplers share. The share held out is equal, so that all see the same training images. Muon,
-# because it learns in 700 updates what AdamW does not in 2,000.
+# because trainings of this length leave AdamW on its first plateau.
 COMMON = '''
     --model test_shiftformer_supernet --workers 0 --batch-size 64 --opt muon --lr 1e-2 --warmup-epochs 1
     --warmup-lr 5e-4 --smoothing 0.1 --hflip 0 --color-jitter 0 --num-groups 8 --held-out 0.05
@@ -36,6 +36,8 @@ TASKS = dict(
     digits='--dataset sklearn/digits --scale 0.6 1 --ratio 0.8 1.25'.split(),
     glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
 )
+FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # of inherited weights
+GROUPS = 8  # at whose budgets subnets are compared; as many as trainings have, unless their flags say otherwise
 EPOCHS = dict(digits=30, glyphs=8)
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
@@ -63,6 +65,11 @@ class Run:
     flags: tuple[str, ...]
     seed: int
     epochs: int
+
+    @property
+    def searches(self) -> bool:
+        """Whether it serves archs of a search, not of the generator: that of uniform sampling."""
+        return '--sampler' in self.flags
 
     def folder(self, output: Path) -> Path:
         length = '' if self.epochs == EPOCHS[self.task] else f'-{self.epochs}epochs'
@@ -194,12 +201,12 @@ def group_rows(folder: Path) -> list[dict]:
                  top1=float(row['top1'])) for row in rows]
 
 
-def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
-    """As `group_rows`, at the generator's archs for `groups` budgets, whatever the training served; kept in the folder.
-    """
-    if '--sampler' not in run.flags and len(group_rows(folder)) == groups:
-        return group_rows(folder)  # these are what it served
-    path = folder / f'generator_archs_{groups}.json'
+def rows_at(run: Run, folder: Path) -> list[dict]:
+    """As `group_rows`, at the generator's archs for GROUPS budgets, whatever it served; kept in the folder."""
+    served = group_rows(folder)
+    if not run.searches and len(served) == GROUPS:
+        return served
+    path = folder / f'generator_archs_{GROUPS}.json'
     if not path.exists():
         sys.path.insert(0, str(ROOT))
         import torch
@@ -215,7 +222,7 @@ def rows_at(run: Run, folder: Path, groups: int) -> list[dict]:
         args.num_classes = net.num_classes
         device = torch.device('cpu')
         loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
-        budgets = BudgetGroups.of_space(net.space, count=groups)
+        budgets = BudgetGroups.of_space(net.space, count=GROUPS)
         rows = evaluate_budgets(net, budgets, generator.propose_many(budgets.budgets), loader, device)
         write(path, json.dumps([
             dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])

@@ -132,7 +132,7 @@ def step(bench: Bench) -> None:
         shift=bench.args.shift, generator_images=bench.args.generator_images, total_updates=10 ** 6)
     groups = BudgetGroups.of_space(net.space)
     task = ShiftNASTask(
-        net, config=config, generator=ArchitectureGenerator(net.space).fit(progress=True), groups=groups,
+        net, config=config, generator=ArchitectureGenerator(net.space).fit(), groups=groups,
         shift_batches=lambda n: (shift, shift), device=bench.device, verbose=False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=bench.device.type == 'cuda')
     archs = task.generator.propose_many([sum(pair) / 2 for pair in zip(groups.edges, groups.edges[1:])])

@@ -23,10 +23,11 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 
+import runs
 import timm_shiftnas
 from timm_shiftnas.evaluation import evaluate
-from timm_shiftnas.sampling import BudgetGroups, stream
-from train import create_loaders, create_supernet, open_data, parse_args, scaled_lr
+from timm_shiftnas.sampling import BudgetGroups
+from train import create_loaders, create_supernet, open_data, parse_args, scaled_lr, seed_epoch
 
 
 def train(net: torch.nn.Module, loaders, args: argparse.Namespace, device: torch.device) -> None:
@@ -37,7 +38,7 @@ def train(net: torch.nn.Module, loaders, args: argparse.Namespace, device: torch
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loaders[0]))
     for epoch in range(epochs):
         scheduler.step(epoch)
-        random_seed(stream(args.seed, 'epoch', epoch).initial_seed() % 2 ** 32)
+        seed_epoch(args.seed, epoch)
         net.train()
         for images, targets in loaders[0]:
             task(images, targets)['loss'].backward()
@@ -84,10 +85,7 @@ def main() -> None:
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
                             top1=evaluate(plain, loaders[1], device)[0]))
         logging.getLogger('train').info(f'{json.dumps(results[-1])}')
-        own.results_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = own.results_file.with_suffix('.tmp')
-        temporary.write_text(json.dumps(results))
-        temporary.replace(own.results_file)
+        runs.write(own.results_file, json.dumps(results))
 
 
 if __name__ == '__main__':

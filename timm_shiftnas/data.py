@@ -23,12 +23,11 @@ from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .glyphs import Glyphs
+from .pixels import PixelImages, is_training, transformed
 
 __all__ = ['BrokenImageError', 'DatasetView', 'StepBatches', 'create_dataset', 'split_held_out']
 
 TIMM_SOURCES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # prefixes of names that are not folders or tars of images
-TRAIN_SPLITS = ('train', 'training')
-EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 
 
 class BrokenImageError(ValueError):
@@ -81,10 +80,7 @@ def create_dataset(
             raise ValueError(f"dataset {name!r} is unknown; the only one of this source is 'sklearn/digits'")
         return Digits(split, **_ours(kwargs))
     if name == 'glyphs':
-        if split not in TRAIN_SPLITS + EVAL_SPLITS:
-            raise ValueError(f"glyphs has no split {split!r}; choose 'train' or 'validation'")
-        return Glyphs(
-            'train' if split in TRAIN_SPLITS else 'validation', root or None, **dict(glyphs or {}, **_ours(kwargs)))
+        return Glyphs(split, root or None, **dict(glyphs or {}, **_ours(kwargs)))
     root = None if root is None else os.fspath(root)
     is_files = source not in TIMM_SOURCES
     if is_files:
@@ -132,7 +128,7 @@ class ImageFiles(ImageDataset):
             unknown = isinstance(error, UnidentifiedImageError)
             reason = 'it is in no known image format' if unknown else _one_line(error) or type(error).__name__
             raise BrokenImageError(f'cannot read the image {path!r} ({reason}); repair or remove it') from error
-        return _transformed(self, image, target)
+        return transformed(self, image, target)
 
     def _decode(self, file: Any) -> Image.Image:
         image = Image.open(file)
@@ -140,7 +136,7 @@ class ImageFiles(ImageDataset):
         return image.convert(self.input_img_mode) if self.input_img_mode else image
 
 
-class Digits(Dataset):
+class Digits(PixelImages):
     """scikit-learn's 1,797 real 8 x 8 images of handwritten digits, as PIL images with targets 0..9.
 
     Four fifths are 'train' and one fifth is 'validation', each with the same share of every digit, always the same.
@@ -163,8 +159,7 @@ class Digits(Dataset):
             transform: Callable | None = None,
             target_transform: Callable | None = None,
     ) -> None:
-        if split not in TRAIN_SPLITS + EVAL_SPLITS:
-            raise ValueError(f"sklearn/digits has no split {split!r}; choose 'train' or 'validation'")
+        training = is_training('sklearn/digits', split)
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
@@ -175,28 +170,9 @@ class Digits(Dataset):
         pixels = (digits.images * 255 / 16).round().astype('uint8')  # scikit-learn's grey levels are 0..16
         train, held_out = train_test_split(
             range(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
-        chosen = sorted(train if split in TRAIN_SPLITS else held_out)
-        self.pixels = pixels[chosen]
-        self.targets = digits.target[chosen].tolist()
-        self.input_img_mode = input_img_mode
-        self.transform = transform
-        self.target_transform = target_transform
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = Image.fromarray(self.pixels[index]).convert(self.input_img_mode), self.targets[index]
-        return _transformed(self, image, target)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-def _transformed(dataset: Any, image: Any, target: int) -> tuple[Any, int]:
-    """An image and its target under the transforms of a dataset."""
-    if dataset.transform is not None:
-        image = dataset.transform(image)
-    if dataset.target_transform is not None:
-        target = dataset.target_transform(target)
-    return image, target
+        chosen = sorted(train if training else held_out)
+        super().__init__(
+            pixels[chosen], digits.target[chosen].tolist(), input_img_mode, transform, target_transform)
 
 
 def _check_root(name: str, root: str | None) -> None:
@@ -269,7 +245,7 @@ class DatasetView(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.base[int(self.indices[index])]
-        return _transformed(self, image, target)
+        return transformed(self, image, target)
 
     def __len__(self) -> int:
         return len(self.indices)

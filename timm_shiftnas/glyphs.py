@@ -11,14 +11,15 @@ import os
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
+
+from .files import whole_file
+from .pixels import PixelImages, is_training
 
 __all__ = ['Glyphs', 'find_fonts']
 
@@ -26,7 +27,7 @@ RENDERING = 1  # to be raised when the same arguments draw other images: cached 
 STENCIL = 96  # pixels of the square in which a letter is drawn once, before it is turned and scaled
 
 
-class Glyphs(Dataset):
+class Glyphs(PixelImages):
     """Rendered letters as PIL images with targets 0..51 (A-Z, a-z), equally many of each.
 
     Every fourth usable font, by file name, is kept for validation, the others draw the training images. A font is a
@@ -34,7 +35,7 @@ class Glyphs(Dataset):
     `$XDG_CACHE_HOME/timm_shiftnas` (by default `~/.cache/timm_shiftnas`).
 
     Args:
-        split: 'train' or 'validation'.
+        split: 'train' or 'validation', or one of timm's synonyms for them.
         fonts: A font file's folder, searched with all below it for .ttf and .otf; `None` takes those of matplotlib.
         images: Training images; there are a quarter as many for validation. Rounded up to a multiple of the classes.
         difficulty: From 0 (upright, centred, full contrast) to 1 (turned by up to 40 degrees, sheared, half the size,
@@ -61,8 +62,7 @@ class Glyphs(Dataset):
             transform: Callable | None = None,
             target_transform: Callable | None = None,
     ) -> None:
-        if split not in ('train', 'validation'):
-            raise ValueError(f"glyphs has no split {split!r}; choose 'train' or 'validation'")
+        training = is_training('glyphs', split)
         if not 0 <= difficulty <= 1:
             raise ValueError(f'glyph difficulty {difficulty!r} is out of range; give a number from 0 to 1')
         if not 8 <= pixels <= 512 or not 1 <= images <= 10_000_000:
@@ -73,24 +73,11 @@ class Glyphs(Dataset):
             raise ValueError(
                 f'{len(files)} font with all of A-Z and a-z in {str(fonts or "matplotlib")!r}; glyphs needs two, one '
                 'of them for validation: give a folder with more .ttf or .otf files, or none for those of matplotlib')
-        files = [file for i, file in enumerate(files) if (i % 4 == 1) == (split == 'validation')]
-        per_class = math.ceil((images if split == 'train' else images / 4) / len(self.classes))
-        self.pixels = _cached(files, split, per_class, difficulty, pixels)
-        self.targets = torch.arange(len(self.pixels)).remainder(len(self.classes)).tolist()
-        self.input_img_mode = input_img_mode
-        self.transform = transform
-        self.target_transform = target_transform
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = Image.fromarray(self.pixels[index]).convert(self.input_img_mode), self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
-
-    def __len__(self) -> int:
-        return len(self.targets)
+        files = [file for i, file in enumerate(files) if (i % 4 == 1) != training]
+        per_class = math.ceil((images if training else images / 4) / len(self.classes))
+        drawn = _cached(files, training, per_class, difficulty, pixels)
+        targets = torch.arange(len(drawn)).remainder(len(self.classes)).tolist()
+        super().__init__(drawn, targets, input_img_mode, transform, target_transform)
 
 
 def find_fonts(folder: str | os.PathLike | None = None) -> list[Path]:
@@ -126,32 +113,28 @@ def find_fonts(folder: str | os.PathLike | None = None) -> list[Path]:
     return list(usable.values())
 
 
-def _cached(files: list[Path], split: str, per_class: int, difficulty: float, pixels: int) -> np.ndarray:
+def _cached(files: list[Path], training: bool, per_class: int, difficulty: float, pixels: int) -> np.ndarray:
     """Rendered images, uint8 [N, pixels, pixels], from the cache or put into it."""
-    described = [RENDERING, Image.__version__, split, per_class, float(difficulty), pixels]
+    described = [RENDERING, Image.__version__, training, per_class, float(difficulty), pixels]
     described += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     name = 'glyphs-' + hashlib.sha256(repr(described).encode()).hexdigest()[:16] + '.safetensors'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'timm_shiftnas', name)
     try:
         return load_file(cache)['images'].numpy()
     except (OSError, SafetensorError, KeyError):  # not there yet, or a broken file, which is replaced
-        images = _render(files, split, per_class, difficulty, pixels)
+        images = _render(files, training, per_class, difficulty, pixels)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f'.{name}.{os.getpid()}.tmp')
-        try:
+        with whole_file(cache) as temporary:
             save_file(dict(images=torch.from_numpy(images)), temporary)
-            os.replace(temporary, cache)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError:
         pass  # a read-only home costs the time to render, nothing else
     return images
 
 
-def _render(files: list[Path], split: str, per_class: int, difficulty: float, pixels: int) -> np.ndarray:
+def _render(files: list[Path], training: bool, per_class: int, difficulty: float, pixels: int) -> np.ndarray:
     """Draw `per_class` images of every letter, the letters in turn."""
-    rng = np.random.default_rng([RENDERING, split == 'train'])
+    rng = np.random.default_rng([RENDERING, training])
     stencils: dict[tuple[int, str], Image.Image] = {}
     images = np.empty((per_class * len(Glyphs.classes), pixels, pixels), dtype=np.uint8)
     for i in range(len(images)):

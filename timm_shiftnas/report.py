@@ -17,12 +17,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .complexity import format_count
+from .files import whole_file
 
 __all__ = ['format_table', 'plot_accuracy', 'plot_shift', 'write_budgets_csv', 'write_shift_csv']
 
@@ -52,7 +51,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Rows as CSV with a header line; the arch as JSON in the last column, an absent budget as an empty cell."""
-    with _whole_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with whole_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
         for row in rows:
@@ -61,22 +60,10 @@ def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
 
 def write_shift_csv(path: str | os.PathLike, history: Sequence[tuple[int, Sequence[float]]]) -> None:
     """The distribution over groups as CSV: the optimizer update from which on it was in force, and P_1 ... P_K."""
-    with _whole_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with whole_file(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['update', *(f'group {k + 1}' for k in range(len(history[0][1])))])
         writer.writerows([update, *(f'{p:.6g}' for p in probabilities)] for update, probabilities in history)
-
-
-@contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, and vanishes if it fails."""
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -273,5 +260,5 @@ def _figure() -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format='png')
