@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'timm_shiftnas'
-ORDER = ['space', 'complexity', 'masks', 'layers', 'models', 'sampling', 'generator', 'task', 'hub', 'cli']
+ORDER = ['space', 'stages', 'complexity', 'masks', 'layers', 'models', 'calibration', 'sampling', 'generator', 'task', 'hub', 'cli']
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 
@@ -35,7 +35,7 @@ def module(path: Path) -> str:
 
 
 def test_imports_are_read():
-    assert own(imported(PACKAGE / 'complexity.py')) == {'space'}
+    assert own(imported(PACKAGE / 'complexity.py')) == {'space', 'stages'}
     assert {'space', 'complexity', 'layers', 'masks'} <= own(imported(PACKAGE / 'models' / 'shiftformer.py'))
     assert 'timm.models.build_model_with_cfg' in imported(PACKAGE / 'models' / 'shiftformer.py')
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .space import Arch, SearchSpace
+from .space import Arch, SearchSpace, expanded_width
+from .stages import HEAD_RATIO, block_choices, se_width, width_choices
 
 __all__ = ['format_count', 'macs', 'macs_range', 'params', 'parse_count']
 
@@ -45,12 +46,18 @@ def macs(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
-    return _evaluate(space, arch, lambda sizes, geometry: _shiftformer_macs(sizes, geometry, convention))
+    if space.family == 'shiftmobilenet':
+        return _evaluate(space, arch, _mobilenet_macs)
+    return _evaluate(space, arch, lambda space, one_hots: _shiftformer_macs(
+        _shiftformer_sizes(space, one_hots), space.geometry, convention))
 
 
 def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
-    return _evaluate(space, arch, _shiftformer_params)
+    if space.family == 'shiftmobilenet':
+        return _evaluate(space, arch, _mobilenet_params)
+    return _evaluate(space, arch, lambda space, one_hots: _shiftformer_params(
+        _shiftformer_sizes(space, one_hots), space.geometry))
 
 
 def macs_range(space: SearchSpace) -> tuple[int, int]:
@@ -58,14 +65,14 @@ def macs_range(space: SearchSpace) -> tuple[int, int]:
     return macs(space, space.smallest), macs(space, space.largest)
 
 
-def _evaluate(space, arch, polynomial):
-    geometry = space.geometry
+def _evaluate(space: SearchSpace, arch: Arch | Sequence, polynomial: Callable[[SearchSpace, OneHots], torch.Tensor]):
+    space.geometry  # tells an unbound space
     if isinstance(arch, Sequence) and len(arch) and isinstance(arch[0], torch.Tensor):
-        return polynomial(_shiftformer_sizes(space, arch), geometry)
+        return polynomial(space, arch)
     if isinstance(arch, Sequence):
-        return polynomial(_shiftformer_sizes(space, space.one_hot(arch)), geometry).round().long()
+        return polynomial(space, space.one_hot(arch)).round().long()
     one_hots = space.one_hot_of_indices(torch.tensor(space.encode(arch)))
-    return round(polynomial(_shiftformer_sizes(space, one_hots), geometry).item())
+    return round(polynomial(space, one_hots).item())
 
 
 # -- ShiftFormer -------------------------------------------------------------------------------------------------------
@@ -140,6 +147,106 @@ def _tokens(geometry: dict) -> tuple[int, int, int, int, int]:
     rows, cols = height // patch_h, width // patch_w
     patches = rows * cols
     return rows, cols, patches, patches + geometry['class_token'], patch_h * patch_w * geometry['in_chans']
+
+
+# -- ShiftMobileNet ----------------------------------------------------------------------------------------------------
+
+
+class _Blocks(NamedTuple):
+    """What the CNN polynomials are written in: for every block of the deepest network a column, [..., blocks]."""
+    active: torch.Tensor  # 1 where the block exists
+    expands: torch.Tensor  # 1 where it has an expanding convolution
+    width_in: torch.Tensor
+    hidden: torch.Tensor
+    width_out: torch.Tensor
+    kernel_area: torch.Tensor
+    se: torch.Tensor
+    projects: torch.Tensor  # 1 where its shortcut has a convolution
+    pixels_in: torch.Tensor
+    pixels_out: torch.Tensor
+
+
+class _Ends(NamedTuple):
+    """Stem and head, each [...]."""
+    stem: torch.Tensor
+    stem_pixels: torch.Tensor
+    stage: torch.Tensor  # width of the last stage
+    stage_pixels: torch.Tensor
+    last: torch.Tensor
+
+
+def _mobilenet_sizes(space: SearchSpace, one_hots: OneHots) -> tuple[_Blocks, _Ends]:
+    one_hots = [one_hot.double() for one_hot in one_hots]
+    fixed, blocks, widths = dict(space.structure), block_choices(space), width_choices(space)
+
+    def constant(data) -> torch.Tensor:
+        return torch.tensor(data, dtype=torch.float64, device=one_hots[0].device)
+
+    one = torch.ones_like(one_hots[0][..., 0])
+    values = [constant(choice.values) for choice in space.choices]
+    chosen = [one_hot @ value for one_hot, value in zip(one_hots, values)]
+    sides = [math.ceil(resolution / 2) for resolution in space.values('resolution')]
+
+    def pixels() -> torch.Tensor:
+        return one_hots[0] @ constant([side ** 2 for side in sides])
+
+    stem_pixels, columns = pixels(), []
+    for block in blocks:
+        depth, pixels_in = block.depth, pixels()
+        sides = [math.ceil(side / block.stride) for side in sides]
+        incoming, leaving = (space.choices[i].values for i in (block.width_in, block.width_out))
+        ratios = (1.,) if block.expand_ratio is None else space.choices[block.expand_ratio].values
+        hidden = [[expanded_width(width, ratio) if block.expands else width for ratio in ratios] for width in incoming]
+        se = [[se_width(space, width) if block.se else 0 for width in row] for row in hidden]
+        # an inner width depends on two choices: it reads their outer product
+        ratio = one[..., None] if block.expand_ratio is None else one_hots[block.expand_ratio]
+        hidden, se = ((one_hots[block.width_in] @ constant(table) * ratio).sum(-1) for table in (hidden, se))
+        equal = one_hots[block.width_in] @ constant([[float(a == b) for b in leaving] for a in incoming])
+        projects = one - (equal * one_hots[block.width_out]).sum(-1)
+        projection = fixed['shortcut'] == 'projection' and block.position == 0
+        columns.append(_Blocks(
+            active=one if depth is None else one_hots[depth] @ (values[depth] > block.position).double(),
+            expands=one * block.expands, width_in=chosen[block.width_in], hidden=hidden,
+            width_out=chosen[block.width_out],
+            kernel_area=9 * one if block.kernel_size is None else one_hots[block.kernel_size] @ values[
+                block.kernel_size].square(),
+            se=se, projects=projects if projection else 0 * one, pixels_in=pixels_in, pixels_out=pixels()))
+    ends = _Ends(chosen[widths[0]], stem_pixels, chosen[widths[-2]], pixels(), chosen[widths[-1]])
+    return _Blocks(*(torch.stack(column, dim=-1) for column in zip(*columns))), ends
+
+
+def _mobilenet_macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    b, ends = _mobilenet_sizes(space, one_hots)
+    geometry, fixed = space.geometry, dict(space.structure)
+    expand = b.expands * b.width_in * b.hidden * b.pixels_in
+    inner = b.hidden * ((b.kernel_area + b.width_out) * b.pixels_out + 2 * b.se)
+    project = b.projects * b.width_in * b.width_out * b.pixels_out
+    blocks = (b.active * (expand + inner + project)).sum(-1)
+    stem = 9 * geometry['in_chans'] * ends.stem * ends.stem_pixels
+    pooled = 1 if geometry['global_pool'] else ends.stage_pixels  # without pooling the head runs on every pixel
+    head = geometry['num_classes'] * ends.last * pooled
+    if fixed['head'] == 'plain':
+        head = head + ends.stage * ends.last * ends.stage_pixels
+    else:
+        head = head + HEAD_RATIO * ends.stage * (ends.stage * ends.stage_pixels + ends.last * pooled)
+    return stem + blocks + head
+
+
+def _mobilenet_params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    b, ends = _mobilenet_sizes(space, one_hots)
+    geometry, fixed = space.geometry, dict(space.structure)
+    expand = b.expands * (b.width_in + 2) * b.hidden  # with two parameters of BatchNorm per channel
+    inner = b.hidden * (b.kernel_area + 2) + (b.hidden + 2) * b.width_out
+    if_se = (b.se > 0).double()
+    se = 2 * b.hidden * b.se + b.se + b.hidden * if_se
+    blocks = (b.active * (expand + inner + se + b.projects * b.width_in * b.width_out)).sum(-1)
+    stem = (9 * geometry['in_chans'] + 2) * ends.stem
+    head = geometry['num_classes'] * (ends.last + 1)
+    if fixed['head'] == 'plain':
+        head = head + (ends.stage + 2) * ends.last
+    else:
+        head = head + HEAD_RATIO * ends.stage * (ends.stage + 2 + ends.last)
+    return stem + blocks + head
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import nn
 
 from . import complexity
+from .calibration import BatchNormCalibration, has_batch_norm
 from .generator import ArchitectureGenerator
 from .models import Subnet
 from .sampling import BudgetGroups, stream
@@ -47,6 +48,21 @@ def evaluate(
     return top1.avg, top5.avg
 
 
+def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None) -> nn.Module:
+    """A subnet to evaluate: a view of the supernet or, with BatchNorm, the extracted and calibrated network.
+
+    Raises:
+        ValueError: If BatchNorm has nothing to be calibrated with.
+    """
+    if not has_batch_norm(net):
+        return Subnet(net, arch)
+    if calibration is None:
+        raise ValueError(
+            'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means '
+            'nothing; give calibration=BatchNormCalibration(loader) of training images')
+    return calibration(net, arch)
+
+
 def search_archs(
         space: SearchSpace,
         generator: ArchitectureGenerator,
@@ -56,6 +72,7 @@ def search_archs(
         loader: Loader,
         device: torch.device,
         seed: int = 0,
+        calibration: BatchNormCalibration | None = None,
         **kwargs: Any,
 ) -> list[Arch]:
     """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
@@ -69,6 +86,7 @@ def search_archs(
         net: The supernet.
         loader: Held-out images and class indices.
         seed: Of the candidates.
+        calibration: Gives candidates their BatchNorm statistics, where there is BatchNorm.
         **kwargs: As for `evaluate`.
     """
     noise = stream(seed, 'search', 0)
@@ -82,7 +100,7 @@ def search_archs(
             drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
             candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
         best.append(max(list(candidates)[:samples], key=lambda arch: (
-            evaluate(Subnet(net, arch), loader, device, **kwargs)[0], complexity.macs(space, arch))))
+            evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0], complexity.macs(space, arch))))
     return best
 
 
@@ -92,6 +110,7 @@ def evaluate_budgets(
         archs: Sequence[Arch],
         loader: Loader,
         device: torch.device,
+        calibration: BatchNormCalibration | None = None,
         **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Rows of the budget table: the smallest subnet, one subnet for every group, and the largest.
@@ -101,7 +120,11 @@ def evaluate_budgets(
         groups: K budget groups.
         archs: The K archs that serve them.
         loader: Images and class indices.
+        calibration: Gives subnets their BatchNorm statistics, where there is BatchNorm.
         **kwargs: As for `evaluate`.
+
+    Raises:
+        ValueError: If the network has BatchNorm and there is no calibration.
 
     Returns:
         K + 2 dicts with name, budget (MACs, or None), macs, params, top1, top5 (percent) and arch.
@@ -114,7 +137,7 @@ def evaluate_budgets(
     rows = []
     for name, budget, arch in named:
         if arch not in accuracies:
-            accuracies[arch] = evaluate(Subnet(net, arch), loader, device, **kwargs)
+            accuracies[arch] = evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)
         top1, top5 = accuracies[arch]
         rows.append(dict(
             name=name, budget=budget, macs=complexity.macs(space, arch), params=complexity.params(space, arch),

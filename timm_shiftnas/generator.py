@@ -61,7 +61,8 @@ class ArchitectureGenerator(nn.Module):
         for i, choice in enumerate(space.choices):
             if choice.gate is not None:
                 depths = space.choices[choice.gate].values
-                self._exists[i, :len(depths)] = torch.tensor([depth > choice.layer for depth in depths], device='cpu')
+                self._exists[i, :len(depths)] = torch.tensor(
+                    [depth >= choice.min_depth for depth in depths], device='cpu')
 
         generator = torch.Generator().manual_seed(seed)
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,17 +31,20 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from . import complexity
+from .calibration import bn_statistics, calibrate_bn, has_batch_norm
 from .complexity import format_count, parse_count
 from .generator import ArchitectureGenerator
-from .models import extract
+from .models import arch_space, extract
 from .report import COLUMNS
-from .space import Arch, SearchSpace, space_from_dict
+from .space import Arch, SearchSpace, shiftformer_space
 
 __all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 'static_counts']
 
 KEY = 'timm_shiftnas'
 FORMAT = 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
+BN_STATS = 'bn_stats.safetensors'
 
 # Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; layers, choices.
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
@@ -59,6 +63,7 @@ def save_pretrained(
         probabilities: Sequence[float] | Tensor | None = None,
         results: Sequence[Mapping[str, Any]] | None = None,
         searched: Sequence[Arch] | None = None,
+        bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
         data_config: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
 ) -> None:
@@ -75,6 +80,8 @@ def save_pretrained(
         results: The table of evaluated subnets, rows as in `report`.
         searched: Archs found by a search on images. Budgets are served by the one with most MACs that fits, and by the
             generator, which may not have seen images, only where none does.
+        bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest one
+            take the place of the supernet's own.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
 
@@ -92,13 +99,21 @@ def save_pretrained(
     if generator is not None and generator.space.unbind() != net.space.unbind():
         raise ValueError('the generator belongs to another search space than the network; make it with net.space')
 
-    tensors = {WEIGHTS: _own(net.state_dict())}
+    if bn_stats and kind == 'subnet':
+        raise ValueError('a subnet has its BatchNorm statistics in its own weights; save it without bn_stats')
+    bn_stats = dict(bn_stats or {})
+    largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
+    tensors = {WEIGHTS: _own({**net.state_dict(), **largest})}
     ours = dict(
         format=FORMAT, kind=kind, groups=groups, probabilities=probabilities, results=results,
         searched=None if searched is None else [arch.to_dict() for arch in searched])
     if generator is not None:
         tensors[GENERATOR] = _own(generator.state_dict())
         ours['generator'] = dict(hidden_size=generator.hidden_size)
+    if bn_stats:
+        ours['bn_archs'] = [net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
+        tensors[BN_STATS] = _own({
+            f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
     files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
     ours['files'] = {
         name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
@@ -162,8 +177,8 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         (directory / CONFIG).unlink(missing_ok=True)
-        if GENERATOR not in files:
-            (directory / GENERATOR).unlink(missing_ok=True)  # of the supernet that was here
+        for name in {GENERATOR, BN_STATS} - set(files):
+            (directory / name).unlink(missing_ok=True)  # of the supernet that was here
         for name in files:
             os.replace(temporaries[name], directory / name)
     finally:
@@ -181,6 +196,7 @@ def from_pretrained(
         params: float | str | None = None,
         arch: Arch | Mapping[str, Any] | None = None,
         num_classes: int | None = None,
+        loader: Iterable[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -198,6 +214,8 @@ def from_pretrained(
         arch: The arch itself, or its dict. A supernet needs exactly one of the three; a saved subnet needs none, and
             has to satisfy what is given.
         num_classes: Number of classes, if other than saved: gives a new head, which counts for budgets.
+        loader: Training images for the BatchNorm statistics of a subnet whose own were not saved, as for
+            `calibrate_bn`; without it, such a subnet comes with a warning.
         device: Where to put the network; default is the CPU.
         dtype: Type of its weights; default is the saved one.
         revision, token, cache_dir, force_download, local_files_only: As for `huggingface_hub.hf_hub_download`.
@@ -221,11 +239,33 @@ def from_pretrained(
     net = saved.network(num_classes)
     if saved.kind == 'subnet':
         _check_static(net, limits, arch)
-    elif arch is not None:
-        net = extract(net, net.space.from_dict(arch.to_dict() if isinstance(arch, Arch) else arch))
     else:
-        net = extract(net, _serve(saved, net, **limits))
+        space = net.space
+        chosen = _serve(saved, net, **limits) if arch is None else space.from_dict(
+            arch.to_dict() if isinstance(arch, Arch) else arch)
+        net = extract(net, chosen)
+        return _with_statistics(saved, net, space, loader, device, dtype)
     return net.to(device=device, dtype=dtype).eval()
+
+
+def _with_statistics(saved: SavedModel, net: nn.Module, space: SearchSpace, loader: Iterable[Any] | None,
+                     device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    """An extracted subnet with BatchNorm statistics of its own: saved, or of a loader's images, or else a warning."""
+    stored = saved.bn_statistics(net, space) if has_batch_norm(net) else {}
+    if stored:
+        net.load_state_dict(stored, strict=False)
+    net = net.to(device=device, dtype=dtype).eval()
+    if stored or not has_batch_norm(net):
+        return net
+    if loader is not None:
+        return calibrate_bn(net, loader)
+    served = [] if BN_STATS not in saved.info['files'] else [
+        format_count(complexity.macs(space, space.from_dict(arch))) for arch in saved.info['bn_archs']]
+    hint = f', or a budget that has statistics (MACs: {", ".join(served)})' if served else ''
+    warnings.warn(
+        f'{saved} holds no BatchNorm statistics of this subnet, which will not be accurate: give '
+        f'loader= of training images, call calibrate_bn{hint}', stacklevel=3)
+    return net
 
 
 def _serve(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: float = math.inf) -> Arch:
@@ -373,6 +413,18 @@ class SavedModel:
     def has_generator(self) -> bool:
         return GENERATOR in self.info['files']
 
+    def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
+        """The BatchNorm statistics that were saved for an extracted subnet; empty if none were."""
+        archs = [space.from_dict(arch) for arch in self.info.get('bn_archs', ())]
+        if BN_STATS not in self.info['files'] or subnet.arch not in archs:
+            return {}
+        prefix = f'{archs.index(subnet.arch)}.'
+        stored = {
+            name.removeprefix(prefix): tensor for name, tensor in self._tensors(BN_STATS).items()
+            if name.startswith(prefix)}
+        _check_same(bn_statistics(subnet), stored, self.where(BN_STATS))
+        return stored
+
     def generator(self, space: SearchSpace) -> ArchitectureGenerator:
         """The generator that was saved with a supernet, for its bound space."""
         if not self.has_generator:
@@ -386,17 +438,19 @@ class SavedModel:
 
 def static_counts(net: nn.Module) -> tuple[int, int]:
     """MACs and parameters of an extracted subnet."""
+    args = {name: value for name, value in net.model_args.items() if name != 'structure'}
     space = _own_space(net)
-    supernet = create_model(
-        f'{space.family}_supernet', space=space, device='meta', **dict(net.model_args, weight_init='skip'))
+    supernet = create_model(f'{space.family}_supernet', space=space, device='meta', **args)
     return supernet.macs(net.arch), sum(weight.numel() for weight in net.parameters())
 
 
 def _own_space(net: nn.Module) -> SearchSpace:
     """The space of a subnet's own values."""
+    if 'structure' in net.model_args:
+        return arch_space(net.arch, net.model_args['structure'])[0]
     values = {
         name: sorted(set(value)) if isinstance(value, list) else [value] for name, value in net.arch.to_dict().items()}
-    return space_from_dict(dict(values, family=net.pretrained_cfg['architecture'].removesuffix('_subnet')))
+    return shiftformer_space(**values)
 
 
 def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapping[str, Any] | None) -> None:
@@ -450,6 +504,7 @@ def _check_config(config: Any, where: str) -> None:
         'groups': _is_partition(ours.get('groups'), ours.get('probabilities')),
         'results': _is_table(ours.get('results')),
         'searched': isinstance(ours.get('searched', []), list),
+        'bn_archs': isinstance(ours.get('bn_archs', []), list),
     }
     if wrong := [name for name, right in checks.items() if not right]:
         raise ValueError(f'{where} has an unusable entry {KEY}.{wrong[0]}: {_short(ours.get(wrong[0]))}')
@@ -539,10 +594,14 @@ def _build(config: Mapping[str, Any], where: str) -> nn.Module:
 
 def _check_tensors(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a `ValueError` unless `tensors` are exactly those of `net`, in name, shape and kind of number."""
+    _check_same(net.state_dict(), tensors, where)
+
+
+def _check_same(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
         return {name: ('float' if x.is_floating_point() else 'int', *x.shape) for name, x in state.items()}
 
-    own, given = kinds(net.state_dict()), kinds(tensors)
+    own, given = kinds(expected), kinds(tensors)
     for name in _in_order(own, given):
         if own.get(name) != given.get(name):
             raise ValueError(

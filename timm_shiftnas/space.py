@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import make_divisible
 
-__all__ = ['Arch', 'Choice', 'SearchSpace', 'shiftformer_space', 'space_from_dict']
+__all__ = ['Arch', 'Choice', 'SearchSpace', 'shiftformer_space', 'shiftmobilenet_space', 'space_from_dict']
 
 Value = int | float
 
@@ -58,13 +59,15 @@ class Choice:
         name: The arch field that the decision belongs to.
         values: What may be chosen, smallest first.
         layer: Position in a per-layer field; `None` for a field that is chosen once.
-        gate: Index, in `SearchSpace.choices`, of the depth choice that decides whether this layer exists:
-            the choice is active when that depth is greater than `layer`. `None`: always active.
+        gate: Index, in `SearchSpace.choices`, of an earlier depth choice that decides whether this layer exists.
+            `None`: always active.
+        min_depth: The choice is active when that depth is at least this.
     """
     name: str
     values: tuple[Value, ...]
     layer: int | None = None
     gate: int | None = None
+    min_depth: int = 0
 
     @property
     def label(self) -> str:
@@ -76,14 +79,17 @@ class SearchSpace:
     """The ordered choices of a supernet, optionally bound to the geometry that MACs and parameters depend on.
 
     Args:
-        family: Which arithmetic in `complexity` applies ('shiftformer').
-        fields: `(name, values)` pairs as given by the user: what `to_dict` writes.
+        family: Which arithmetic in `complexity` applies ('shiftformer' or 'shiftmobilenet').
+        fields: `(name, values)` pairs as given by the user: what `to_dict` writes. Values are a tuple or, where every
+            layer has values of its own, a tuple of them.
         choices: Every decision, in the order in which the architecture generator takes them.
+        structure: `(name, value)` pairs of what is fixed in the networks of the space (strides, activations, ...).
         frozen_geometry: Sorted `(name, value)` pairs (image size, classes, ...), or `None` while unbound; use `bind`.
     """
     family: str
-    fields: tuple[tuple[str, tuple[Value, ...]], ...]
+    fields: tuple[tuple[str, tuple[Any, ...]], ...]
     choices: tuple[Choice, ...] = field(repr=False)
+    structure: tuple[tuple[str, Any], ...] = ()
     frozen_geometry: tuple[tuple[str, Any], ...] | None = None
 
     # -- archs ---------------------------------------------------------------------------------------------------------
@@ -100,24 +106,35 @@ class SearchSpace:
         names = list(dict.fromkeys(choice.name for choice in self.choices))
         if unknown := [name for name in fields if name not in names]:
             raise ValueError(f'arch has no field {unknown[0]!r}; the fields of this space are {", ".join(names)}')
-        if missing := [name for name in names if name not in fields]:
-            raise ValueError(f'arch field {missing[0]!r} is missing; give one of {self.values(missing[0])}')
-        chosen: dict[str, Any] = {}
+        picked: list[Value | None] = []  # per choice
         for choice in self.choices:
-            given = fields[choice.name]
-            if choice.layer is None:
-                chosen[choice.name] = _pick(choice, given)
+            if choice.gate is not None and picked[choice.gate] < choice.min_depth:
+                picked.append(None)
                 continue
-            depth = chosen[self.choices[choice.gate].name] if choice.gate is not None else None
-            layers = chosen.setdefault(choice.name, ())
-            if isinstance(given, Sequence) and not isinstance(given, str):
-                longest = sum(other.name == choice.name for other in self.choices)
-                if len(given) not in (depth, longest):
-                    raise ValueError(
-                        f'{choice.name} has {len(given)} values for {depth} layers; give one per layer or a scalar')
-                given = given[choice.layer] if choice.layer < len(given) else None
-            if depth is None or choice.layer < depth:
-                chosen[choice.name] = (*layers, _pick(choice, given))
+            given = fields.get(choice.name)
+            if choice.name not in fields:
+                if any(len(other.values) > 1 for other in self.choices if other.name == choice.name):
+                    raise ValueError(f'arch field {choice.name!r} is missing; give one of {self.values(choice.name)}')
+                given = choice.values[0]
+            elif choice.layer is not None and isinstance(given, Sequence) and not isinstance(given, str):
+                before = sum(p is not None for p, other in zip(picked, self.choices) if other.name == choice.name)
+                full = len(given) == sum(other.name == choice.name for other in self.choices)
+                # a wrong length is told below
+                given = given[choice.layer] if full else given[before] if before < len(given) else choice.values[0]
+            picked.append(_pick(choice, given))
+        for name, given in fields.items():
+            mine = [i for i, choice in enumerate(self.choices) if choice.name == name and choice.layer is not None]
+            active = sum(picked[i] is not None for i in mine)
+            if mine and isinstance(given, Sequence) and not isinstance(given, str) and len(given) not in (
+                    active, len(mine)):
+                raise ValueError(
+                    f'{name} has {len(given)} values for {active} layers; give one per layer or a scalar')
+        chosen: dict[str, Any] = {}
+        for choice, value in zip(self.choices, picked):
+            if choice.layer is None:
+                chosen[choice.name] = value
+            elif value is not None:
+                chosen[choice.name] = (*chosen.get(choice.name, ()), value)
         return Arch(**chosen)
 
     def from_dict(self, fields: Mapping[str, Any]) -> Arch:
@@ -151,7 +168,7 @@ class SearchSpace:
         for gate in gates:
             gated = [choice for choice in self.choices if choice.gate == gate]
             size *= sum(
-                math.prod(len(choice.values) for choice in gated if choice.layer < depth)
+                math.prod(len(choice.values) for choice in gated if depth >= choice.min_depth)
                 for depth in self.choices[gate].values)
         return size
 
@@ -167,7 +184,7 @@ class SearchSpace:
         for i in gates:
             indices[i] = _draw(self.choices[i], generator)
         for i, choice in enumerate(self.choices):
-            if i not in gates and self._is_active(choice, indices):
+            if i not in gates and (choice.gate is None or self._depth(choice, indices) >= choice.min_depth):
                 indices[i] = _draw(choice, generator)
         return self.decode(indices)
 
@@ -182,18 +199,27 @@ class SearchSpace:
         if not isinstance(arch, Arch):
             raise ValueError(f'expected an Arch, got {arch!r}; make one with space.arch(...) or space.from_dict(...)')
         try:
-            indices = [self._index(choice, arch.__dict__[choice.name]) for choice in self.choices]
+            indices = self._indices(arch.__dict__)
             if self.decode(indices) == arch:
                 return indices
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError):
             pass
         self.arch(**arch.__dict__)  # the slow way, whose errors name the field
         raise ValueError(f'{arch} is not as space.arch(...) makes it: one value per layer up to its depth, in tuples')
 
-    def _index(self, choice: Choice, given: Any) -> int:
-        if choice.layer is None:
-            return choice.values.index(given)
-        return choice.values.index(given[choice.layer]) if choice.layer < len(given) else 0
+    def _indices(self, fields: Mapping[str, Any]) -> list[int]:
+        indices: list[int] = []
+        taken = dict.fromkeys(fields, 0)  # values read so far of every per-layer field
+        for choice in self.choices:
+            given = fields[choice.name]
+            if choice.layer is None:
+                indices.append(choice.values.index(given))
+            elif choice.gate is None or self._depth(choice, indices) >= choice.min_depth:
+                indices.append(choice.values.index(given[taken[choice.name]]))
+                taken[choice.name] += 1
+            else:
+                indices.append(0)
+        return indices
 
     def decode(self, indices: Sequence[int]) -> Arch:
         """Inverse of `encode`; indices of inactive choices are ignored."""
@@ -201,7 +227,7 @@ class SearchSpace:
         for choice, index in zip(self.choices, indices, strict=True):
             if choice.layer is None:
                 chosen[choice.name] = choice.values[index]
-            elif self._is_active(choice, indices):
+            elif choice.gate is None or self._depth(choice, indices) >= choice.min_depth:
                 chosen[choice.name] = (*chosen.get(choice.name, ()), choice.values[index])
         return Arch(**chosen)
 
@@ -218,8 +244,9 @@ class SearchSpace:
             F.one_hot(column, len(choice.values)).double()
             for choice, column in zip(self.choices, indices.unbind(-1), strict=True))
 
-    def _is_active(self, choice: Choice, indices: Sequence[int]) -> bool:
-        return choice.gate is None or choice.layer < self.choices[choice.gate].values[indices[choice.gate]]
+    def _depth(self, choice: Choice, indices: Sequence[int]) -> int:
+        """The depth that decides whether a choice is active."""
+        return self.choices[choice.gate].values[indices[choice.gate]]
 
     # -- geometry ------------------------------------------------------------------------------------------------------
 
@@ -251,7 +278,8 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form of the space (and of its geometry, when bound); `space_from_dict` is the inverse."""
-        data: dict[str, Any] = {'family': self.family, **{name: list(values) for name, values in self.fields}}
+        data: dict[str, Any] = {'family': self.family}
+        data |= {name: _lists(value) for name, value in (*self.fields, *self.structure)}
         if self.frozen_geometry is not None:
             data['geometry'] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.frozen_geometry}
         return data
@@ -289,9 +317,142 @@ def shiftformer_space(
                 'they must be positive and differ: choose ratios further apart')
     choices = [Choice('embed_dim', values['embed_dim']), Choice('depth', values['depth'])]
     for layer in range(values['depth'][-1]):
-        choices.append(Choice('num_heads', values['num_heads'], layer, gate=1))
-        choices.append(Choice('mlp_ratio', values['mlp_ratio'], layer, gate=1))
+        choices.append(Choice('num_heads', values['num_heads'], layer, gate=1, min_depth=layer + 1))
+        choices.append(Choice('mlp_ratio', values['mlp_ratio'], layer, gate=1, min_depth=layer + 1))
     return SearchSpace('shiftformer', fields, tuple(choices))
+
+
+def shiftmobilenet_space(
+        resolution: Sequence[int],
+        width: Sequence[Sequence[int]],
+        depth: Sequence[Sequence[int]],
+        kernel_size: Sequence[int] | Sequence[Sequence[int]],
+        expand_ratio: Sequence[float] | Sequence[Sequence[float]],
+        *,
+        per_block: bool = False,
+        stem_block: bool = False,
+        stride: Sequence[int] = (1, 2, 2, 2, 1, 2, 1),
+        se: bool | Sequence[bool] = True,
+        act: str | Sequence[str] = 'swish',
+        head: str = 'plain',
+        shortcut: str = 'projection',
+        kernel: str = 'crop',
+        se_floor: int = 1,
+) -> SearchSpace:
+    """The space of an elastic MobileNet: a stem of stride 2, stages of inverted residual blocks, a last 1x1 convolution.
+
+    The defaults of what is fixed are those of BigNAS (Yu et al., ECCV 2020); AttentiveNAS (Wang et al., CVPR 2021) and
+    Once-for-all (Cai et al., ICLR 2020) are other values of the same arguments. Fields of the arch: `resolution`, and
+    per stage `width` (stem, stages and last convolution), `depth`, `kernel_size` and `expand_ratio`.
+
+    Args:
+        resolution: Input heights and widths, multiples of 4.
+        width: Channels of the stem, of each stage's output and of the last convolution, multiples of 8.
+        depth: Blocks of each stage.
+        kernel_size: Kernel sizes of the depthwise convolutions, odd; the same in every stage, or for each stage.
+        expand_ratio: Width inside a block as a multiple of what comes in, rounded to a multiple of 8; the same in every
+            stage, or for each stage. A stage whose only ratio is 1 has no expanding convolution.
+        per_block: Every block has a kernel size and an expand ratio of its own (OFA) instead of its stage's.
+        stem_block: One more block after the stem, of a fixed depth, kernel size 3, ratio 1 and no SE (OFA); `width`
+            then has an entry for it after that of the stem.
+        stride: Stride of the first block of each stage.
+        se: Squeeze-and-excitation, in all stages or for each.
+        act: Activation, everywhere or for each entry of `width`.
+        head: 'plain': the last convolution, with BatchNorm, before pooling; 'efficient': as MobileNetV3, expansion by 6
+            before and the last convolution, without BatchNorm, after pooling.
+        shortcut: 'identity': past blocks that keep width and size; 'projection': past all blocks, where needed through
+            2x2 average pooling and a 1x1 convolution (AttentiveNAS).
+        kernel: 'crop': smaller kernels are the centre of larger ones; 'transform': after a learned matrix (OFA).
+        se_floor: Least width inside SE, which is `make_divisible(channels // 4, 8)`: 1 (AttentiveNAS) or 8 (OFA).
+
+    Raises:
+        ValueError: If a field is not as described, or if two choices give the same network.
+    """
+    stages = len(width) - 2 - stem_block if isinstance(width, Sequence) else 0
+    if stages < 1 or any(isinstance(values, int) for values in width):
+        raise ValueError(
+            f'width={width!r} must hold the choices of the stem, of each stage and of the last convolution, as in '
+            '[[16, 24], [24, 32], [64]] for one stage')
+
+    def each(name: str, values: Any, count: int, kind: type) -> tuple[tuple[Value, ...], ...]:
+        if isinstance(values, Sequence) and not any(isinstance(value, Sequence) for value in values):
+            values = [values] * count
+        if not isinstance(values, Sequence) or len(values) != count:
+            raise ValueError(f'{name}={values!r} must have choices for each of {count} stages')
+        return tuple(_values(name, value, kind) for value in values)
+
+    fields = (
+        ('resolution', _values('resolution', resolution, int)),
+        ('width', each('width', width, len(width), int)),
+        ('depth', each('depth', depth, stages, int)),
+        ('kernel_size', each('kernel_size', kernel_size, stages, int)),
+        ('expand_ratio', each('expand_ratio', expand_ratio, stages, float)),
+    )
+    values = dict(fields)
+
+    def fixed(name: str, value: Any, count: int, allowed: Sequence[Any]) -> tuple:
+        value = (value,) * count if not isinstance(value, (list, tuple)) else tuple(value)
+        if len(value) != count or any(type(v) is not type(allowed[0]) or v not in allowed for v in value):
+            raise ValueError(f'{name}={value!r} must be {count} of {tuple(allowed)}')
+        return value
+
+    structure = (
+        ('per_block', *fixed('per_block', per_block, 1, (False, True))),
+        ('stem_block', *fixed('stem_block', stem_block, 1, (False, True))),
+        ('stride', fixed('stride', stride, stages, (1, 2))),
+        ('se', fixed('se', se, stages, (False, True))),
+        ('act', fixed('act', act, len(width), ('relu', 'relu6', 'swish', 'hard_swish'))),
+        ('head', *fixed('head', head, 1, ('plain', 'efficient'))),
+        ('shortcut', *fixed('shortcut', shortcut, 1, ('identity', 'projection'))),
+        ('kernel', *fixed('kernel', kernel, 1, ('crop', 'transform'))),
+        ('se_floor', *fixed('se_floor', se_floor, 1, (1, 8))),
+    )
+    fixed_values = dict(structure)
+    if fixed_values['act'][0] != fixed_values['act'][-1]:
+        raise ValueError(f'act={act!r}: the stem and the last convolution must have the same activation')
+    for name, multiple in (('width', 8), ('kernel_size', 2)):
+        for options in values[name]:
+            if wrong := [v for v in options if v % multiple != (name == 'kernel_size')]:
+                kind = 'odd' if name == 'kernel_size' else f'a multiple of {multiple}'
+                raise ValueError(f'{name}={wrong[0]} must be {kind}')
+    if wrong := [v for v in values['expand_ratio'] if v[0] < 1 or v[0] == 1 < len(v)]:
+        raise ValueError(f'expand_ratio={wrong[0]}: ratios are above 1, or 1 alone (no expanding convolution)')
+    total = 2 * math.prod(fixed_values['stride'])
+    if total > 32:
+        raise ValueError(f'stride={stride!r} makes {total} in all; at most 32 is built')
+    if wrong := [r for r in values['resolution'] if r % 4 or r < total]:
+        nearest = max(round(wrong[0] / 4) * 4, -(-total // 4) * 4)
+        raise ValueError(
+            f'resolution={wrong[0]} cannot be divided by the strides of this network, {total} in all: give a multiple '
+            f'of 4 of at least {total}, such as {nearest}')
+    first = 1 + stem_block
+    for s in range(stages):
+        for channels in {*values['width'][first + s - 1], *values['width'][first + s]}:
+            inner = [expanded_width(channels, ratio) for ratio in values['expand_ratio'][s]]
+            if len(set(inner)) < len(inner):
+                raise ValueError(
+                    f'expand_ratio={values["expand_ratio"][s]} gives the widths {inner} at {channels} channels; they '
+                    'must differ: choose ratios further apart')
+
+    choices = [Choice('resolution', values['resolution'])]
+    choices += [Choice('width', values['width'][i], i) for i in range(first)]
+    for s in range(stages):
+        choices.append(Choice('width', values['width'][first + s], first + s))
+        choices.append(Choice('depth', values['depth'][s], s))
+        gate = len(choices) - 1
+        if not per_block:
+            choices += [Choice(name, values[name][s], s) for name in ('kernel_size', 'expand_ratio')]
+            continue
+        before = sum(depths[-1] for depths in values['depth'][:s])
+        choices += [Choice(name, values[name][s], before + block, gate, min_depth=block + 1)
+                    for block in range(values['depth'][s][-1]) for name in ('kernel_size', 'expand_ratio')]
+    choices.append(Choice('width', values['width'][-1], len(width) - 1))
+    return SearchSpace('shiftmobilenet', fields, tuple(choices), structure)
+
+
+def expanded_width(channels: int, ratio: float) -> int:
+    """Channels inside an inverted residual block."""
+    return make_divisible(round(channels * ratio), 8, 8)
 
 
 def space_from_dict(data: Mapping[str, Any]) -> SearchSpace:
@@ -300,7 +461,7 @@ def space_from_dict(data: Mapping[str, Any]) -> SearchSpace:
     Raises:
         ValueError: If `data` is not the dict of a space.
     """
-    builders = {'shiftformer': shiftformer_space}
+    builders = {'shiftformer': shiftformer_space, 'shiftmobilenet': shiftmobilenet_space}
     fields = dict(data) if isinstance(data, Mapping) else {}
     family, geometry = fields.pop('family', None), fields.pop('geometry', None)
     if family not in list(builders) or not isinstance(geometry, (Mapping, type(None))):
@@ -327,6 +488,11 @@ def _values(name: str, values: Sequence[Value], kind: type) -> tuple[Value, ...]
         ordered = tuple(sorted(set(values)))
         raise ValueError(f'{name}={values!r} must hold one or more values, smallest first: {ordered!r}')
     return tuple(kind(value) for value in values)
+
+
+def _lists(value: Any) -> Any:
+    """Nested tuples as lists."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _pick(choice: Choice, value: Any) -> Value:

@@ -29,6 +29,7 @@ from ..layers import (
 )
 from ..masks import ArchMasks
 from ..space import Arch, SearchSpace, shiftformer_space, space_from_dict
+from ._checkpoint import check_fits
 
 __all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
 
@@ -370,7 +371,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
         if '.rel_pos.' in name:
             state_dict[name] = _adapt_table(
                 name, table, grid, model.patch_embed.grid_size, model.model_args['max_relative_position'])
-    _check_fits(state_dict, model)
+    check_fits(state_dict, model, first_conv='patch_embed.proj', classifier='head')
     if published and isinstance(model, ShiftFormerSupernet):
         model.set_qkv_bias_slicing('joint')
     return state_dict
@@ -427,31 +428,6 @@ def _adapt_table(
     if trained[axis] >= grid[axis] and table.shape[0] == 2 * max_distance + 2:
         return table
     return extend_table(table, trained[axis] - 1, max_distance)
-
-
-def _check_fits(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> None:
-    """Refuse the weights of another network in one line (timm adapts other classes and input channels after this)."""
-    own = model.state_dict()
-    hint = "create the model with the checkpoint's own space= (or arch=) and options"
-    for name in sorted(own.keys() ^ state_dict.keys()):
-        if not name.startswith('head.'):
-            has = 'lacks' if name in own else 'also has'
-            raise ValueError(f'the checkpoint is of another network: it {has} {name}; {hint}')
-    for name in own.keys() & state_dict.keys():
-        there, here = tuple(state_dict[name].shape), tuple(own[name].shape)
-        if name == 'patch_embed.proj.weight':
-            same = there[0] == here[0]
-        elif name.startswith('head.'):
-            same = there[1:] == here[1:]
-        else:
-            same = there == here
-        if not same:
-            raise ValueError(f'the checkpoint is of another network: {name} is {there} there and {here} here; {hint}')
-    classes = state_dict['head.bias'].shape[0] if 'head.bias' in state_dict else model.num_classes
-    if classes != model.num_classes and getattr(model, 'pretrained_cfg', {}).get('num_classes') == model.num_classes:
-        raise ValueError(
-            f'the checkpoint has {classes} classes; say so, as in pretrained_cfg_overlay=dict(num_classes={classes}), '
-            f'and its head is left out')
 
 
 # -- registered models -------------------------------------------------------------------------------------------------

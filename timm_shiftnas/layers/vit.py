@@ -19,11 +19,12 @@ from timm.layers import (
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .complexity import HEAD_DIM, fused_columns
+from ..complexity import HEAD_DIM, fused_columns
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
-    'ElasticPatchEmbed', 'ElasticQKV', 'RelativeAttention', 'RelativeBlock', 'RelativePosition2d', 'extend_table',
+    'ElasticPatchEmbed', 'ElasticQKV', 'RelativeAttention', 'RelativeBlock', 'RelativeIndex', 'RelativePosition2d',
+    'extend_table',
 ]
 
 Width = int | Tensor | None  # None: the full width
