@@ -41,6 +41,7 @@ from timm.utils import (
 from timm.utils.summary import trim_summary
 
 from timm_shiftnas import report
+from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
 from timm_shiftnas.complexity import format_count, macs, parse_count
 from timm_shiftnas.data import DatasetView, StepBatches, create_dataset, split_held_out
 from timm_shiftnas.evaluation import evaluate_budgets, search_archs
@@ -223,6 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--generator-lr', type=float, default=config.generator_lr, metavar='LR')
     add('--resource-weight', type=float, default=config.resource_weight, metavar='X', help='lambda')
     add('--resource-batch', type=int, default=config.resource_batch, metavar='N', help='budgets in the resource term')
+    add('--bn-images', type=int, default=2000, metavar='N',
+        help='training images that the BatchNorm statistics of a subnet are taken from')
     add('--tau', type=float, nargs=2, default=list(config.tau), metavar='X', help='Gumbel temperature, first and last')
     return parser
 
@@ -237,7 +240,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
     for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist',
-                 'search_samples', 'generator_fit_steps'):
+                 'search_samples', 'generator_fit_steps', 'bn_images'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
     for name in ('initial_checkpoint', 'pretrained_path'):
@@ -351,6 +354,16 @@ def create_loaders(args: argparse.Namespace, data: Data, config: dict[str, Any],
     return train, evaluation(data.validation), held_out, mixup
 
 
+def create_calibration_loader(args: argparse.Namespace, data: Data, config: dict[str, Any], device: torch.device):
+    """`--bn-images` of the training images, preprocessed as for evaluation: what BatchNorm statistics are taken from."""
+    order = torch.randperm(len(data.train), generator=stream(args.seed, 'calibration', 0))
+    images = DatasetView(data.train.base, data.train.indices[order[:args.bn_images]])
+    return create_loader(
+        images, batch_size=args.validation_batch_size or args.batch_size, num_workers=args.workers, device=device,
+        pin_memory=args.pin_mem, use_prefetcher=not args.no_prefetcher, persistent_workers=False,
+        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+
+
 class ShiftBatches:
     """The n-th shift's (images, targets) from training data and from held-out data, without augmentation or mixup."""
 
@@ -378,6 +391,8 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> torch.nn.
     if args.model.partition('.')[0] not in supernets and ':' not in args.model:
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
     size = args.input_size[1:] if args.input_size else args.img_size
+    if timm.is_model(args.model) and not timm.models.get_pretrained_cfg_value(args.model, 'fixed_input_size'):
+        size = None  # it takes images of any size
     given = dict(
         num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size,
         global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
@@ -451,8 +466,12 @@ class Trainer:
         self.net = create_supernet(args, self.device)
         args.num_classes = self.net.num_classes
         config = self.data_config = resolve_input_data_config(self.net, vars(args))
+        if calibrated := has_batch_norm(self.net):
+            data.train = data.train if isinstance(data.train, DatasetView) else DatasetView(
+                data.train, torch.arange(len(data.train)))
         self.train_loader, self.val_loader, self.held_out_loader, self.mixup = create_loaders(
             args, data, config, self.device)
+        self.calibration_loader = create_calibration_loader(args, data, config, self.device) if calibrated else None
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         args.lr = scaled_lr(args)
         learned = args.sampler == 'shiftnas' and args.shift != 'none'
@@ -605,6 +624,8 @@ class Trainer:
         ema = task.get_trainable_module(ema=True)
         net = self.net if ema is None else ema.module
         options = dict(device=self.device, autocast=self.autocast(), channels_last=args.channels_last)
+        if self.calibration_loader is not None:
+            options['calibration'] = BatchNormCalibration(self.calibration_loader, args.bn_images)
         if args.sampler == 'uniform':
             searched = archs = search_archs(
                 net.space, task.generator, task.groups, args.search_samples, net, self.held_out_loader, seed=args.seed,
@@ -622,9 +643,16 @@ class Trainer:
         save_pretrained(
             self.output / 'model', net, task.generator, groups=task.groups.edges,
             probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
-            data_config=self.data_config)
+            bn_stats=self.served_statistics(net, rows, options.get('calibration')), data_config=self.data_config)
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
+
+
+    @staticmethod
+    def served_statistics(net: torch.nn.Module, rows: list[dict], calibration: BatchNormCalibration | None):
+        """BatchNorm statistics of the subnets in the table (not of all that a search tried)."""
+        archs = dict.fromkeys(net.space.from_dict(row['arch']) for row in rows)
+        return None if calibration is None else {arch: calibration.statistics[arch] for arch in archs}
 
 
 def main(argv: list[str] | None = None) -> int:

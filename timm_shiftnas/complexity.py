@@ -197,7 +197,7 @@ def _mobilenet_sizes(space: SearchSpace, one_hots: OneHots) -> tuple[_Blocks, _E
         incoming, leaving = (space.choices[i].values for i in (block.width_in, block.width_out))
         ratios = (1.,) if block.expand_ratio is None else space.choices[block.expand_ratio].values
         hidden = [[expanded_width(width, ratio) if block.expands else width for ratio in ratios] for width in incoming]
-        se = [[se_width(space, width) if block.se else 0 for width in row] for row in hidden]
+        se = [[se_width(width) if block.se else 0 for width in row] for row in hidden]
         # an inner width depends on two choices: it reads their outer product
         ratio = one[..., None] if block.expand_ratio is None else one_hots[block.expand_ratio]
         hidden, se = ((one_hots[block.width_in] @ constant(table) * ratio).sum(-1) for table in (hidden, se))

@@ -126,7 +126,7 @@ def _mobilenet_masks(space: SearchSpace, one_hots: Sequence[torch.Tensor]) -> Mo
             width_in=width_in @ _nested(incoming, like),
             hidden=both @ _nested(hidden, like),
             kernel_size=(one if fixed else one_hots[block.kernel_size]) @ _nested(range(1, sizes + 1), like),
-            se=both @ _nested([se_width(space, width) if block.se else 1 for width in hidden], like),
+            se=both @ _nested([se_width(width) if block.se else 1 for width in hidden], like),
             equal=width_in @ like.new_tensor([[float(a == b) for b in leaving] for a in incoming]) @ width_out,
             active=one[0] if fixed else depth @ like.new_tensor([float(d > block.position) for d in values[block.depth]]),
         ))

@@ -337,7 +337,6 @@ def shiftmobilenet_space(
         head: str = 'plain',
         shortcut: str = 'projection',
         kernel: str = 'crop',
-        se_floor: int = 1,
 ) -> SearchSpace:
     """The space of an elastic MobileNet: a stem of stride 2, stages of inverted residual blocks, a last 1x1 convolution.
 
@@ -356,14 +355,13 @@ def shiftmobilenet_space(
         stem_block: One more block after the stem, of a fixed depth, kernel size 3, ratio 1 and no SE (OFA); `width`
             then has an entry for it after that of the stem.
         stride: Stride of the first block of each stage.
-        se: Squeeze-and-excitation, in all stages or for each.
+        se: Squeeze-and-excitation of a quarter of the channels, in all stages or for each.
         act: Activation, everywhere or for each entry of `width`.
         head: 'plain': the last convolution, with BatchNorm, before pooling; 'efficient': as MobileNetV3, expansion by 6
             before and the last convolution, without BatchNorm, after pooling.
         shortcut: 'identity': past blocks that keep width and size; 'projection': past all blocks, where needed through
             2x2 average pooling and a 1x1 convolution (AttentiveNAS).
         kernel: 'crop': smaller kernels are the centre of larger ones; 'transform': after a learned matrix (OFA).
-        se_floor: Least width inside SE, which is `make_divisible(channels // 4, 8)`: 1 (AttentiveNAS) or 8 (OFA).
 
     Raises:
         ValueError: If a field is not as described, or if two choices give the same network.
@@ -405,7 +403,6 @@ def shiftmobilenet_space(
         ('head', *fixed('head', head, 1, ('plain', 'efficient'))),
         ('shortcut', *fixed('shortcut', shortcut, 1, ('identity', 'projection'))),
         ('kernel', *fixed('kernel', kernel, 1, ('crop', 'transform'))),
-        ('se_floor', *fixed('se_floor', se_floor, 1, (1, 8))),
     )
     fixed_values = dict(structure)
     if fixed_values['act'][0] != fixed_values['act'][-1]:

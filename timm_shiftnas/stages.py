@@ -74,9 +74,9 @@ def block_choices(space: SearchSpace) -> list[BlockChoices]:
     return blocks
 
 
-def se_width(space: SearchSpace, hidden: int) -> int:
-    """Channels inside squeeze-and-excitation of so many channels."""
-    return make_divisible(hidden // 4, 8, dict(space.structure)['se_floor'])
+def se_width(hidden: int) -> int:
+    """Channels inside squeeze-and-excitation of so many channels: at least 8 (of 8, AttentiveNAS has 9)."""
+    return make_divisible(hidden // 4, 8)
 
 
 def block_shapes(space: SearchSpace, arch: Arch, blocks: Sequence[BlockChoices] | None = None) -> list[BlockShape]:
@@ -93,5 +93,5 @@ def block_shapes(space: SearchSpace, arch: Arch, blocks: Sequence[BlockChoices] 
         shapes.append(BlockShape(
             block.stage, block.position, block.stride, block.act, block.expands, width_in, hidden,
             values[block.width_out], 3 if block.kernel_size is None else values[block.kernel_size],
-            se_width(space, hidden) if block.se else 0))
+            se_width(hidden) if block.se else 0))
     return shapes

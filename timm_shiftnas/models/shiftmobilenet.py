@@ -63,11 +63,10 @@ def _stock_args(space: SearchSpace, arch: Arch, shapes: list[BlockShape]) -> dic
     if fixed['head'] == 'efficient':
         stages.append([f'cn_r1_k1_s1_c{HEAD_RATIO * arch.width[-2]}_n{_ACTS[act]}'])
         args['head_bias'] = False
-    round_se = partial(make_divisible, divisor=8, min_value=fixed['se_floor'])
     return dict(
         args, block_args=decode_arch_def(stages), stem_size=arch.width[0], num_features=arch.width[-1], fix_stem=True,
         round_chs_fn=round, act_layer=get_act_layer(act), se_layer=partial(
-            SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_se))
+            SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=make_divisible))
 
 
 def _stock_class(space: SearchSpace) -> type:
@@ -484,7 +483,7 @@ def ofa_space(
         expand_ratio=expand_ratio, per_block=True, stem_block=True, stride=(2, 2, 2, 1, 2),
         se=(False, True, False, True, True),
         act=('hard_swish', 'relu', 'relu', 'relu', 'hard_swish', 'hard_swish', 'hard_swish', 'hard_swish'),
-        head='efficient', shortcut='identity', kernel='transform', se_floor=8)
+        head='efficient', shortcut='identity', kernel='transform')
 
 
 @register_model
