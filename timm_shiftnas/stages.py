@@ -1,6 +1,7 @@
 """The blocks of a MobileNet space: which choices each of them reads, and what it is at an arch."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from timm.layers import make_divisible
 
 from .space import Arch, SearchSpace, expanded_width
 
-__all__ = ['BlockChoices', 'BlockShape', 'HEAD_RATIO', 'block_choices', 'block_shapes', 'se_width', 'width_choices']
+__all__ = ['BlockChoices', 'BlockShape', 'HEAD_RATIO', 'block_choices', 'block_shapes', 'output_side', 'se_width', 'width_choices']
 
 HEAD_RATIO = 6  # the 'efficient' head expands the last stage by this before pooling
 
@@ -72,6 +73,14 @@ def block_choices(space: SearchSpace) -> list[BlockChoices]:
                 kernel_size=found['kernel_size', layer], expand_ratio=ratio))
             block += 1
     return blocks
+
+
+def output_side(space: SearchSpace, resolution: int) -> int:
+    """Height and width of the last stage's output for images of a resolution."""
+    side = math.ceil(resolution / 2)
+    for stride in dict(space.structure)['stride']:
+        side = math.ceil(side / stride)
+    return side
 
 
 def se_width(hidden: int) -> int:

@@ -171,23 +171,23 @@ class Projection(nn.Module):
 
 class ProjectedDepthwiseSeparableConv(DepthwiseSeparableConv):
     """timm's block, plus the `Projection` of its input."""
-    projection: Projection
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.projection(x)
+    def forward(self, x: Tensor) -> Tensor:  # not by super(), which TorchScript does not know
+        y = self.se(self.bn1(self.conv_dw(x)))
+        return self.bn2(self.conv_pw(y)) + self.projection(x)
 
 
 class ProjectedInvertedResidual(InvertedResidual):
     """timm's block, plus the `Projection` of its input."""
-    projection: Projection
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.projection(x)
+        y = self.bn1(self.conv_pw(x))
+        y = self.se(self.bn2(self.conv_dw(y)))
+        return self.bn3(self.conv_pwl(y)) + self.projection(x)
 
 
 class _ElasticBlock:
     """What both elastic blocks share: the order of a forward, and the shortcut."""
-    projection: Projection | None
 
     def forward(self, x: Tensor, widths: ConvWidths | None = None) -> Tensor:
         elastic = widths is not None

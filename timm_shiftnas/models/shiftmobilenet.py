@@ -12,7 +12,7 @@ shortcut.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..layers import (
 )
 from ..masks import MobileNetMasks
 from ..space import Arch, SearchSpace, shiftmobilenet_space, space_from_dict
-from ..stages import HEAD_RATIO, BlockShape, block_choices, block_shapes
+from ..stages import HEAD_RATIO, BlockShape, block_choices, block_shapes, output_side
 from ._checkpoint import check_fits
 
 __all__ = ['ElasticEfficientNet', 'ElasticMobileNetV3', 'arch_space', 'checkpoint_filter_fn', 'ofa_space']
@@ -101,9 +101,9 @@ def arch_space(arch: Arch | Mapping[str, Any], structure: Mapping[str, Any]) -> 
     return space, space.arch(**fields)
 
 
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in _POOLS:
-        raise ValueError(f'global_pool={global_pool!r} is not supported; choose one of {_POOLS}')
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    if global_pool not in _POOLS and (global_pool or num_classes):
+        raise ValueError(f"global_pool={global_pool!r} is not supported; choose one of {_POOLS}, or '' without classes")
 
 
 def _make_subnet(
@@ -128,7 +128,7 @@ def _make_subnet(
     Raises:
         ValueError: If arch and structure describe no network.
     """
-    _check_pool(global_pool)
+    _check_pool(global_pool, num_classes)
     space, arch = arch_space(arch, structure)
     shapes = block_shapes(space, arch)
     net = _stock_class(space)(
@@ -175,7 +175,7 @@ class _Supernet:
     are a prefix: to be accurate, `extract` it and call `calibrate_bn`.
 
     Args:
-        space: The search space, or the dict of its `to_dict`.
+        space: The search space (`timm.create_model` takes the dict of its `to_dict` as well).
         num_classes, in_chans, global_pool, drop_rate: As for timm's networks.
         drop_path_rate: Of the blocks of the last two stages that keep width and size, rising with the block's number.
         drop_archs: 'largest': dropout and drop path apply to the largest subnet only (BigNAS, AttentiveNAS); 'all'.
@@ -185,7 +185,7 @@ class _Supernet:
 
     def __init__(
             self,
-            space: SearchSpace | Mapping[str, Any],
+            space: SearchSpace,
             *,
             num_classes: int = 1000,
             in_chans: int = 3,
@@ -197,7 +197,7 @@ class _Supernet:
             device=None,
             dtype=None,
     ) -> None:
-        _check_pool(global_pool)
+        _check_pool(global_pool, num_classes)
         if drop_archs not in ('largest', 'all'):
             raise ValueError(f"drop_archs={drop_archs!r} is unknown; choose 'largest' or 'all'")
         shapes = block_shapes(space, space.largest)
@@ -300,9 +300,10 @@ class _Supernet:
         x = self.global_pool(x)
         if self._efficient_head:
             x = self.act2(self.conv_head(x, None if masked else arch.width[-1]))
-        x = x.flatten(1)
         if masked:
-            x = x * arch.last.to(x)
+            x = x * arch.last.to(x).view(-1, *[1] * (x.dim() - 2))
+        if self.global_pool.pool_type:
+            x = x.flatten(1)
         if self.drop_rate > 0 and (self._drops or arch == self._largest):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or isinstance(self.classifier, nn.Identity):
@@ -310,6 +311,8 @@ class _Supernet:
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            _check_pool(global_pool, num_classes)
         super().reset_classifier(num_classes, global_pool)
         self.model_args.update(num_classes=num_classes, global_pool=self.global_pool.pool_type)
 
@@ -339,7 +342,8 @@ class _Supernet:
         for source in ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'test_input_size'):
             cfg.pop(source, None)
         return dict(cfg, architecture='shiftmobilenet_subnet', num_classes=self.num_classes,
-                    input_size=(self.in_chans, arch.resolution, arch.resolution), pool_size=None)
+                    input_size=(self.in_chans, arch.resolution, arch.resolution),
+                    pool_size=(output_side(self._unbound_space, arch.resolution),) * 2)
 
 
 class ElasticEfficientNet(_Supernet, EfficientNet):
@@ -348,13 +352,6 @@ class ElasticEfficientNet(_Supernet, EfficientNet):
 
 class ElasticMobileNetV3(_Supernet, MobileNetV3):
     __doc__ = _Supernet.__doc__
-
-
-def _make_supernet(space: SearchSpace | Mapping[str, Any], **kwargs) -> nn.Module:
-    space = space if isinstance(space, SearchSpace) else space_from_dict(space)
-    if space.family != 'shiftmobilenet':
-        raise ValueError(f'a ShiftMobileNet needs a shiftmobilenet space, got family={space.family!r}')
-    return (ElasticMobileNetV3 if _stock_class(space) is MobileNetV3 else ElasticEfficientNet)(space, **kwargs)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -424,25 +421,34 @@ def _published_part(tokens: list[str], expands: bool) -> str:
 
 def _cfg(**kwargs) -> dict[str, Any]:
     return dict(
-        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.875, interpolation='bicubic',
+        num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=.875, interpolation='bicubic',
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='conv_stem', classifier='classifier',
         license='apache-2.0') | kwargs
 
 
 default_cfgs = generate_default_cfgs({
-    'shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 320, 320)),
-    'attentivenas_supernet.untrained': _cfg(input_size=(3, 288, 288)),
+    'shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 320, 320), pool_size=(10, 10)),
+    'attentivenas_supernet.untrained': _cfg(input_size=(3, 288, 288), pool_size=(9, 9)),
     'ofa_mobilenetv3_supernet.untrained': _cfg(),
     'ofa_mobilenetv3_w12_supernet.untrained': _cfg(),
-    'test_shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-    'shiftmobilenet_subnet.untrained': _cfg(input_size=(3, 192, 192)),
+    'test_shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
+    'shiftmobilenet_subnet.untrained': _cfg(input_size=(3, 192, 192), pool_size=(6, 6)),
 })
 
 
-def _create(factory, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create(factory: Callable, variant: str, pretrained: bool, stride: Sequence[int], **kwargs) -> nn.Module:
+    levels = tuple(range(1 + list(stride).count(2)))  # a feature map before every stride
     return build_model_with_cfg(
         factory, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', (0, 1, 2, 3, 4)), feature_cls='getter'), **kwargs)
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls='getter'), **kwargs)
+
+
+def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mapping[str, Any], **kwargs) -> nn.Module:
+    space = space if isinstance(space, SearchSpace) else space_from_dict(space)
+    if space.family != 'shiftmobilenet':
+        raise ValueError(f'a ShiftMobileNet needs a shiftmobilenet space, got family={space.family!r}')
+    cls = ElasticMobileNetV3 if _stock_class(space) is MobileNetV3 else ElasticEfficientNet
+    return _create(cls, variant, pretrained, dict(space.structure)['stride'], space=space, **kwargs)
 
 
 def _bignas() -> SearchSpace:
@@ -494,27 +500,27 @@ def shiftmobilenet_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
     of the last stage: all multiples of 8 from 320 to 352 are taken (one has the two ends only, a part of this). SE and
     swish in all stages are taken from the one that has both, for it was built to reproduce the paper's training.
     """
-    return _create(_make_supernet, 'shiftmobilenet_supernet', pretrained, **dict(dict(space=_bignas()), **kwargs))
+    return _create_supernet('shiftmobilenet_supernet', pretrained, **dict(dict(space=_bignas()), **kwargs))
 
 
 @register_model
 def attentivenas_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
     """The space of AttentiveNAS and AlphaNet: 440,301,256,704 archs, 0.203 to 1.936 GMACs at 192 to 288 px."""
-    return _create(_make_supernet, 'attentivenas_supernet', pretrained, **dict(dict(space=_attentivenas()), **kwargs))
+    return _create_supernet('attentivenas_supernet', pretrained, **dict(dict(space=_attentivenas()), **kwargs))
 
 
 @register_model
 def ofa_mobilenetv3_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
     """Once-for-all's MobileNetV3 space at width 1.0."""
     args = dict(space=ofa_space(), drop_archs='all')
-    return _create(_make_supernet, 'ofa_mobilenetv3_supernet', pretrained, **dict(args, **kwargs))
+    return _create_supernet('ofa_mobilenetv3_supernet', pretrained, **dict(args, **kwargs))
 
 
 @register_model
 def ofa_mobilenetv3_w12_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
     """Once-for-all's MobileNetV3 space at width 1.2."""
     args = dict(space=ofa_space(1.2), drop_archs='all')
-    return _create(_make_supernet, 'ofa_mobilenetv3_w12_supernet', pretrained, **dict(args, **kwargs))
+    return _create_supernet('ofa_mobilenetv3_w12_supernet', pretrained, **dict(args, **kwargs))
 
 
 @register_model
@@ -524,7 +530,7 @@ def test_shiftmobilenet_supernet(pretrained: bool = False, **kwargs) -> nn.Modul
         resolution=(24, 28, 32), width=((8, 16), (8, 16), (16, 24, 32), (24, 32, 48), (32, 48, 64), (64, 96, 128)),
         depth=((1, 2), (1, 2, 3), (1, 2, 3), (1, 2)), kernel_size=((3,), (3, 5), (3, 5), (3, 5)),
         expand_ratio=((1,), (2, 3, 4), (2, 3, 4), (2, 3, 4)), stride=(1, 2, 2, 1))
-    return _create(_make_supernet, 'test_shiftmobilenet_supernet', pretrained, **dict(dict(space=space), **kwargs))
+    return _create_supernet('test_shiftmobilenet_supernet', pretrained, **dict(dict(space=space), **kwargs))
 
 
 @register_model
@@ -532,4 +538,6 @@ def shiftmobilenet_subnet(pretrained: bool = False, **kwargs) -> nn.Module:
     """A static MobileNet of any arch; without `arch=`, the smallest one of the BigNAS space."""
     space = _bignas()
     args = dict(arch=space.smallest.to_dict(), structure=_plain_structure(space))
-    return _create(_make_subnet, 'shiftmobilenet_subnet', pretrained, **dict(args, **kwargs))
+    args.update(kwargs)
+    stride = args['structure'].get('stride', ()) if isinstance(args['structure'], Mapping) else ()
+    return _create(_make_subnet, 'shiftmobilenet_subnet', pretrained, stride, **args)
