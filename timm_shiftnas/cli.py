@@ -8,12 +8,17 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from timm.data import create_loader, resolve_data_config
+
 from . import __version__
 from .complexity import format_count
+from .data import DatasetView, create_dataset
 from .hub import SavedModel, from_pretrained, save_pretrained, static_counts
 from .report import format_table
 
@@ -61,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
     which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
     extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--data-dir', metavar='DIR',
+                         help='folder of training images (or with a folder train/ of them): where the BatchNorm '
+                              'statistics of the subnet come from if they were not saved')
+    extract.add_argument('--bn-images', metavar='N', type=int, default=2000, help='how many of them (default: 2000)')
     extract.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
 
     for command in (info, extract):
@@ -128,7 +137,7 @@ def _info_text(data: dict[str, Any]) -> str:
     else:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append('arch')
-        lines += [_field(name, value if isinstance(value, list) else [value]) for name, value in data['arch'].items()]
+        lines += [_field(name, value) for name, value in data['arch'].items()]
     if 'groups' in data:
         edges = [format_count(edge) for edge in data['groups']]
         shares = data.get('probabilities', [None] * (len(edges) - 1))
@@ -143,8 +152,15 @@ def _info_text(data: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _field(name: str, values: Sequence[float]) -> str:
-    return f'  {name:<11}{" ".join(f"{value:g}" for value in values)}'
+def _field(name: str, value: Any) -> str:
+    """A line of a space or an arch; layers that have choices of their own are set apart by a bar."""
+    return f'  {name:<13}{_plain(value)}'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return (' | ' if any(isinstance(item, list) for item in value) else ' ').join(map(_plain, value))
+    return str(value) if isinstance(value, (str, bool)) else f'{value:g}'
 
 
 # -- extract -----------------------------------------------------------------------------------------------------------
@@ -155,11 +171,29 @@ def _extract(args: argparse.Namespace) -> None:
     _check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet already; extract takes one out of a supernet')
-    net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch)
+    loader = None if args.data_dir is None else _training_images(saved, args.data_dir, args.bn_images)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
+    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        print(f'{PROG}: warning: {message.replace("loader= of training images", "--data-dir")}', file=sys.stderr)
     save_pretrained(args.output, net)
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
     print(json.dumps(net.arch.to_dict()))
+
+
+def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
+    """Some of the images of a folder, preprocessed as the saved network expects them, in batches."""
+    if count < 1:
+        raise ValueError(f'--bn-images {count} must be at least 1')
+    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
+    images = create_dataset('', folder, split='train' if (Path(folder) / 'train').is_dir() else '', is_training=False,
+                            input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return create_loader(
+        DatasetView(images, order[:count]), batch_size=64, use_prefetcher=False, num_workers=0,
+        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
 
 
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:

@@ -57,8 +57,8 @@ class BlockMasks(NamedTuple):
 class MobileNetMasks(NamedTuple):
     """An arch of the ShiftMobileNet family as masks of full width: a supernet takes it in the place of an `Arch`.
 
-    The resolution is no mask but a number, so that the task loss has no gradient for it: a generator learns it from the
-    resource term.
+    The resolution is no mask but a number: the task loss has no gradient for it but by the decisions that follow it in
+    a generator, which otherwise learns it from the resource term.
 
     Attributes:
         resolution: Input height and width.
