@@ -4,9 +4,11 @@
     python benchmarks/speed.py step                # a ShiftNAS step / a uniform step, and its parts
     python benchmarks/speed.py per-mac             # time per MAC / that of timm's vit_tiny_patch16_224
     python benchmarks/speed.py relative-position   # fused attention / gathered tables
-    python benchmarks/speed.py generator           # seconds of fit(), milliseconds of propose(), for T, S and B
+    python benchmarks/speed.py generator           # seconds of fit(), milliseconds of propose(), on every space
+    python benchmarks/speed.py calibration         # images per second of calibrate_bn / of plain inference
 
-`--device cuda --amp` measures bf16 autocast, `--torchcompile` compiled networks. Images per second and the share of the
+`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration). `--device cuda --amp` measures bf16
+autocast, `--channels-last` that layout of images and weights, `--torchcompile` compiled networks. Images per second and the share of the
 matrix rate (of a large matrix product of the same type, measured in the same run) are printed with the ratios.
 """
 from __future__ import annotations
@@ -34,7 +36,9 @@ from timm_shiftnas.sampling import BudgetGroups
 from timm_shiftnas.space import Arch
 from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
 
-REAL = ('shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet')
+REAL = (
+    'shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet', 'shiftmobilenet_supernet',
+    'attentivenas_supernet', 'ofa_mobilenetv3_supernet', 'ofa_mobilenetv3_w12_supernet')
 PATCHES = dict(grid_size=(14, 14), num_prefix=1, max_distance=14)
 
 
@@ -65,8 +69,19 @@ class Bench:
                     times[name].append(time.perf_counter() - start)
         return times
 
-    def images(self, net: nn.Module) -> torch.Tensor:
-        return torch.randn(self.args.batch_size, net.in_chans, *net.patch_embed.img_size, device=self.device)
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.args.channels_last else torch.contiguous_format
+
+    def network(self) -> nn.Module:
+        """The supernet that is measured, in training mode."""
+        return timm.create_model(self.args.model).to(self.device, memory_format=self.layout).train()
+
+    def images(self, net: nn.Module, arch: Arch | None = None) -> torch.Tensor:
+        """A batch for a supernet, of the size of an arch that has one."""
+        size = getattr(arch, 'resolution', net.pretrained_cfg['input_size'][-1])
+        images = torch.randn(self.args.batch_size, net.in_chans, size, size, device=self.device)
+        return images.contiguous(memory_format=self.layout)
 
     def forward(self, call: Callable[[], torch.Tensor]) -> None:
         with torch.no_grad(), self.autocast():
@@ -108,9 +123,10 @@ def some_archs(net: nn.Module) -> dict[str, Arch]:
 
 
 def supernet(bench: Bench) -> None:
-    net = timm.create_model(bench.args.model).to(bench.device).train()
-    images, run = bench.images(net), bench.compiled(net)
+    net = bench.network()
+    run = bench.compiled(net)
     for name, arch in some_archs(net).items():
+        images = bench.images(net, arch)
         plain = timm_shiftnas.extract(net, arch).train()
         static = torch.compile(plain) if bench.args.torchcompile else plain
         times = bench.interleave(dict(
@@ -124,7 +140,7 @@ def supernet(bench: Bench) -> None:
 
 def step(bench: Bench) -> None:
     """The parts of a ShiftNAS step beyond a uniform one, at the intervals of the settings, and their sum."""
-    net = timm.create_model(bench.args.model).to(bench.device).train()
+    net = bench.network()
     size, count = bench.args.batch_size, bench.args.shift_batch_size
     images, targets = bench.images(net), torch.randint(net.num_classes, (size,), device=bench.device)
     shift = torch.randn(count, *images.shape[1:]), torch.randint(net.num_classes, (count,))
@@ -174,7 +190,7 @@ def step(bench: Bench) -> None:
 
 
 def per_mac(bench: Bench) -> None:
-    net = timm.create_model(bench.args.model).to(bench.device).train()
+    net = bench.network()
     reference = timm.create_model('vit_tiny_patch16_224').to(bench.device).train()
     images = bench.images(net)
     with FlopCounterMode(display=False) as counter:
@@ -229,8 +245,21 @@ def generator(bench: Bench) -> None:
             times.append(time.perf_counter() - start)
         used = [timm_shiftnas.macs(space, arch) / budget
                 for arch, budget in zip(fitted.propose_many(budgets), budgets)]
-        print(f'{name:27s} fit {seconds:5.1f} s  propose {median(times) * 1e3:5.1f} ms '
+        print(f'{name:28s} fit {seconds:5.1f} s  propose {median(times) * 1e3:5.1f} ms '
               f'(longest {max(times) * 1e3:.1f})  budget use: mean {sum(used) / len(used):.4f}, least {min(used):.4f}',
+              flush=True)
+
+
+def calibration(bench: Bench) -> None:
+    net = bench.network()
+    for name, arch in some_archs(net).items():
+        sub, images = timm_shiftnas.extract(net, arch).eval(), bench.images(net, arch)
+        times = bench.interleave(dict(
+            calibration=lambda: timm_shiftnas.calibrate_bn(sub, [images] * 4, progress=False),
+            inference=lambda: [bench.forward(lambda: sub(images)) for _ in range(4)]))
+        rates = {key: 4 * len(images) / median(values) for key, values in times.items()}
+        print(f'{name:9s} {net.macs(arch) / 1e9:6.3f} GMACs  calibrate_bn {rates["calibration"]:8.1f} images/s  '
+              f'inference {rates["inference"]:8.1f} images/s  ratio {ratio(times, "inference", "calibration"):.3f}',
               flush=True)
 
 
@@ -239,7 +268,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     measures = {'supernet': supernet, 'step': step, 'per-mac': per_mac, 'relative-position': relative_position,
-                'generator': generator}
+                'generator': generator, 'calibration': calibration}
     parser.add_argument('what', choices=tuple(measures))
     parser.add_argument('--model', default='shiftformer_tiny_supernet')
     parser.add_argument('--batch-size', type=int, default=8)
@@ -250,12 +279,17 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bf16 autocast')
+    parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--torchcompile', action='store_true', help='compiled networks, of supernet and per-mac')
     args = parser.parse_args()
     if args.torchcompile and args.what not in ('supernet', 'per-mac'):
         parser.error(f'--torchcompile does not apply to {args.what}; leave it out')
     if args.what == 'generator' and args.device != 'cpu':
         parser.error(f'the generator runs on the CPU, not on {args.device}; leave --device out')
+    if args.what == 'per-mac' and 'shiftformer' not in args.model:
+        parser.error(f'per-mac compares with a ViT; give a ShiftFormer instead of {args.model}')
+    if args.what == 'calibration' and 'shiftformer' in args.model:
+        parser.error(f'{args.model} has no BatchNorm; give a MobileNet such as shiftmobilenet_supernet')
     torch.set_num_threads(args.threads)
     measures[args.what](Bench(args))
 

@@ -78,34 +78,34 @@ def calibrate_bn(
     if not norms:
         return subnet
     weight = next(net.parameters())
-    sums: dict[nn.Module, list[Tensor]] = {}
+    before = {name: buffer.clone() for name, buffer in bn_statistics(net).items()}
+    sums = [[0., 0.] for _ in norms]
+    counts: dict[nn.Module, int] = {}  # values per channel in a batch
+    size = getattr(getattr(net, 'arch', None), 'resolution', None)
     total = seen = 0
-    share = 1
+    precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
-    def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0 if recipe == 'ofa' else 1)
-        old = sums.get(module)
-        sums[module] = [share * mean, share * variance] if old is None else [
-            old[0] + share * mean, old[1] + share * variance]
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counts[module] = inputs[0].numel() // inputs[0].shape[1]
 
     modes = [(module, module.training) for module in net.modules()]
     momenta = [norm.momentum for norm in norms]
-    handles = [norm.register_forward_pre_hook(read) for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms]
-    size = getattr(getattr(net, 'arch', None), 'resolution', None)
+    handles = [norm.register_forward_pre_hook(count) for norm in norms]
     bar = tqdm(total=num_images, desc='calibrating BatchNorm', unit='image', disable=None if progress else True)
     try:
         net.eval()
         for norm in norms:
             norm.train()
-            norm.momentum = 0.  # normalise by the batch, and leave the running statistics alone
+            norm.momentum = 1.  # running statistics are those of the last batch
         for batch in loader:
             images = batch if isinstance(batch, Tensor) else batch[0]
             images = images.to(device=weight.device, dtype=weight.dtype)
-            share = len(images) if recipe == 'ofa' else 1
             net(images if size is None else resize(images, size))
+            share = len(images) if recipe == 'ofa' else 1
+            for part, norm in zip(sums, norms):
+                biased = (counts[norm] - 1) / counts[norm] if recipe == 'ofa' else 1
+                part[0] = part[0] + share * norm.running_mean.to(precision)
+                part[1] = part[1] + share * biased * norm.running_var.to(precision)
             total, seen = total + share, seen + len(images)
             bar.update(len(images))
             if seen >= num_images:
@@ -116,13 +116,13 @@ def calibrate_bn(
             handle.remove()
         for module, training in modes:
             module.training = training
-        for norm, momentum, count in zip(norms, momenta, counts):
+        for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for name, buffer in bn_statistics(net).items():
+            buffer.copy_(before[name])
     if not seen:
         raise ValueError('the loader gave no images to calibrate BatchNorm with; give training images')
-    for norm in norms:
-        mean, variance = sums[norm]
+    for norm, (mean, variance) in zip(norms, sums):
         norm.running_mean.copy_(mean / total)
         norm.running_var.copy_(variance / total)
         norm.num_batches_tracked.fill_(1)
