@@ -36,9 +36,10 @@ TASKS = dict(
     digits='--dataset sklearn/digits --scale 0.6 1 --ratio 0.8 1.25'.split(),
     glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
 )
+TASKS['cnn'] = [*TASKS['glyphs'], '--model', 'test_shiftmobilenet_supernet']
 FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # of inherited weights
 GROUPS = 8  # at whose budgets subnets are compared; as many as trainings have, unless their flags say otherwise
-EPOCHS = dict(digits=30, glyphs=8)
+EPOCHS = dict(digits=30, glyphs=8, cnn=8)
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
     sandwich='--sampler uniform --sandwich --archs-per-step 4'.split(),
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     """The flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
     parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
-    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, 8 of glyphs)')
+    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, else 8)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     parser.add_argument('--train-flags', type=lambda text: tuple(shlex.split(text)), default=(), metavar='FLAGS',
@@ -213,17 +214,22 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
         from timm.data import resolve_input_data_config
 
         import timm_shiftnas
+        from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
         from timm_shiftnas.evaluation import evaluate_budgets
         from timm_shiftnas.sampling import BudgetGroups
-        from train import create_loaders, open_data, parse_args
+        from train import create_calibration_loader, create_loaders, open_data, parse_args
 
         args = parse_args(run.command())
         net, generator = timm_shiftnas.load_supernet(folder / 'model')
         args.num_classes = net.num_classes
         device = torch.device('cpu')
-        loader = create_loaders(args, open_data(args), resolve_input_data_config(net, vars(args)), device)[1]
+        data, config = open_data(args), resolve_input_data_config(net, vars(args))
+        loader, calibration = create_loaders(args, data, config, device)[1], None
+        if has_batch_norm(net):
+            calibration = BatchNormCalibration(create_calibration_loader(args, data, config, device), args.bn_images)
         budgets = BudgetGroups.of_space(net.space, count=GROUPS)
-        rows = evaluate_budgets(net, budgets, generator.propose_many(budgets.budgets), loader, device)
+        rows = evaluate_budgets(
+            net, budgets, generator.propose_many(budgets.budgets), loader, device, calibration=calibration)
         write(path, json.dumps([
             dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
             for k, row in enumerate(rows) if row['budget'] is not None]))

@@ -25,6 +25,7 @@ from timm.utils import random_seed
 
 import runs
 import timm_shiftnas
+from timm_shiftnas.calibration import has_batch_norm
 from timm_shiftnas.evaluation import evaluate
 from timm_shiftnas.sampling import BudgetGroups
 from train import create_loaders, create_supernet, open_data, parse_args, scaled_lr, seed_epoch
@@ -61,6 +62,8 @@ def main() -> None:
     timm.utils.setup_default_logging()
     device = torch.device(args.device)
     net, generator = timm_shiftnas.load_supernet(own.supernet)
+    if has_batch_norm(net):
+        parser.error('subnets are trained at the size of the images: ShiftFormers only, not networks of several sizes')
     space, args.num_classes = net.space, net.num_classes
     if own.archs:
         targets = [(None, None, space.from_dict(arch)) for arch in json.loads(own.archs.read_text())]
