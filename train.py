@@ -355,7 +355,7 @@ def create_loaders(args: argparse.Namespace, data: Data, config: dict[str, Any],
 
 
 def create_calibration_loader(args: argparse.Namespace, data: Data, config: dict[str, Any], device: torch.device):
-    """`--bn-images` of the training images, preprocessed as for evaluation: what BatchNorm statistics are taken from."""
+    """`--bn-images` training images, preprocessed as for evaluation, to take BatchNorm statistics from."""
     order = torch.randperm(len(data.train), generator=stream(args.seed, 'calibration', 0))
     images = DatasetView(data.train.base, data.train.indices[order[:args.bn_images]])
     return create_loader(

@@ -8,8 +8,8 @@
     python benchmarks/speed.py calibration         # images per second of calibrate_bn / of plain inference
 
 `--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration). `--device cuda --amp` measures bf16
-autocast, `--channels-last` that layout of images and weights, `--torchcompile` compiled networks. Images per second and the share of the
-matrix rate (of a large matrix product of the same type, measured in the same run) are printed with the ratios.
+autocast, `--channels-last` that layout of images and weights, `--torchcompile` compiled networks. Images per second and
+the share of the matrix rate (of a large matrix product of the same type, in the same run) are printed with the ratios.
 """
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'timm_shiftnas'
-ORDER = ['space', 'stages', 'complexity', 'masks', 'layers', 'models', 'calibration', 'sampling', 'generator', 'task', 'hub', 'cli']
+ORDER = [
+    'space', 'stages', 'complexity', 'masks', 'layers', 'models', 'calibration', 'sampling', 'generator', 'task', 'hub',
+    'cli',
+]
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 

@@ -345,7 +345,7 @@ def test_the_full_network_is_timms():
 
 @pytest.mark.parametrize('recipe', ['attentivenas', 'ofa'])
 def test_calibration_is_the_mean_of_batches(recipe):
-    """Of the first layer, whose input does not depend on statistics, in closed form; and everything else is as before."""
+    """Of the first layer, whose input depends on no statistics, in closed form; everything else is as before."""
     net = create().eval()
     sub = tsn.extract(net, net.space.largest)
     batches = [images(24, 5).float(), images(24, 2).float() * 2]

@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -24,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt', 'muon',
-         '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40', '--log-interval',
+FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt',
+         'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40', '--log-interval',
          '5', '--generator-images', '8', '--bn-images', '200']
 
 
@@ -146,7 +147,8 @@ def test_resume(finished, tmp_path):
     assert train.main([*flags, '--experiment', 'whole']) == 0
     checkpoint = tmp_path / 'whole' / 'checkpoint-0.pth.tar'
     assert train.main([*flags, '--experiment', 'again', '--resume', str(checkpoint)]) == 0
-    states = [safetensors.torch.load_file(tmp_path / name / 'model' / 'model.safetensors') for name in ('whole', 'again')]
+    files = [tmp_path / name / 'model' / 'model.safetensors' for name in ('whole', 'again')]
+    states = [safetensors.torch.load_file(file) for file in files]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -188,3 +190,27 @@ def test_evaluation_without_calibration_is_refused(validation):
     calibration = BatchNormCalibration(validation, 64)
     rows = evaluate_budgets(net, groups, archs, validation, torch.device('cpu'), calibration=calibration)
     assert len(rows) == 4 and set(calibration.statistics) == set(archs)
+
+
+def test_an_ofa_subnet_loads_in_timm_without_this_package(tmp_path):
+    """By the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
+    torch.manual_seed(0)
+    space = tsn.ofa_space(.2, (32, 48), (1, 2), (3, 5), (1.5, 2.5))
+    net = timm.create_model('ofa_mobilenetv3_supernet', space=space, num_classes=4).eval()
+    arch = space.sample(torch.Generator().manual_seed(3))
+    sub = tsn.extract(net, arch)
+    tsn.save_pretrained(tmp_path / 'sub', sub)
+    x = torch.randn(2, 3, arch.resolution, arch.resolution)
+    safetensors.torch.save_file(dict(x=x), tmp_path / 'x.safetensors')
+    blocks = (ROOT / 'docs' / 'mobilenets.md').read_text().split('```python\n')[1:]
+    code, = (block.split('```')[0] for block in blocks if 'MobileNetV3(' in block)
+    code = code.replace('DIR', str(tmp_path / 'sub')) + f'''
+import subprocess
+import sys
+from safetensors.torch import save_file
+assert not any(name.startswith('timm_shiftnas') for name in sys.modules)
+y = net.eval()(load_file({str(tmp_path / 'x.safetensors')!r})['x'])
+save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
+'''
+    subprocess.run([sys.executable, '-c', code], check=True)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))

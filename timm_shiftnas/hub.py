@@ -35,7 +35,7 @@ from . import complexity
 from .calibration import bn_statistics, calibrate_bn, has_batch_norm
 from .complexity import format_count, parse_count
 from .generator import ArchitectureGenerator
-from .models import arch_space, extract
+from .models import arch_space, extract, stock_blocks
 from .report import COLUMNS
 from .space import Arch, SearchSpace, shiftformer_space
 
@@ -110,6 +110,9 @@ def save_pretrained(
     if generator is not None:
         tensors[GENERATOR] = _own(generator.state_dict())
         ours['generator'] = dict(hidden_size=generator.hidden_size)
+    if kind == 'subnet' and net.model_args.get('structure', {}).get('shortcut') == 'identity':
+        # for timm without this package
+        ours['stock'] = stock_blocks(*arch_space(net.arch, net.model_args['structure']))
     if bn_stats:
         ours['bn_archs'] = [net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
         tensors[BN_STATS] = _own({

@@ -121,14 +121,14 @@ def _mobilenet_masks(space: SearchSpace, one_hots: Sequence[torch.Tensor]) -> Mo
         hidden = [expanded_width(width, ratio) if block.expands else width for width in incoming for ratio in ratios]
         both = torch.outer(width_in, one if fixed else one_hots[block.expand_ratio]).flatten()
         sizes = 1 if fixed else len(values[block.kernel_size])
-        depth = None if fixed else one_hots[block.depth]
         blocks.append(BlockMasks(
             width_in=width_in @ _nested(incoming, like),
             hidden=both @ _nested(hidden, like),
             kernel_size=(one if fixed else one_hots[block.kernel_size]) @ _nested(range(1, sizes + 1), like),
             se=both @ _nested([se_width(width) if block.se else 1 for width in hidden], like),
             equal=width_in @ like.new_tensor([[float(a == b) for b in leaving] for a in incoming]) @ width_out,
-            active=one[0] if fixed else depth @ like.new_tensor([float(d > block.position) for d in values[block.depth]]),
+            active=one[0] if fixed else one_hots[block.depth] @ like.new_tensor(
+                [float(depth > block.position) for depth in values[block.depth]]),
         ))
     *_, stage, last = width_choices(space)
     return MobileNetMasks(

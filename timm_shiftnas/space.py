@@ -338,7 +338,7 @@ def shiftmobilenet_space(
         shortcut: str = 'projection',
         kernel: str = 'crop',
 ) -> SearchSpace:
-    """The space of an elastic MobileNet: a stem of stride 2, stages of inverted residual blocks, a last 1x1 convolution.
+    """The space of an elastic MobileNet: a stem of stride 2, stages of inverted residual blocks, a last convolution.
 
     The defaults of what is fixed are those of BigNAS (Yu et al., ECCV 2020); AttentiveNAS (Wang et al., CVPR 2021) and
     Once-for-all (Cai et al., ICLR 2020) are other values of the same arguments. Fields of the arch: `resolution`, and

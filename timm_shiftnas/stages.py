@@ -9,7 +9,10 @@ from timm.layers import make_divisible
 
 from .space import Arch, SearchSpace, expanded_width
 
-__all__ = ['BlockChoices', 'BlockShape', 'HEAD_RATIO', 'block_choices', 'block_shapes', 'output_side', 'se_width', 'width_choices']
+__all__ = [
+    'BlockChoices', 'BlockShape', 'HEAD_RATIO', 'block_choices', 'block_shapes', 'output_side', 'se_width',
+    'width_choices',
+]
 
 HEAD_RATIO = 6  # the 'efficient' head expands the last stage by this before pooling
 

@@ -1,6 +1,19 @@
 """Elastic layers: timm's layers whose forward takes the widths to compute, of transformers and of CNNs."""
-from . import conv, vit
-from .conv import *
-from .vit import *
+from .conv import (
+    ConvWidths, ElasticBatchNorm, ElasticConv2d, ElasticConvBnAct, ElasticDepthwiseConv2d,
+    ElasticDepthwiseSeparableConv, ElasticInvertedResidual, ElasticSqueezeExcite, ProjectedDepthwiseSeparableConv,
+    ProjectedInvertedResidual, Projection, elastic_kernel, make_elastic, resize,
+)
+from .vit import (
+    BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp, ElasticPatchEmbed,
+    ElasticQKV, RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table,
+)
 
-__all__ = [*conv.__all__, *vit.__all__]
+__all__ = [
+    'BlockWidths', 'ConvWidths', 'ElasticAttention', 'ElasticBatchNorm', 'ElasticBlock', 'ElasticConv2d',
+    'ElasticConvBnAct', 'ElasticDepthwiseConv2d', 'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual',
+    'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp', 'ElasticPatchEmbed', 'ElasticQKV', 'ElasticSqueezeExcite',
+    'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection', 'RelativeAttention',
+    'RelativeBlock', 'RelativeIndex', 'RelativePosition2d', 'elastic_kernel', 'extend_table', 'make_elastic',
+    'resize',
+]

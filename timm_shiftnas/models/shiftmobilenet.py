@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_act_layer, make_divisible
 from timm.models import build_model_with_cfg, checkpoint, create_model, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
-from timm.models._efficientnet_builder import decode_arch_def
+from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
@@ -34,10 +33,12 @@ from ..layers import (
 )
 from ..masks import MobileNetMasks
 from ..space import Arch, SearchSpace, shiftmobilenet_space, space_from_dict
-from ..stages import HEAD_RATIO, BlockShape, block_choices, block_shapes, output_side
+from ..stages import HEAD_RATIO, block_choices, block_shapes, output_side
 from ._checkpoint import check_fits
 
-__all__ = ['ElasticEfficientNet', 'ElasticMobileNetV3', 'arch_space', 'checkpoint_filter_fn', 'ofa_space']
+__all__ = [
+    'ElasticEfficientNet', 'ElasticMobileNetV3', 'arch_space', 'checkpoint_filter_fn', 'ofa_space', 'stock_blocks',
+]
 
 _FIELDS = ('resolution', 'width', 'depth', 'kernel_size', 'expand_ratio')
 _POOLS = ('avg', 'max', 'avgmax')
@@ -47,26 +48,36 @@ _ACTS = {'relu': 're', 'relu6': 'r6', 'hard_swish': 'hs', 'swish': 'sw'}  # as t
 # -- static networks ---------------------------------------------------------------------------------------------------
 
 
-def _stock_args(space: SearchSpace, arch: Arch, shapes: list[BlockShape]) -> dict[str, Any]:
-    """Arguments of timm's `EfficientNet` or `MobileNetV3` for the network of an arch, projected shortcuts aside."""
-    fixed = dict(space.structure)
+def stock_blocks(space: SearchSpace, arch: Arch) -> dict[str, Any]:
+    """The network of an arch, projected shortcuts aside, in the terms of timm's `EfficientNet` and `MobileNetV3`.
+
+    Returns:
+        JSON-able `blocks` (strings for timm's `decode_arch_def`), `stem_size`, `num_features` and `act`.
+    """
+    fixed, shapes = dict(space.structure), block_shapes(space, arch)
+    efficient = fixed['head'] == 'efficient'
     stages: list[list[str]] = [[] for _ in range(shapes[-1].stage + 1)]
     for shape in shapes:
         ratio = shape.hidden / shape.width_in
         # MobileNetV3 takes the SE ratio of the hidden width, EfficientNet of the incoming one
-        se = f'_se{0.25 if fixed["head"] == "efficient" else 0.25 * ratio!r}' if shape.se else ''
+        se = f'_se{0.25 if efficient else 0.25 * ratio!r}' if shape.se else ''
         stages[shape.stage].append(
             f'{"ir" if shape.expands else "ds"}_r1_k{shape.kernel_size}_s{shape.stride}_e{ratio!r}_c{shape.width_out}'
             f'{se}_n{_ACTS[shape.act]}')
     act = fixed['act'][-1]
-    args: dict[str, Any] = {}
-    if fixed['head'] == 'efficient':
+    if efficient:
         stages.append([f'cn_r1_k1_s1_c{HEAD_RATIO * arch.width[-2]}_n{_ACTS[act]}'])
-        args['head_bias'] = False
+    return dict(blocks=stages, stem_size=arch.width[0], num_features=arch.width[-1], act=act)
+
+
+def _stock_args(space: SearchSpace, arch: Arch) -> dict[str, Any]:
+    """Arguments of timm's class for the network of an arch."""
+    stock = stock_blocks(space, arch)
+    args = dict(head_bias=False) if _stock_class(space) is MobileNetV3 else {}
     return dict(
-        args, block_args=decode_arch_def(stages), stem_size=arch.width[0], num_features=arch.width[-1], fix_stem=True,
-        round_chs_fn=round, act_layer=get_act_layer(act), se_layer=partial(
-            SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=make_divisible))
+        args, block_args=decode_arch_def(stock['blocks']), stem_size=stock['stem_size'],
+        num_features=stock['num_features'], act_layer=get_act_layer(stock['act']), se_layer=partial(
+            SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels))
 
 
 def _stock_class(space: SearchSpace) -> type:
@@ -133,7 +144,7 @@ def _make_subnet(
     shapes = block_shapes(space, arch)
     net = _stock_class(space)(
         num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate, device=device, dtype=dtype, **_stock_args(space, arch, shapes))
+        drop_path_rate=drop_path_rate, device=device, dtype=dtype, **_stock_args(space, arch))
     projected = {
         DepthwiseSeparableConv: ProjectedDepthwiseSeparableConv, InvertedResidual: ProjectedInvertedResidual}
     for shape in shapes if dict(space.structure)['shortcut'] == 'projection' else ():
@@ -200,10 +211,9 @@ class _Supernet:
         _check_pool(global_pool, num_classes)
         if drop_archs not in ('largest', 'all'):
             raise ValueError(f"drop_archs={drop_archs!r} is unknown; choose 'largest' or 'all'")
-        shapes = block_shapes(space, space.largest)
         super().__init__(
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, device=device,
-            dtype=dtype, **_stock_args(space, space.largest, shapes))
+            dtype=dtype, **_stock_args(space, space.largest))
         self._unbound_space = space.unbind()
         self._largest = space.largest
         self._block_choices = block_choices(space)
