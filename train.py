@@ -31,6 +31,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub.utils import tqdm
+from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, Mixup, create_loader, resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -340,6 +341,10 @@ def create_loaders(args: argparse.Namespace, data: Data, config: dict[str, Any],
             num_classes=args.num_classes)
     if args.aug_repeats:
         _logger.warning('--aug-repeats needs several processes; it is ignored in this one')
+    if (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa and not posterizes_to_nothing():
+        _logger.warning(
+            f'--aa {args.aa}: sooner or later timm posterizes an image to 0 bits, which this Pillow refuses ("bits must '
+            'be between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')
     interpolation = config['interpolation'] if args.no_aug or not args.train_interpolation else args.train_interpolation
     train = create_loader(
         data.train, batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
@@ -352,6 +357,15 @@ def create_loaders(args: argparse.Namespace, data: Data, config: dict[str, Any],
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
     held_out = evaluation(data.held_out.with_transform(None)) if args.sampler == 'uniform' else None
     return train, evaluation(data.validation), held_out, mixup
+
+
+def posterizes_to_nothing() -> bool:
+    """Whether Pillow makes a black image of 0 bits, as timm's policies expect at their largest magnitude."""
+    try:
+        ImageOps.posterize(Image.new('L', (1, 1)), 0)
+        return True
+    except ValueError:
+        return False
 
 
 def create_calibration_loader(args: argparse.Namespace, data: Data, config: dict[str, Any], device: torch.device):

@@ -314,7 +314,7 @@ def test_imagenet_configs_are_autoformers_recipe(size, paper):
     assert args.batch_size * args.grad_accum_steps == 1024 and train.scaled_lr(args) == pytest.approx(5e-4 * 1024 / 512)
     wanted = dict(
         model=f'shiftformer_{size}_supernet', epochs=500, opt='adamw', weight_decay=.05, warmup_epochs=20, drop_path=.1,
-        aa='rand-m9-mstd0.5-inc1', mixup=.8, cutmix=1., smoothing=.1, reprob=.25, aug_repeats=3,
+        aa='rand-m9-mstd0.5-mmax9-inc1', mixup=.8, cutmix=1., smoothing=.1, reprob=.25, aug_repeats=3,
         shift_warmup_epochs=50, group_width='0.1G')
     assert {name: getattr(args, name) for name in wanted} == wanted
     header = path.read_text().split('model:')[0]
@@ -323,6 +323,19 @@ def test_imagenet_configs_are_autoformers_recipe(size, paper):
     middle = (tsn.macs(space, space.smallest) + tsn.macs(space, space.largest)) / 2  # an even P over groups
     assert f'3 x {middle / 1e9:.2f} GMACs' in header
     assert f'= {500 * 1.281167 * 3 * middle / 1e9 / 1e3:.1f} EMACs' in header
+
+
+def test_policies_that_pillow_refuses(tmp_path, caplog):
+    from PIL import Image, ImageOps
+    try:
+        refused = not ImageOps.posterize(Image.new('L', (1, 1)), 0)
+    except ValueError:
+        refused = True
+    flags = ['--epochs', '1', '--shift', 'none', '--val-interval', '9']
+    for policy, risky in (('rand-m9-mstd0.5-mmax9-inc1', False), ('rand-m3-inc1', True)):
+        caplog.clear()
+        assert run(tmp_path, *flags, '--aa', policy) == 0
+        assert ('-mmax9' in caplog.text) == (risky and refused)
 
 
 def test_repeated_augmentation_needs_several_processes(tmp_path, caplog):

@@ -152,6 +152,20 @@ def test_resume(finished, tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_the_imagenet_config_is_bignas_recipe():
+    args = train.parse_args(['-c', str(ROOT / 'configs' / 'shiftmobilenet_imagenet.yaml'), '--data-dir', '/data'])
+    assert (args.epochs, args.opt, args.momentum, args.weight_decay) == (360, 'rmsproptf', .9, 1e-5)
+    assert args.batch_size * args.grad_accum_steps == args.lr_base_size == 4096
+    assert train.scaled_lr(args) == .256 and (args.sched, args.decay_rate, args.decay_epochs) == ('step', .97, 2.4)
+    assert (args.drop, args.drop_path, args.smoothing) == (.2, .2, .1)
+    assert args.sandwich and args.archs_per_step == 4 and args.shift == 'none'
+    args.num_classes = 10
+    with torch.device('meta'):
+        net = train.create_supernet(args, torch.device('meta'))
+    assert net.pretrained_cfg['input_size'] == (3, 320, 320) and net.drop_rate == .2
+    assert net.blocks[-1][1].drop_path.drop_prob == pytest.approx(.2 * 25 / 26)
+
+
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
