@@ -41,13 +41,15 @@ from timm.utils import (
 )
 from timm.utils.summary import trim_summary
 
+import timm_shiftnas
 from timm_shiftnas import report
 from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
 from timm_shiftnas.complexity import format_count, macs, parse_count
 from timm_shiftnas.data import DatasetView, StepBatches, create_dataset, split_held_out
 from timm_shiftnas.evaluation import evaluate_budgets, search_archs
 from timm_shiftnas.generator import ArchitectureGenerator
-from timm_shiftnas.hub import save_pretrained
+from timm_shiftnas.hub import check_repo_id, save_pretrained
+from timm_shiftnas.publish import push_directory
 from timm_shiftnas.sampling import BudgetGroups, stream
 from timm_shiftnas.task import (
     ShiftNASConfig, ShiftNASTask, check_checkpoint, load_task_ema_checkpoint, resume_task_checkpoint,
@@ -195,6 +197,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--output', default='./output', metavar='DIR')
     add('--experiment', default='', metavar='NAME', help='folder of this run (default: time and model)')
 
+    group = parser.add_argument_group('Hugging Face Hub')
+    add = group.add_argument
+    add('--push-to-hub', metavar='REPO', help="publish the model there at the end: 'owner/name', made if need be")
+    add('--hub-private', action='store_true', help='make the repository private, if it is made')
+    add('--hub-revision', metavar='BRANCH', help='branch of the repository (default: main)')
+
     group = parser.add_argument_group('ShiftNAS')
     add = group.add_argument
     config = ShiftNASConfig
@@ -247,7 +255,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ('initial_checkpoint', 'pretrained_path'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.error(f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}')
+    if args.push_to_hub:
+        try:
+            check_repo_id(args.push_to_hub)
+        except ValueError as error:
+            parser.error(f'--push-to-hub: {error}')
     return args
+
+
+def training_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What a model card tells of a run. Folders of this machine stay out of it."""
+    parser, words = build_parser(), ['python train.py']
+    private = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'num_classes', 'lr', 'traceback',
+               'push_to_hub', 'hub_private', 'hub_revision', 'initial_checkpoint', 'pretrained_path', 'class_map'}
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in private or action.dest == 'help' or value == parser.get_default(action.dest):
+            continue
+        flag = '--' + action.dest.replace('_', '-')
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, dict):
+            words.append(' '.join([flag, *(f'{k}={v}' for k, v in value.items())]))
+        elif value is not None:
+            words.append(' '.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]))
+    words.append(f'--lr {args.lr:g}')
+    versions = dict(timm_shiftnas=timm_shiftnas.__version__, timm=timm.__version__, torch=torch.__version__)
+    return dict(command=' '.join(words), dataset=args.dataset or 'image folder', versions=versions)
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
@@ -343,8 +377,8 @@ def create_loaders(args: argparse.Namespace, data: Data, config: dict[str, Any],
         _logger.warning('--aug-repeats needs several processes; it is ignored in this one')
     if (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa and not posterizes_to_nothing():
         _logger.warning(
-            f'--aa {args.aa}: sooner or later timm posterizes an image to 0 bits, which this Pillow refuses ("bits must '
-            'be between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')
+            f'--aa {args.aa}: sooner or later timm posterizes an image to 0 bits, which this Pillow refuses ("bits '
+            'must be between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')
     interpolation = config['interpolation'] if args.no_aug or not args.train_interpolation else args.train_interpolation
     train = create_loader(
         data.train, batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
@@ -564,6 +598,16 @@ class Trainer:
             self.saver.save_checkpoint(epoch, metric=results and results['top1'])
         if self.shift_batches is not None:
             self.shift_batches.close()
+        if args.push_to_hub:
+            try:
+                address = push_directory(
+                    self.output, args.push_to_hub, private=args.hub_private or None, revision=args.hub_revision)
+            except Exception:
+                _logger.error(
+                    f'the training is done, but not published; do so by '
+                    f'timm-shiftnas push {self.output} {args.push_to_hub}')
+                raise
+            _logger.info(f'published: {address}')
         _logger.info(f'done; the model directory is {self.output / "model"}')
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -657,7 +701,8 @@ class Trainer:
         save_pretrained(
             self.output / 'model', net, task.generator, groups=task.groups.edges,
             probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
-            bn_stats=self.served_statistics(net, rows, options.get('calibration')), data_config=self.data_config)
+            training=training_facts(args), data_config=self.data_config,
+            bn_stats=self.served_statistics(net, rows, options.get('calibration')))
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
 

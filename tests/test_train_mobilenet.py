@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt',
-         'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40', '--log-interval',
-         '5', '--generator-images', '8', '--bn-images', '200']
+         'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40',
+         '--log-interval', '5', '--generator-images', '8', '--bn-images', '200']
 
 
 @pytest.fixture(scope='module')

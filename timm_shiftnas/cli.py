@@ -1,4 +1,4 @@
-"""The command line: `timm-shiftnas info DIR` and `timm-shiftnas extract DIR --flops 1.4G --output OUT`.
+"""The command line: `timm-shiftnas info DIR`, `extract DIR --flops 1.4G --output OUT` and `push DIR REPO`.
 
 A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
 """
@@ -19,7 +19,8 @@ from timm.data import create_loader, resolve_data_config
 from . import __version__
 from .complexity import format_count
 from .data import DatasetView, create_dataset
-from .hub import SavedModel, from_pretrained, save_pretrained, static_counts
+from .hub import SavedModel, check_repo_id, from_pretrained, save_pretrained, static_counts
+from .publish import push_directory
 from .report import format_table
 
 __all__ = ['main']
@@ -51,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description='Look into saved supernets, and take subnets out of them.')
+    parser = _Parser(prog=PROG, description='Look into saved supernets, take subnets out of them, and publish either.')
     parser.add_argument('--version', action='version', version=f'{PROG} {__version__}')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
@@ -72,8 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument('--bn-images', metavar='N', type=int, default=2000, help='how many of them (default: 2000)')
     extract.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
 
-    for command in (info, extract):
+    push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
+    push.set_defaults(command=_push)
+    extract.add_argument('--push', metavar='REPO', help='publish it as well')
+    for command in (extract, push):
+        command.add_argument('--private', action='store_true', default=None, help='make it private, if it is made')
+        command.add_argument('--revision', metavar='BRANCH', help='branch of it (default: main)')
+        command.add_argument('--token', metavar='TOKEN', help='token of the Hub (default: that of hf auth login)')
+        command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+        command.add_argument('--commit-message', metavar='TEXT')
+
+    for command in (info, extract, push):
         command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
+        if command is push:
+            command.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
         command.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
     return parser
 
@@ -181,6 +194,22 @@ def _extract(args: argparse.Namespace) -> None:
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
     print(json.dumps(net.arch.to_dict()))
+    if args.push is not None:
+        _publish(args, args.output, args.push)
+
+
+# -- push --------------------------------------------------------------------------------------------------------------
+
+
+def _push(args: argparse.Namespace) -> None:
+    _publish(args, args.directory, args.repo)
+
+
+def _publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
+    check_repo_id(repo)
+    print(push_directory(
+        directory, repo, private=args.private, revision=args.revision, token=args.token, create_pr=args.create_pr,
+        commit_message=args.commit_message))
 
 
 def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:

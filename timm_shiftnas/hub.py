@@ -12,11 +12,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +27,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
+    RepositoryNotFoundError, RevisionNotFoundError,
+)
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, create_model, is_model
@@ -50,6 +57,8 @@ BN_STATS = 'bn_stats.safetensors'
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
 MAX_GENERATOR = 1024  # hidden units
 
+_logger = logging.getLogger(__name__)
+
 
 # -- saving ------------------------------------------------------------------------------------------------------------
 
@@ -64,6 +73,7 @@ def save_pretrained(
         results: Sequence[Mapping[str, Any]] | None = None,
         searched: Sequence[Arch] | None = None,
         bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
+        training: Mapping[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
 ) -> None:
@@ -82,6 +92,7 @@ def save_pretrained(
             generator, which may not have seen images, only where none does.
         bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest one
             take the place of the supernet's own.
+        training: What a model card tells of the training: `command`, `dataset`, `versions`.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
 
@@ -105,7 +116,7 @@ def save_pretrained(
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
     tensors = {WEIGHTS: _own({**net.state_dict(), **largest})}
     ours = dict(
-        format=FORMAT, kind=kind, groups=groups, probabilities=probabilities, results=results,
+        format=FORMAT, kind=kind, groups=groups, probabilities=probabilities, results=results, training=training,
         searched=None if searched is None else [arch.to_dict() for arch in searched])
     if generator is not None:
         tensors[GENERATOR] = _own(generator.state_dict())
@@ -337,7 +348,7 @@ class SavedModel:
         self.name = os.fspath(directory_or_repo)
         self._hub = None
         if not self.name or not Path(self.name).is_dir():
-            _check_repo_id(directory_or_repo)
+            check_repo_id(directory_or_repo)
             self._hub = dict(
                 revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
                 local_files_only=local_files_only, library_name=KEY)
@@ -367,7 +378,14 @@ class SavedModel:
         return 'copy or save the model again' if self._hub is None else 'force_download=True fetches it again'
 
     def _path(self, name: str) -> Path:
-        return Path(self.name, name) if self._hub is None else Path(hf_hub_download(self.name, name, **self._hub))
+        if self._hub is None:
+            return Path(self.name, name)
+        with explained(self.name):
+            path = Path(_download(self.name, name, **self._hub))
+        # all files of one commit, should the branch move on meanwhile
+        if re.fullmatch('[0-9a-f]{40}', path.parent.name):
+            self._hub['revision'] = path.parent.name
+        return path
 
     def read(self, name: str) -> bytes:
         """The content of a file that `config.json` names: what is returned is what was checked.
@@ -439,6 +457,79 @@ class SavedModel:
         return generator.eval()
 
 
+# -- the Hub's faults --------------------------------------------------------------------------------------------------
+
+
+def _download(repo_id: str, name: str, **kwargs: Any) -> str:
+    """`hf_hub_download`, again after a fault that may pass."""
+    for wait in (1, 3):
+        try:
+            return hf_hub_download(repo_id, name, **kwargs)
+        except Exception as error:
+            if kwargs['local_files_only'] or not _may_pass(error):
+                raise
+            _logger.warning(f'{repo_id}/{name}: {type(error).__name__}; trying again in {wait} s')
+            time.sleep(wait)
+    return hf_hub_download(repo_id, name, **kwargs)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error is one of the way there (a server's fault, a cut answer), and not of what was asked for."""
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return False  # there is no connection, which the client has tried for long enough
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        return status == 429 or status >= 500
+    return _is_transport(error) or isinstance(error, OSError) and 'Consistency check failed' in str(error)
+
+
+def _is_transport(error: BaseException | None) -> bool:
+    """Whether the HTTP library raised an error, whichever this huggingface_hub uses."""
+    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Errors of huggingface_hub with a line that says what to do; those of its HTTP library as a `ConnectionError`."""
+    try:
+        yield
+    except Exception as error:
+        if hint := _hint(error):
+            append_line(error, hint)
+        if _is_transport(error) and not isinstance(error, OSError):
+            raise ConnectionError(f'{repo_id}: {type(error).__name__}: {error}; {_hint(error)}') from error
+        raise
+
+
+def append_line(error: Exception, line: str) -> None:
+    """Add to the message of an error, whose class stays."""
+    if hasattr(error, 'append_to_message'):
+        error.append_to_message(f'\n{line}')
+    elif error.args:
+        error.args = (f'{error.args[0]}; {line}', *error.args[1:])
+
+
+def _hint(error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return 'ask for access on the page of the repository, and give your token='
+    if isinstance(error, RepositoryNotFoundError):
+        return 'check the name; for a private repository give token= or log in (hf auth login)'
+    if isinstance(error, RevisionNotFoundError):
+        return 'check revision=, which is a branch, a tag or a commit of the repository'
+    if isinstance(error, RemoteEntryNotFoundError):
+        return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return 'it is not in the cache: connect to the network, without local_files_only and offline mode'
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if status == 401:
+        return 'the token is wrong or has expired: log in again (hf auth login), or give another token='
+    if status == 403:
+        return 'the token may not do this: give one that may write to the repository'
+    if status is not None and (status >= 500 or status == 429):
+        return 'the Hub has a fault or too much to do: try again later'
+    return 'the connection failed: try again' if _is_transport(error) else ''
+
+
 def static_counts(net: nn.Module) -> tuple[int, int]:
     """MACs and parameters of an extracted subnet."""
     args = {name: value for name, value in net.model_args.items() if name != 'structure'}
@@ -477,7 +568,7 @@ def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapp
 # -- trusting nothing --------------------------------------------------------------------------------------------------
 
 
-def _check_repo_id(name: str | os.PathLike) -> None:
+def check_repo_id(name: str | os.PathLike) -> None:
     """Refuse what is neither a directory nor the name of a repository."""
     try:
         validate_repo_id(name)
@@ -508,6 +599,7 @@ def _check_config(config: Any, where: str) -> None:
         'results': _is_table(ours.get('results')),
         'searched': isinstance(ours.get('searched', []), list),
         'bn_archs': isinstance(ours.get('bn_archs', []), list),
+        'training': isinstance(ours.get('training', {}), Mapping),
     }
     if wrong := [name for name, right in checks.items() if not right]:
         raise ValueError(f'{where} has an unusable entry {KEY}.{wrong[0]}: {_short(ours.get(wrong[0]))}')

@@ -1,0 +1,249 @@
+"""Publishing on the Hugging Face Hub: one commit with a model directory, its table, its pictures and a model card.
+
+Uploads, commits and cards are huggingface_hub's; what is here says what goes up, and what became of it. Nothing pickled
+is ever uploaded.
+"""
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from torch import nn
+
+from . import report
+from .complexity import format_count
+from .generator import ArchitectureGenerator
+from .hub import (
+    BN_STATS, CONFIG, GENERATOR, KEY, SavedModel, append_line, check_repo_id, explained, save_pretrained, static_counts,
+)
+
+__all__ = ['model_card', 'push_directory', 'push_to_hub']
+
+CARD, TABLE, ACCURACY, SHIFT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png'
+CITATION = '''```bibtex
+@inproceedings{zhang2023shiftnas,
+  title     = {ShiftNAS: Improving One-shot NAS via Probability Shift},
+  author    = {Zhang, Mingyang and Yu, Xinyi and Zhao, Haodong and Ou, Linlin},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2023}
+}
+```'''
+
+_logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+        repo_id: str,
+        net: nn.Module,
+        generator: ArchitectureGenerator | None = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        **saved: Any,
+) -> str:
+    """Publish a supernet and its generator, or an extracted subnet: in one commit, with a model card.
+
+    Args:
+        repo_id: 'owner/name'; made if it does not exist.
+        net, generator, **saved: As for `save_pretrained`.
+        private, revision, token, create_pr, commit_message: As for `push_directory`.
+
+    Returns:
+        The address of the commit or of the pull request.
+
+    Raises:
+        ValueError: As `save_pretrained` does.
+        huggingface_hub.errors.HfHubHTTPError: As `push_directory` does.
+    """
+    with TemporaryDirectory() as folder:
+        save_pretrained(folder, net, generator, **saved)
+        return push_directory(
+            folder, repo_id, private=private, revision=revision, token=token, create_pr=create_pr,
+            commit_message=commit_message)
+
+
+def push_directory(
+        directory: str | os.PathLike,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+) -> str:
+    """Publish what `save_pretrained` or `train.py` wrote: in one commit, or none if the repository has it already.
+
+    Every file is checked against `config.json` first. The table and the accuracy picture are made from the results in
+    it; the picture of the shift is taken from the directory of the training, where there is one.
+
+    Args:
+        directory: A directory of `save_pretrained`, or one of `train.py` with such a directory `model`.
+        repo_id: 'owner/name'; made if it does not exist.
+        private: Whether to make it private, if it is made.
+        revision: Branch; default is 'main'.
+        token: As for huggingface_hub.
+        create_pr: Open a pull request instead of committing to the branch.
+        commit_message: Default says what it is.
+
+    Returns:
+        The address of the commit or of the pull request.
+
+    Raises:
+        ValueError: If the directory holds no whole model, or `repo_id` is none.
+        huggingface_hub.errors.HfHubHTTPError: Whatever the Hub refuses, with a line that says what to do, and whether
+            the commit exists.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG).exists() and (directory / 'model' / CONFIG).exists():
+        directory = directory / 'model'
+    if not directory.is_dir():
+        raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
+    check_repo_id(repo_id)
+    saved = SavedModel(directory)
+    files = published_files(saved, repo_id)
+    api = HfApi(token=token, library_name=KEY)
+    with explained(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        before = api.repo_info(repo_id, revision=revision).sha
+        stale = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} - set(files)
+        stale &= set(api.list_repo_files(repo_id, revision=revision))
+    message = commit_message or f'{saved.config["architecture"]} by {KEY}'
+    operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    try:
+        with explained(repo_id):
+            commit = api.create_commit(
+                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+            return commit.pr_url or commit.commit_url
+    except Exception as error:
+        address = None if create_pr else _commit_after(api, repo_id, revision, before, files[CONFIG])
+        if address is None:
+            said = 'see its page for whether the pull request exists' if create_pr else 'it is as it was: no commit'
+            append_line(error, f'{repo_id}: {said}')
+            raise
+        _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
+        return address
+
+
+def _commit_after(api: HfApi, repo_id: str, revision: str | None, before: str | None, config: bytes) -> str | None:
+    """The address of a commit of this config that came after another one, or `None`."""
+    try:
+        after = api.repo_info(repo_id, revision=revision).sha
+        if after == before:
+            return None
+        path = api.hf_hub_download(repo_id, CONFIG, revision=after)
+        return f'{api.endpoint}/{repo_id}/commit/{after}' if Path(path).read_bytes() == config else None
+    except Exception:
+        return None
+
+
+def published_files(saved: SavedModel, repo_id: str) -> dict[str, bytes]:
+    """What a repository gets, by name: the checked files, table, pictures and card."""
+    files = {name: saved.read(name) for name in saved.info['files']}
+    files[CONFIG] = Path(saved.name, CONFIG).read_bytes()
+    results = saved.info.get('results')
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if results:
+            report.write_budgets_csv(folder / TABLE, results)
+            report.plot_accuracy(folder / ACCURACY, results)
+        for source in (Path(saved.name), Path(saved.name).parent):
+            picture = source / SHIFT
+            if saved.kind == 'supernet' and picture.is_file() and not (folder / SHIFT).exists():
+                (folder / SHIFT).write_bytes(picture.read_bytes())
+        files |= {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files[CARD] = str(model_card(saved, repo_id, set(files))).encode()
+    return files
+
+
+# -- the model card ----------------------------------------------------------------------------------------------------
+
+
+def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = ()) -> ModelCard:
+    """The card of a saved model: metadata that the Hub reads, the table, the pictures, how to load, how it was trained.
+
+    Args:
+        saved: The model.
+        repo_id: The repository.
+        files: Names of what lies beside the card: pictures among them are shown.
+    """
+    training: Mapping[str, Any] = saved.info.get('training', {})
+    name = saved.config['architecture']
+    source, _, dataset = str(training.get('dataset', '')).partition('/')
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification',
+        license=saved.config['pretrained_cfg'].get('license') or 'other',
+        tags=['timm', KEY, 'neural-architecture-search', 'image-classification'],
+        datasets=[dataset] if source == 'hfds' else None,  # the others are none of the Hub
+        model_name=name, eval_results=_eval_results(saved, training) or None)
+    parts = [f'---\n{data.to_yaml()}\n---', f'# {name}', _introduction(saved)]
+    if saved.info.get('results'):
+        parts += ['## Subnets', _table(saved.info['results'])]
+        if ACCURACY in files:
+            parts.append(f'![top-1 against MACs]({ACCURACY})')
+    if SHIFT in files:
+        parts.append(f'![probability of each budget group over training]({SHIFT})')
+    parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
+    return ModelCard('\n\n'.join(parts) + '\n', ignore_metadata_errors=False)
+
+
+def _eval_results(saved: SavedModel, training: Mapping[str, Any]) -> list[EvalResult]:
+    dataset = training.get('dataset') or 'unknown'
+    return [EvalResult(
+        task_type='image-classification', dataset_type=str(dataset), dataset_name=str(dataset), metric_type='accuracy',
+        metric_name=f'top-1, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row['top1'], 3))
+        for row in saved.info.get('results', ())]
+
+
+def _introduction(saved: SavedModel) -> str:
+    net = saved.skeleton()
+    if saved.kind == 'subnet':
+        macs, params = static_counts(net)
+        return (
+            f'An image classifier of {format_count(macs)} MACs and {format_count(params)} parameters for '
+            f'{net.num_classes} classes: a subnet taken out of a supernet that was trained with '
+            f'[ShiftNAS](https://arxiv.org/abs/2307.08300), weights included.')
+    low, high = (net.macs(arch) for arch in (net.space.smallest, net.space.largest))
+    return (
+        f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {format_count(low)} '
+        f'to {format_count(high)} MACs, trained with [ShiftNAS](https://arxiv.org/abs/2307.08300). Take the one for '
+        f'your budget out of it: no search, no retraining.')
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | --- | --- | --- | --- | --- |']
+    for row in rows:
+        budget = '' if row['budget'] is None else format_count(row['budget'])
+        lines.append(f'| {row["name"]} | {budget} | {format_count(row["macs"])} | {format_count(row["params"])} | '
+                     f'{row["top1"]:.2f} | {row["top5"]:.2f} |')
+    return '\n'.join(lines) + '\n\nMACs are multiply-accumulates per image; accuracy in percent.'
+
+
+def _usage(saved: SavedModel, repo_id: str) -> str:
+    if saved.kind == 'subnet':
+        return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
+                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same network\n```")
+    budgets = [row['budget'] for row in saved.info.get('results', ()) if row['budget'] is not None]
+    budget = format_count(budgets[len(budgets) // 2]) if budgets else '1.4G'
+    return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}', flops='{budget}')"
+            f"     # a plain, static network\n"
+            f"supernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # all of them\n```")
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    lines = []
+    if training.get('command'):
+        lines.append(f'```\n{training["command"]}\n```')
+    if training.get('versions'):
+        lines.append(', '.join(f'{name} {version}' for name, version in training['versions'].items()))
+    return '\n\n'.join(lines) or 'Not recorded.'
