@@ -405,9 +405,13 @@ def posterizes_to_nothing() -> bool:
 def create_calibration_loader(args: argparse.Namespace, data: Data, config: dict[str, Any], device: torch.device):
     """`--bn-images` training images, preprocessed as for evaluation, to take BatchNorm statistics from."""
     order = torch.randperm(len(data.train), generator=stream(args.seed, 'calibration', 0))
-    images = DatasetView(data.train.base, data.train.indices[order[:args.bn_images]])
+    batch_size = args.validation_batch_size or args.batch_size
+    count = min(args.bn_images, len(order))
+    if count > batch_size:
+        count = count // batch_size * batch_size  # batches count alike
+    images = DatasetView(data.train.base, data.train.indices[order[:count]])
     return create_loader(
-        images, batch_size=args.validation_batch_size or args.batch_size, num_workers=args.workers, device=device,
+        images, batch_size=batch_size, num_workers=args.workers, device=device,
         pin_memory=args.pin_mem, use_prefetcher=not args.no_prefetcher, persistent_workers=False,
         **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
 
@@ -439,8 +443,6 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> torch.nn.
     if args.model.partition('.')[0] not in supernets and ':' not in args.model:
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
     size = args.input_size[1:] if args.input_size else args.img_size
-    if timm.is_model(args.model) and not timm.models.get_pretrained_cfg_value(args.model, 'fixed_input_size'):
-        size = None  # it takes images of any size
     given = dict(
         num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size,
         global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
@@ -515,6 +517,11 @@ class Trainer:
         args.num_classes = self.net.num_classes
         config = self.data_config = resolve_input_data_config(self.net, vars(args))
         if calibrated := has_batch_norm(self.net):
+            resolution = self.net.space.largest.resolution
+            if min(config['input_size'][1:]) < resolution:
+                _logger.warning(
+                    f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest subnet; '
+                    f'give --img-size {resolution}')
             data.train = data.train if isinstance(data.train, DatasetView) else DatasetView(
                 data.train, torch.arange(len(data.train)))
         self.train_loader, self.val_loader, self.held_out_loader, self.mixup = create_loaders(

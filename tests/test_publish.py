@@ -106,8 +106,9 @@ def without_network(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quiet(hub):
-    hub.faults.clear()
     hub.requests.clear()
+    yield
+    hub.faults.clear()  # before the next test's fixtures
 
 
 @pytest.fixture(scope='module')

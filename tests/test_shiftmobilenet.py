@@ -31,7 +31,10 @@ PER_BLOCK = tsn.shiftmobilenet_space(
 IDENTITY = tsn.shiftmobilenet_space(
     resolution=(16,), width=((8,), (8,), (16,), (16,)), depth=((1, 2), (1, 2)), kernel_size=(3, 5),
     expand_ratio=(2, 3), stride=(1, 2), shortcut='identity', head='efficient', per_block=True, kernel='transform')
-SPACES = dict(stagewise=STAGEWISE, per_block=PER_BLOCK, identity=IDENTITY)
+SKIPS = tsn.shiftmobilenet_space(  # identity shortcuts into stages exist at some widths only
+    resolution=(16,), width=((8, 16), (8, 16), (16, 24), (32,)), depth=((1, 2), (1, 2)), kernel_size=(3, 5),
+    expand_ratio=(2, 3), stride=(1, 1), shortcut='identity')
+SPACES = dict(stagewise=STAGEWISE, per_block=PER_BLOCK, identity=IDENTITY, skips=SKIPS)
 
 
 def create(space=STAGEWISE, **kwargs):
@@ -95,7 +98,7 @@ def test_a_field_without_a_choice_may_be_left_out():
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(resolution=(18,)), 'resolution=18 cannot be divided by the strides .* 4 in all.* multiple of 4'),
+    (dict(resolution=(18,)), 'resolution=18 cannot be divided by the strides .* a multiple of 4, and at least 4, such as'),
     (dict(resolution=(2,)), 'resolution=2 cannot be divided'),
     (dict(width=((8, 12), (8,), (16,), (16,))), 'width=12 must be a multiple of 8'),
     (dict(width=(8, 8, 16, 16)), 'width=.* must hold the choices of the stem'),
@@ -108,7 +111,9 @@ def test_a_field_without_a_choice_may_be_left_out():
     (dict(act='tanh'), "act=.*'tanh'.* must be 4 of"),
     (dict(act=('relu', 'relu', 'relu', 'swish')), 'the same activation'),
     (dict(head='v3'), 'head='), (dict(kernel='learned'), 'kernel='), (dict(shortcut=True), 'shortcut='),
-    (dict(resolution=(24, 16)), 'smallest first'),
+    (dict(resolution=(24, 16)), 'smallest first'), (dict(resolution=(16, 8000)), 'at most 4096'),
+    (dict(depth=((1, 200), (100,))), 'makes 300 blocks in all; at most 256'), (dict(stem_block='yes'), 'stem_block='),
+    (dict(width=[16., 24., 32., 64.]), 'must hold the choices of the stem'),
 ])
 def test_bad_spaces(change, message):
     good = dict(resolution=(16, 24), width=((8,), (8, 16), (16,), (16,)), depth=((1, 2), (1,)), kernel_size=(3, 5),
@@ -213,8 +218,12 @@ def reference(net, x, masks: MobileNetMasks, train: bool = False) -> torch.Tenso
             y = y * ((gate + 3).clamp(0, 6) / 6)
         y = norm(pointwise(y, f'{name}.conv_pwl' if block.expands else f'{name}.conv_pw'), f'{name}.bn{numbers[1]}')
         y = y * mask.active
-        if block.position or fixed['shortcut'] == 'identity':
-            x = y + x if block.stride == 1 and x.shape[1] == y.shape[1] else y
+        if block.position:
+            x = y + x
+            continue
+        if fixed['shortcut'] == 'identity':
+            through = F.pad(x[:, :y.shape[1]], [0, 0, 0, 0, 0, max(y.shape[1] - x.shape[1], 0)])
+            x = y + mask.equal * through if block.stride == 1 else y
             continue
         odd = x.shape[-1] % 2
         if block.stride == 2:
@@ -396,6 +405,28 @@ def test_calibration_changes_nothing_when_it_fails():
         tsn.calibrate_bn(sub, [], recipe='bignas')
 
 
+@pytest.mark.parametrize('batch,message', [
+    (torch.zeros(2, 3, 24, 24, dtype=torch.uint8), 'got torch.uint8 of shape'), (dict(image=1), 'got dict'),
+    (torch.zeros(3, 24, 24), r'got torch.float32 of shape \[3, 24, 24\]'),
+    (torch.full((2, 3, 24, 24), torch.nan), 'statistics are not finite'),
+])
+def test_bad_images_for_calibration(batch, message):
+    net = create()
+    sub = tsn.extract(net, net.space.smallest)
+    before = copy.deepcopy(sub.state_dict())
+    with pytest.raises(ValueError, match=message):
+        tsn.calibrate_bn(sub, [batch], progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sub.state_dict().items())
+
+
+def test_a_last_image_alone_does_not_count():
+    net = create()
+    results = []
+    for batches in ([images(24, 4).float()], [images(24, 4).float(), images(24, 1).float()]):
+        results.append(tsn.calibrate_bn(tsn.extract(net, net.space.smallest), batches, progress=False).bn1.running_mean)
+    assert torch.equal(*results)
+
+
 def test_calibration_of_a_network_without_batch_norm():
     net = timm.create_model('test_shiftformer_supernet')
     sub = tsn.extract(net, net.space.smallest)
@@ -431,7 +462,7 @@ def test_extracted_equals_supernet(name):
         sub = tsn.extract(net, arch)
         torch.testing.assert_close(sub(x.float()), net(x.float(), arch), rtol=0, atol=5e-5)
         torch.testing.assert_close(tsn.extract(exact, arch)(x), exact(x, arch), rtol=0, atol=1e-9)
-        assert sub.arch == arch and isinstance(sub, EfficientNet if name == 'stagewise' else MobileNetV3)
+        assert sub.arch == arch and isinstance(sub, EfficientNet if name in ('stagewise', 'skips') else MobileNetV3)
         for weight in sub.parameters():  # a copy of its own
             weight.data.zero_()
     torch.testing.assert_close(net.double()(images(), SPACES[name].largest), exact(images(), SPACES[name].largest))
@@ -541,6 +572,11 @@ def test_drop_rules():
     assert varies(net, STAGEWISE.largest) and varies(net) and not varies(net, other)
     assert varies(create(STAGEWISE, drop_rate=.5, drop_archs='all').train(), other)
     assert not varies(net.eval(), STAGEWISE.largest)
+    # extracted networks drop what the supernet does
+    sub = tsn.extract(net.train(), STAGEWISE.largest)
+    assert {(s, i): getattr(block.drop_path, 'drop_prob', 0) for s, stage in enumerate(sub.blocks)
+            for i, block in enumerate(stage)} == rates and sub.drop_rate == .5
+    assert not varies(tsn.extract(net, other)) and varies(sub)
     with pytest.raises(ValueError, match="drop_archs='some' is unknown"):
         create(drop_archs='some')
 

@@ -228,3 +228,58 @@ save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
 '''
     subprocess.run([sys.executable, '-c', code], check=True)
     assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))
+
+
+def test_a_new_head_counts(finished, tmp_path):
+    """For budgets, and for saving: a network is what it is now."""
+    budget = float(table(finished)[2]['budget'])
+    sub = tsn.from_pretrained(finished / 'model', flops=budget)
+    tsn.save_pretrained(tmp_path / 'sub', sub)
+    with pytest.raises(ValueError, match='more than the budget'):
+        tsn.from_pretrained(tmp_path / 'sub', flops=budget, num_classes=100_000)
+    sub.reset_classifier(4)
+    tsn.save_pretrained(tmp_path / 'four', sub)
+    again = tsn.from_pretrained(tmp_path / 'four')
+    assert again.num_classes == 4 and torch.equal(again.classifier.weight, sub.classifier.weight)
+    tsn.from_pretrained(tmp_path / 'four', flops=tsn.hub.static_counts(again)[0])
+
+
+@pytest.mark.parametrize('archs,message', [
+    (None, 'unusable entry timm_shiftnas.bn_archs'), ([1], 'config.json has an unusable entry timm_shiftnas.bn_archs'),
+    ([{'self': 2}], 'config.json has an unusable entry timm_shiftnas.bn_archs'),
+])
+def test_unusable_archs_of_statistics(finished, tmp_path, archs, message):
+    folder = shutil.copytree(finished / 'model', tmp_path / 'model')
+    config = json.loads((folder / 'config.json').read_text())
+    config['timm_shiftnas']['bn_archs'] = archs
+    if archs is None:
+        del config['timm_shiftnas']['bn_archs']
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        tsn.from_pretrained(folder, flops=3e6)
+
+
+def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
+    folder = shutil.copytree(finished / 'model', tmp_path / 'model')
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args']['space'].update(
+        width=[[8]] * 22, depth=[[900]] * 20, stride=[1] * 20, se=[True] * 20, act=['relu'] * 22,
+        kernel_size=[[3]] * 20, expand_ratio=[[2]] * 20)
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='makes 18,000 blocks in all; at most 256'):
+        tsn.from_pretrained(folder, flops=3e6)
+
+
+def test_statistics_of_something_else_are_not_saved(tmp_path):
+    net = timm.create_model('test_shiftmobilenet_supernet')
+    arch = net.space.smallest
+    for stats, message in (({'a': {}}, "has the key 'a'"), ({arch: {'foo': torch.zeros(1)}}, 'not of the network')):
+        with pytest.raises(ValueError, match=message):
+            tsn.save_pretrained(tmp_path / 'out', net, bn_stats=stats)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_view_is_not_evaluated(validation):
+    net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
+    with pytest.raises(ValueError, match='extract one and call calibrate_bn'):
+        evaluate(tsn.Subnet(net, net.space.smallest), validation, torch.device('cpu'))

@@ -72,12 +72,14 @@ def calibrate_bn(
         recipe = 'ofa' if fixed.get('kernel') == 'transform' else 'attentivenas'
     if recipe not in RECIPES:
         raise ValueError(f'recipe={recipe!r} is unknown; choose one of {RECIPES}')
-    if num_images < 1:
-        raise ValueError(f'num_images={num_images} must be at least 1')
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f'num_images={num_images!r} must be a whole number of at least 1')
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return subnet
     weight = next(net.parameters())
+    if weight.is_meta:
+        raise ValueError('the network has no weights (it is on the meta device); load them before calibrating')
     before = {name: buffer.clone() for name, buffer in bn_statistics(net).items()}
     sums = [[0., 0.] for _ in norms]
     counts: dict[nn.Module, int] = {}  # values per channel in a batch
@@ -98,7 +100,9 @@ def calibrate_bn(
             norm.train()
             norm.momentum = 1.  # running statistics are those of the last batch
         for batch in loader:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+            images = _images_of(batch)
+            if seen and len(images) == 1:
+                continue  # a last one alone says nothing of a variance
             images = images.to(device=weight.device, dtype=weight.dtype)
             net(images if size is None else resize(images, size))
             share = len(images) if recipe == 'ofa' else 1
@@ -122,11 +126,21 @@ def calibrate_bn(
             buffer.copy_(before[name])
     if not seen:
         raise ValueError('the loader gave no images to calibrate BatchNorm with; give training images')
+    if not all(bool(torch.isfinite(part).all()) for parts in sums for part in parts):
+        raise ValueError('statistics are not finite; are there NaNs in the images, or in the weights?')
     for norm, (mean, variance) in zip(norms, sums):
         norm.running_mean.copy_(mean / total)
         norm.running_var.copy_(variance / total)
         norm.num_batches_tracked.fill_(1)
     return subnet
+
+
+def _images_of(batch: Any) -> Tensor:
+    images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        what = f'{images.dtype} of shape {list(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f'a batch must be normalised images, float [B, C, H, W], or start with them; got {what}')
+    return images
 
 
 class ResizedInput(nn.Module):

@@ -18,6 +18,9 @@ from .space import Arch, SearchSpace
 
 __all__ = ['evaluate', 'evaluate_budgets', 'search_archs']
 
+_UNCALIBRATED = (
+    'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means nothing: give '
+    'calibration=BatchNormCalibration(loader) of training images, or extract one and call calibrate_bn')
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -29,7 +32,13 @@ def evaluate(
         autocast: AbstractContextManager | None = None,
         channels_last: bool = False,
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back."""
+    """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back.
+
+    Raises:
+        ValueError: If `model` is a view of a supernet with BatchNorm, whose running statistics are not the view's own.
+    """
+    if isinstance(model, Subnet) and has_batch_norm(model):
+        raise ValueError(_UNCALIBRATED)
     top1, top5 = AverageMeter(), AverageMeter()
     training = model.training
     model.eval()
@@ -57,9 +66,7 @@ def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None
     if not has_batch_norm(net):
         return Subnet(net, arch)
     if calibration is None:
-        raise ValueError(
-            'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means '
-            'nothing; give calibration=BatchNormCalibration(loader) of training images')
+        raise ValueError(_UNCALIBRATED)
     return calibration(net, arch)
 
 

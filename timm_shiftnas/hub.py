@@ -123,7 +123,13 @@ def save_pretrained(
         ours['generator'] = dict(hidden_size=generator.hidden_size)
     if kind == 'subnet' and net.model_args.get('structure', {}).get('shortcut') == 'identity':
         # for timm without this package
-        ours['stock'] = stock_blocks(*arch_space(net.arch, net.model_args['structure']))
+        ours['stock'] = dict(
+            stock_blocks(*arch_space(net.arch, net.model_args['structure'])), in_chans=net.in_chans,
+            global_pool=_model_args(net)['global_pool'])
+    for arch, stats in bn_stats.items():
+        if not isinstance(arch, Arch):
+            raise ValueError(f'bn_stats has the key {arch!r}; give statistics by arch')
+        _check_same(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
     if bn_stats:
         ours['bn_archs'] = [net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
         tensors[BN_STATS] = _own({
@@ -150,7 +156,8 @@ def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
     """The content of `config.json` as timm writes it, and our key."""
     # drop rates belong to a training, not to the weights: timm leaves them out too
-    args = {name: value for name, value in net.model_args.items() if not name.endswith(('drop_rate', 'drop_path_rate'))}
+    args = {name: value for name, value in _model_args(net).items() if not name.endswith('drop_path_rate')}
+    args = {name: value for name, value in args.items() if not name.endswith('drop_rate')}
     if ours['kind'] == 'supernet':
         args['space'] = net.space.unbind().to_dict()
     else:
@@ -163,6 +170,12 @@ def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_con
         save_config_for_hf(
             net, path, model_config={**model_config, KEY: ours}, model_args=args, data_config=data_config)
         return json.loads(path.read_text(encoding='utf-8'))
+
+
+def _model_args(net: nn.Module) -> dict[str, Any]:
+    """What reconstructs a network as it is now: a head may have been reset since it was made."""
+    pool = getattr(net.global_pool, 'pool_type', net.global_pool)
+    return dict(net.model_args, num_classes=net.num_classes, global_pool=pool)
 
 
 def _plain(value: Any) -> Any:
@@ -273,9 +286,8 @@ def _with_statistics(saved: SavedModel, net: nn.Module, space: SearchSpace, load
         return net
     if loader is not None:
         return calibrate_bn(net, loader)
-    served = [] if BN_STATS not in saved.info['files'] else [
-        format_count(complexity.macs(space, space.from_dict(arch))) for arch in saved.info['bn_archs']]
-    hint = f', or a budget that has statistics (MACs: {", ".join(served)})' if served else ''
+    served = sorted({complexity.macs(space, arch) for arch in saved.bn_archs(space)})
+    hint = f', or a budget that has statistics (flops={", ".join(map(str, served))})' if served else ''
     warnings.warn(
         f'{saved} holds no BatchNorm statistics of this subnet, which will not be accurate: give '
         f'loader= of training images, call calibrate_bn{hint}', stacklevel=3)
@@ -289,7 +301,11 @@ def _serve(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: f
     generator = saved.generator(net.space)
     # the generator also tells budgets that are out of range
     proposed = generator.propose(flops) if params == math.inf else generator.propose_for_params(params)
-    return max(fitting, key=net.macs) if fitting else proposed
+    if fitting:
+        return max(fitting, key=net.macs)
+    # an arch whose BatchNorm statistics are at hand, if it uses the budget as well as proposals do
+    stored = [arch for arch in saved.bn_archs(net.space) if .99 * flops <= net.macs(arch) <= flops]
+    return proposed if not stored or proposed in stored else max(stored, key=net.macs)
 
 
 def load_supernet(
@@ -301,6 +317,8 @@ def load_supernet(
         **hub: Any,
 ) -> tuple[nn.Module, ArchitectureGenerator | None]:
     """Load a supernet, in eval mode, and its generator (`None` if it was saved without one).
+
+    BatchNorm statistics of subnets stay in the directory: `from_pretrained` reads them there.
 
     Args:
         directory_or_repo: A directory of `save_pretrained`, or a repository 'owner/name' on the Hugging Face Hub.
@@ -434,10 +452,17 @@ class SavedModel:
     def has_generator(self) -> bool:
         return GENERATOR in self.info['files']
 
+    def bn_archs(self, space: SearchSpace) -> list[Arch]:
+        """The archs whose BatchNorm statistics were saved."""
+        try:
+            return [space.from_dict(arch) for arch in self.info.get('bn_archs', ())]
+        except ValueError as error:
+            raise ValueError(f'{self.where(CONFIG)} has an unusable entry {KEY}.bn_archs: {error}') from None
+
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The BatchNorm statistics that were saved for an extracted subnet; empty if none were."""
-        archs = [space.from_dict(arch) for arch in self.info.get('bn_archs', ())]
-        if BN_STATS not in self.info['files'] or subnet.arch not in archs:
+        archs = self.bn_archs(space)
+        if subnet.arch not in archs:
             return {}
         prefix = f'{archs.index(subnet.arch)}.'
         stored = {
@@ -532,7 +557,7 @@ def _hint(error: BaseException) -> str:
 
 def static_counts(net: nn.Module) -> tuple[int, int]:
     """MACs and parameters of an extracted subnet."""
-    args = {name: value for name, value in net.model_args.items() if name != 'structure'}
+    args = {name: value for name, value in _model_args(net).items() if name != 'structure'}
     space = _own_space(net)
     supernet = create_model(f'{space.family}_supernet', space=space, device='meta', **args)
     return supernet.macs(net.arch), sum(weight.numel() for weight in net.parameters())
@@ -598,7 +623,8 @@ def _check_config(config: Any, where: str) -> None:
         'groups': _is_partition(ours.get('groups'), ours.get('probabilities')),
         'results': _is_table(ours.get('results')),
         'searched': isinstance(ours.get('searched', []), list),
-        'bn_archs': isinstance(ours.get('bn_archs', []), list),
+        'bn_archs': isinstance(ours.get('bn_archs', []), list) and (
+            not isinstance(files, Mapping) or (BN_STATS in files) == ('bn_archs' in ours)),
         'training': isinstance(ours.get('training', {}), Mapping),
     }
     if wrong := [name for name, right in checks.items() if not right]:

@@ -94,7 +94,7 @@ class SearchSpace:
 
     # -- archs ---------------------------------------------------------------------------------------------------------
 
-    def arch(self, **fields: Value | Sequence[Value]) -> Arch:
+    def arch(self, /, **fields: Value | Sequence[Value]) -> Arch:
         """Make a validated arch; a scalar given for a per-layer field goes to every layer.
 
         Per-layer sequences have one value per active layer (values beyond the depth are dropped when the sequence
@@ -139,7 +139,7 @@ class SearchSpace:
 
     def from_dict(self, fields: Mapping[str, Any]) -> Arch:
         """The arch that `Arch.to_dict` wrote, validated against this space."""
-        if not isinstance(fields, Mapping):
+        if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
             raise ValueError(f'expected a dict of arch fields, got {fields!r}')
         return self.arch(**fields)
 
@@ -148,7 +148,7 @@ class SearchSpace:
         self.encode(arch)
 
     def values(self, name: str) -> tuple[Value, ...]:
-        """The allowed values of one field, smallest first."""
+        """The allowed values of one field, smallest first; where layers have values of their own, a tuple of those."""
         return dict(self.fields)[name]
 
     @property
@@ -325,7 +325,7 @@ def shiftformer_space(
 def shiftmobilenet_space(
         resolution: Sequence[int],
         width: Sequence[Sequence[int]],
-        depth: Sequence[Sequence[int]],
+        depth: Sequence[int] | Sequence[Sequence[int]],
         kernel_size: Sequence[int] | Sequence[Sequence[int]],
         expand_ratio: Sequence[float] | Sequence[Sequence[float]],
         *,
@@ -347,7 +347,7 @@ def shiftmobilenet_space(
     Args:
         resolution: Input heights and widths, multiples of 4.
         width: Channels of the stem, of each stage's output and of the last convolution, multiples of 8.
-        depth: Blocks of each stage.
+        depth: Numbers of blocks, the same in every stage, or for each stage.
         kernel_size: Kernel sizes of the depthwise convolutions, odd; the same in every stage, or for each stage.
         expand_ratio: Width inside a block as a multiple of what comes in, rounded to a multiple of 8; the same in every
             stage, or for each stage. A stage whose only ratio is 1 has no expanding convolution.
@@ -366,8 +366,10 @@ def shiftmobilenet_space(
     Raises:
         ValueError: If a field is not as described, or if two choices give the same network.
     """
+    if not isinstance(stem_block, bool):
+        raise ValueError(f'stem_block={stem_block!r} must be True or False')
     stages = len(width) - 2 - stem_block if isinstance(width, Sequence) else 0
-    if stages < 1 or any(isinstance(values, int) for values in width):
+    if stages < 1 or not all(isinstance(values, (list, tuple)) for values in width):
         raise ValueError(
             f'width={width!r} must hold the choices of the stem, of each stage and of the last convolution, as in '
             '[[16, 24], [24, 32], [64]] for one stage')
@@ -420,8 +422,13 @@ def shiftmobilenet_space(
     if wrong := [r for r in values['resolution'] if r % 4 or r < total]:
         nearest = max(round(wrong[0] / 4) * 4, -(-total // 4) * 4)
         raise ValueError(
-            f'resolution={wrong[0]} cannot be divided by the strides of this network, {total} in all: give a multiple '
-            f'of 4 of at least {total}, such as {nearest}')
+            f'resolution={wrong[0]} cannot be divided by the strides of this network: give a multiple of 4, and at '
+            f'least {total}, such as {nearest}')
+    # far above any network in use: a config may ask for anything
+    if values['resolution'][-1] > 4096:
+        raise ValueError(f'resolution={values["resolution"][-1]}: at most 4096 is built')
+    if (blocks := sum(depths[-1] for depths in values['depth'])) > 256:
+        raise ValueError(f'depth={depth!r} makes {blocks:,} blocks in all; at most 256 are built')
     first = 1 + stem_block
     for s in range(stages):
         for channels in {*values['width'][first + s - 1], *values['width'][first + s]}:

@@ -51,7 +51,7 @@ class ConvWidths(NamedTuple):
 
 
 def resize(x: Tensor, resolution: int) -> Tensor:
-    """Images [B, C, H, W] at another size: bicubic, without antialiasing, as AttentiveNAS does it."""
+    """Images [B, C, H, W] as squares of another size: bicubic, without antialiasing, as AttentiveNAS does it."""
     if x.shape[-2:] == (resolution, resolution):
         return x
     return F.interpolate(x, size=(resolution, resolution), mode='bicubic', align_corners=False)
@@ -187,7 +187,12 @@ class ProjectedInvertedResidual(InvertedResidual):
 
 
 class _ElasticBlock:
-    """What both elastic blocks share: the order of a forward, and the shortcut."""
+    """What both elastic blocks share: the order of a forward, and the shortcut.
+
+    Attributes:
+        projection: The shortcut of a block that changes size or width, or `None`.
+        may_skip: Whether there is an identity shortcut at some widths only: where as many channels come in as go out.
+    """
 
     def forward(self, x: Tensor, widths: ConvWidths | None = None) -> Tensor:
         elastic = widths is not None
@@ -205,6 +210,11 @@ class _ElasticBlock:
             y = y * active
         if self.projection is not None:
             return y + self._shortcut(x, read, y.shape[1], equal)
+        if self.may_skip and elastic:
+            # what lies beyond the narrower width is read by nothing
+            if equal is not None:
+                return y + equal * F.pad(x, [0, 0, 0, 0, 0, y.shape[1] - x.shape[1]])
+            return y + x if x.shape[1] == y.shape[1] else y
         return y + x if self.has_skip else y
 
     def _shortcut(self, x: Tensor, read: Tensor, out: int, equal: Tensor | None) -> Tensor:
@@ -265,7 +275,7 @@ def make_elastic(module: nn.Module) -> None:
         elif type(child) in _ELASTIC:
             child.__class__ = _ELASTIC[type(child)]
             if isinstance(child, _ElasticBlock):
-                child.projection = None
+                child.projection, child.may_skip = None, False
 
 
 def elastic_kernel(conv: ElasticDepthwiseConv2d, sizes: Sequence[int], transform: bool) -> None:

@@ -42,6 +42,7 @@ __all__ = [
 
 _FIELDS = ('resolution', 'width', 'depth', 'kernel_size', 'expand_ratio')
 _POOLS = ('avg', 'max', 'avgmax')
+_PARTS = {'inverted_bottleneck', 'depth_conv', 'point_linear', 'shortcut'}  # of a block, as published code calls them
 _ACTS = {'relu': 're', 'relu6': 'r6', 'hard_swish': 'hs', 'swish': 'sw'}  # as timm's block strings call them
 
 
@@ -89,6 +90,8 @@ def arch_space(arch: Arch | Mapping[str, Any], structure: Mapping[str, Any]) -> 
     fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
     if sorted(fields) != sorted(_FIELDS):
         raise ValueError(f'arch={arch!r} is not a ShiftMobileNet arch; give a dict of {", ".join(_FIELDS)}')
+    if not isinstance(structure, Mapping):
+        raise ValueError(f'structure={structure!r} must be a dict such as dict(net.space.structure)')
     for name in _FIELDS[1:]:
         if not isinstance(fields[name], (list, tuple)):
             raise ValueError(f'arch field {name}={fields[name]!r} must be a list')
@@ -144,7 +147,7 @@ def _make_subnet(
     shapes = block_shapes(space, arch)
     net = _stock_class(space)(
         num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate, device=device, dtype=dtype, **_stock_args(space, arch))
+        device=device, dtype=dtype, **_stock_args(space, arch))
     projected = {
         DepthwiseSeparableConv: ProjectedDepthwiseSeparableConv, InvertedResidual: ProjectedInvertedResidual}
     for shape in shapes if dict(space.structure)['shortcut'] == 'projection' else ():
@@ -153,12 +156,21 @@ def _make_subnet(
             block = net.blocks[shape.stage][0]
             block.__class__ = projected[type(block)]
             block.projection = _projection(shape.width_in, shape.width_out, shape.stride, changes, device, dtype)
+    _set_drop_path([net.blocks[shape.stage][shape.position] for shape in shapes], [shape.stage for shape in shapes],
+                   drop_path_rate)
     net.arch = arch
     # what reconstructs this network: extraction and saving read it
     net.model_args = dict(
         structure=_plain_structure(space), num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
         drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     return net
+
+
+def _set_drop_path(blocks: Sequence[nn.Module], stages: Sequence[int], rate: float) -> None:
+    """Drop path as AttentiveNAS has it: past blocks of the last two stages that keep width and size, rising."""
+    for number, (block, stage) in enumerate(zip(blocks, stages)):
+        if rate and stage > stages[-1] - 2 and block.has_skip and getattr(block, 'projection', None) is None:
+            block.drop_path = DropPath(rate * number / len(blocks))
 
 
 def _projection(width_in: int, width_out: int, stride: int, convolution: bool, device, dtype) -> Projection:
@@ -223,13 +235,15 @@ class _Supernet:
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate, drop_archs=drop_archs)
         make_elastic(self)
-        self._elastic_blocks(space, drop_path_rate, zero_init_last, device, dtype)
+        self._elastic_blocks(space, zero_init_last, device, dtype)
+        _set_drop_path([self.blocks[block.stage][block.position] for block in self._block_choices],
+                       [block.stage for block in self._block_choices], drop_path_rate)
 
-    def _elastic_blocks(self, space: SearchSpace, drop_path_rate: float, zero_init_last: bool, device, dtype) -> None:
+    def _elastic_blocks(self, space: SearchSpace, zero_init_last: bool, device, dtype) -> None:
         fixed, choices = dict(space.structure), space.choices
-        last_stage = self._block_choices[-1].stage
-        for number, block in enumerate(self._block_choices):
+        for block in self._block_choices:
             module = self.blocks[block.stage][block.position]
+            module.may_skip = fixed['shortcut'] == 'identity' and block.position == 0 and block.stride == 1
             if block.kernel_size is not None:
                 elastic_kernel(module.conv_dw, choices[block.kernel_size].values, fixed['kernel'] == 'transform')
             incoming, leaving = choices[block.width_in].values, choices[block.width_out].values
@@ -237,8 +251,6 @@ class _Supernet:
             if fixed['shortcut'] == 'projection' and block.position == 0 and (changes or block.stride > 1):
                 module.projection = _projection(incoming[-1], leaving[-1], block.stride, changes, device, dtype)
                 make_elastic(module.projection)
-            if module.has_skip and module.projection is None and block.stage > last_stage - 2 and drop_path_rate:
-                module.drop_path = DropPath(drop_path_rate * number / len(self._block_choices))
             if zero_init_last and (module.has_skip or module.projection is not None):
                 nn.init.zeros_((module.bn3 if block.expands else module.bn2).weight)
 
@@ -331,7 +343,10 @@ class _Supernet:
     def build_subnet(self, arch: Arch, **kwargs) -> nn.Module:
         """The static network of an arch, with weights of its own; callers want `timm_shiftnas.extract`."""
         self._unbound_space.validate(arch)
-        args = {name: value for name, value in self.model_args.items() if name != 'drop_archs'} | kwargs
+        args = {name: value for name, value in self.model_args.items() if name != 'drop_archs'}
+        if not self._drops and arch != self._largest:
+            args.update(drop_rate=0., drop_path_rate=0.)
+        args.update(kwargs)
         return create_model(
             'shiftmobilenet_subnet', arch=arch.to_dict(), structure=_plain_structure(self._unbound_space),
             pretrained_cfg=self._subnet_cfg(arch), **args)
@@ -399,13 +414,13 @@ def _convert_published(state_dict: dict[str, Tensor], model: nn.Module) -> dict[
             new = f'classifier.{leaf}'
         elif tokens[0] in ('last_conv', 'feature_mix_layer'):
             new = f'{"bn2" if norm else "conv_head"}.{leaf}'
-        elif tokens[0] == 'blocks' and int(tokens[1]) < len(blocks):
+        elif tokens[0] == 'blocks' and tokens[1].isdecimal() and int(tokens[1]) < len(blocks) and _PARTS & set(tokens):
             prefix, block = blocks[int(tokens[1])]
             new = f'{prefix}.{_published_part(tokens, isinstance(block, InvertedResidual))}'
             if 'shortcut' in tokens and new not in own:
                 continue
         else:
-            new = name
+            new = name  # what check_fits will name
         converted[new] = weight
     return converted
 
@@ -419,8 +434,7 @@ def _published_part(tokens: list[str], expands: bool) -> str:
         return f'se.{"conv_reduce" if "reduce" in tokens else "conv_expand"}.{leaf}'
     if leaf.endswith('_matrix'):
         return f'conv_dw.matrices.{leaf.removesuffix("_matrix")}'
-    number = ['inverted_bottleneck', 'depth_conv', 'point_linear'].index(
-        next(token for token in tokens if token in ('inverted_bottleneck', 'depth_conv', 'point_linear')))
+    number = next(i for i, part in enumerate(('inverted_bottleneck', 'depth_conv', 'point_linear')) if part in tokens)
     if 'bn' in tokens:
         return f'bn{number + expands}.{leaf}'
     return f'{("conv_pw", "conv_dw", "conv_pwl" if expands else "conv_pw")[number]}.{leaf}'
@@ -439,8 +453,8 @@ def _cfg(**kwargs) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     'shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 320, 320), pool_size=(10, 10)),
     'attentivenas_supernet.untrained': _cfg(input_size=(3, 288, 288), pool_size=(9, 9)),
-    'ofa_mobilenetv3_supernet.untrained': _cfg(),
-    'ofa_mobilenetv3_w12_supernet.untrained': _cfg(),
+    'ofa_mobilenetv3_supernet.untrained': _cfg(input_size=(3, 260, 260), pool_size=(9, 9)),
+    'ofa_mobilenetv3_w12_supernet.untrained': _cfg(input_size=(3, 260, 260), pool_size=(9, 9)),
     'test_shiftmobilenet_supernet.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
     'shiftmobilenet_subnet.untrained': _cfg(input_size=(3, 192, 192), pool_size=(6, 6)),
 })
@@ -453,7 +467,9 @@ def _create(factory: Callable, variant: str, pretrained: bool, stride: Sequence[
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls='getter'), **kwargs)
 
 
-def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mapping[str, Any], **kwargs) -> nn.Module:
+def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mapping[str, Any], img_size: Any = None,
+                     **kwargs) -> nn.Module:
+    """`img_size`, which timm's scripts may give, changes nothing: these networks take images of any size."""
     space = space if isinstance(space, SearchSpace) else space_from_dict(space)
     if space.family != 'shiftmobilenet':
         raise ValueError(f'a ShiftMobileNet needs a shiftmobilenet space, got family={space.family!r}')
@@ -515,7 +531,7 @@ def shiftmobilenet_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def attentivenas_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
-    """The space of AttentiveNAS and AlphaNet: 440,301,256,704 archs, 0.203 to 1.936 GMACs at 192 to 288 px."""
+    """The space of AttentiveNAS and AlphaNet: 440,301,256,704 archs, 0.203 to 1.939 GMACs at 192 to 288 px."""
     return _create_supernet('attentivenas_supernet', pretrained, **dict(dict(space=_attentivenas()), **kwargs))
 
 
@@ -549,5 +565,6 @@ def shiftmobilenet_subnet(pretrained: bool = False, **kwargs) -> nn.Module:
     space = _bignas()
     args = dict(arch=space.smallest.to_dict(), structure=_plain_structure(space))
     args.update(kwargs)
+    args.pop('img_size', None)  # it takes images of any size
     stride = args['structure'].get('stride', ()) if isinstance(args['structure'], Mapping) else ()
     return _create(_make_subnet, 'shiftmobilenet_subnet', pretrained, stride, **args)

@@ -43,6 +43,7 @@ def extract(net: nn.Module, arch: Arch) -> nn.Module:
         raise ValueError(f'{type(net).__name__} is not a supernet; extract takes a model such as shiftformer_supernet')
     weight = next(net.parameters())
     subnet = net.build_subnet(arch, device='meta', dtype=weight.dtype)
-    state = {name: tensor.detach().clone() for name, tensor in net.subnet_state_dict(arch, subnet).items()}
+    with torch.inference_mode(False):  # its weights are to be trained, wherever it was taken out
+        state = {name: tensor.detach().clone() for name, tensor in net.subnet_state_dict(arch, subnet).items()}
     subnet.load_state_dict(state, strict=True, assign=True)
     return subnet.requires_grad_(True).train(net.training)
