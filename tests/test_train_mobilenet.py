@@ -1,6 +1,7 @@
 """A MobileNet from training to deployment: train.py, the model directory with its BatchNorm statistics, and the CLI."""
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,11 @@ def test_the_command_line_calibrates(finished, tmp_path, capsys):
     assert cli(['extract', str(finished / 'model'), '--flops', str(budget), '--output', str(tmp_path / 'other'),
                 '--data-dir', str(tmp_path / 'nowhere')]) == 2
     assert 'nowhere' in capsys.readouterr().err and not (tmp_path / 'other').exists()
+    for directory, which in ((out, []), (finished / 'model', ['--flops', str(budget)])):
+        assert cli(['evaluate', str(directory), *which, '--data-dir', str(tmp_path / 'images'), '--split', 'train']) == 0
+        assert re.fullmatch(r'12 images: top-1 \d+\.\d\d%, top-5 \d+\.\d\d%\n', capsys.readouterr().out)
+    assert cli(['evaluate', str(finished / 'model'), '--data-dir', str(tmp_path / 'images')]) == 2
+    assert 'say which subnet' in capsys.readouterr().err
     assert cli(['info', str(out)]) == 0 and 'resolution' in capsys.readouterr().out
     assert cli(['info', str(finished / 'model')]) == 0 and 'kernel_size' in capsys.readouterr().out
 

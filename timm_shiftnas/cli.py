@@ -1,4 +1,4 @@
-"""The command line: `timm-shiftnas info DIR`, `extract DIR --flops 1.4G --output OUT` and `push DIR REPO`.
+"""The command line: `timm-shiftnas info DIR`, `extract`, `evaluate` and `push`.
 
 A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
 """
@@ -17,8 +17,10 @@ import torch
 from timm.data import create_loader, resolve_data_config
 
 from . import __version__
+from .calibration import ResizedInput, has_batch_norm
 from .complexity import format_count
 from .data import DatasetView, create_dataset
+from .evaluation import evaluate
 from .hub import SavedModel, check_repo_id, from_pretrained, save_pretrained, static_counts
 from .publish import push_directory
 from .report import format_table
@@ -62,16 +64,22 @@ def _parser() -> argparse.ArgumentParser:
 
     extract = commands.add_parser('extract', help='save the subnet for a budget as a directory of its own')
     extract.set_defaults(command=_extract)
-    which = extract.add_mutually_exclusive_group(required=True)
-    which.add_argument('--flops', metavar='N', help='the most MACs it may have, such as 1.4G')
-    which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
-    which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
     extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
-    extract.add_argument('--data-dir', metavar='DIR',
-                         help='folder of training images (or with a folder train/ of them): where the BatchNorm '
-                              'statistics of the subnet come from if they were not saved')
-    extract.add_argument('--bn-images', metavar='N', type=int, default=2000, help='how many of them (default: 2000)')
     extract.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
+
+    evaluate = commands.add_parser('evaluate', help='accuracy of the subnet for a budget on a folder of images')
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
+    for command in (extract, evaluate):
+        which = command.add_mutually_exclusive_group(required=command is extract)
+        which.add_argument('--flops', metavar='N', help='the most MACs it may have, such as 1.4G')
+        which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
+        which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
+        command.add_argument('--data-dir', metavar='DIR', required=command is evaluate,
+                             help='folder of images, of which train/ (or, without it, all) gives the BatchNorm statistics '
+                                  'of the subnet if they were not saved')
+        command.add_argument('--bn-images', metavar='N', type=int, default=2000,
+                             help='how many images for these statistics (default: 2000)')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
     push.set_defaults(command=_push)
@@ -83,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT')
 
-    for command in (info, extract, push):
+    for command in (info, extract, evaluate, push):
         command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
         if command is push:
             command.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
@@ -184,12 +192,7 @@ def _extract(args: argparse.Namespace) -> None:
     _check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet already; extract takes one out of a supernet')
-    loader = None if args.data_dir is None else _training_images(saved, args.data_dir, args.bn_images)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        print(f'{PROG}: warning: {message.replace("loader= of training images", "--data-dir")}', file=sys.stderr)
+    net = _load(saved, args)
     save_pretrained(args.output, net)
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
@@ -212,17 +215,50 @@ def _publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
         commit_message=args.commit_message))
 
 
+def _load(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
+    """The subnet that is asked for, with BatchNorm statistics of `--data-dir` if its own were not saved."""
+    loader = None if args.data_dir is None else _training_images(saved, args.data_dir, args.bn_images)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
+    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        print(f'{PROG}: warning: {message.replace("loader= of training images", "--data-dir")}', file=sys.stderr)
+    return net
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    saved = _saved(args.directory)
+    net = _load(saved, args)
+    if has_batch_norm(net):
+        net = ResizedInput(net)
+    images = create_dataset('', args.data_dir, split=args.split, is_training=False, input_img_mode=_mode(saved))
+    top1, top5 = evaluate(net, _loader(saved, images), torch.device('cpu'))
+    print(f'{len(images)} images: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
+
+
+def _mode(saved: SavedModel) -> str:
+    return 'L' if saved.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
+
+
+def _loader(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any]:
+    """Batches, preprocessed as the saved network expects them."""
+    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
+    return create_loader(
+        images, batch_size=64, use_prefetcher=False, num_workers=0,
+        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+
+
 def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
     """Some of the images of a folder, preprocessed as the saved network expects them, in batches."""
     if count < 1:
         raise ValueError(f'--bn-images {count} must be at least 1')
-    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
     images = create_dataset('', folder, split='train' if (Path(folder) / 'train').is_dir() else '', is_training=False,
-                            input_img_mode='L' if config['input_size'][0] == 1 else 'RGB')
+                            input_img_mode=_mode(saved))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return create_loader(
-        DatasetView(images, order[:count]), batch_size=64, use_prefetcher=False, num_workers=0,
-        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+    return _loader(saved, DatasetView(images, order[:count]))
 
 
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:
