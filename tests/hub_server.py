@@ -48,8 +48,10 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, lfs: bool = True) -> None:
+        """Without `lfs`, all files come in the commit itself, as a client with hf_xet has to be told."""
         super().__init__(('127.0.0.1', 0), Handler)
+        self.large = LFS_SUFFIXES if lfs else ()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         self.repos: dict[str, Repo] = {}
         self.tokens = {'writer': True, 'reader': False}  # whether it may write
@@ -217,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for file in json.loads(self.body)['files']:
             path = file['path']
-            lfs = path.endswith(LFS_SUFFIXES)
+            lfs = path.endswith(self.server.large)
             content = present.get(path)
             oid = None if content is None else hashlib.sha256(content).hexdigest() if lfs else blob_id(content)
             files.append(dict(path=path, uploadMode='lfs' if lfs else 'regular', shouldIgnore=False, oid=oid))
