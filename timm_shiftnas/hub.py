@@ -12,25 +12,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 import math
 import os
 import re
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
-    RepositoryNotFoundError, RevisionNotFoundError,
-)
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, create_model, is_model
@@ -43,6 +35,7 @@ from .calibration import bn_statistics, calibrate_bn, has_batch_norm
 from .complexity import format_count, parse_count
 from .generator import ArchitectureGenerator
 from .models import arch_space, extract, stock_blocks
+from .remote import download, explained
 from .report import COLUMNS
 from .space import Arch, SearchSpace, shiftformer_space
 
@@ -56,8 +49,6 @@ BN_STATS = 'bn_stats.safetensors'
 # Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; layers, choices.
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
 MAX_GENERATOR = 1024  # hidden units
-
-_logger = logging.getLogger(__name__)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -399,7 +390,7 @@ class SavedModel:
         if self._hub is None:
             return Path(self.name, name)
         with explained(self.name):
-            path = Path(_download(self.name, name, **self._hub))
+            path = Path(download(self.name, name, **self._hub))
         # all files of one commit, should the branch move on meanwhile
         if re.fullmatch('[0-9a-f]{40}', path.parent.name):
             self._hub['revision'] = path.parent.name
@@ -480,79 +471,6 @@ class SavedModel:
         _check_tensors(generator, tensors, self.where(GENERATOR))
         generator.load_state_dict(tensors)
         return generator.eval()
-
-
-# -- the Hub's faults --------------------------------------------------------------------------------------------------
-
-
-def _download(repo_id: str, name: str, **kwargs: Any) -> str:
-    """`hf_hub_download`, again after a fault that may pass."""
-    for wait in (1, 3):
-        try:
-            return hf_hub_download(repo_id, name, **kwargs)
-        except Exception as error:
-            if kwargs['local_files_only'] or not _may_pass(error):
-                raise
-            _logger.warning(f'{repo_id}/{name}: {type(error).__name__}; trying again in {wait} s')
-            time.sleep(wait)
-    return hf_hub_download(repo_id, name, **kwargs)
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error is one of the way there (a server's fault, a cut answer), and not of what was asked for."""
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return False  # there is no connection, which the client has tried for long enough
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else 0
-        return status == 429 or status >= 500
-    return _is_transport(error) or isinstance(error, OSError) and 'Consistency check failed' in str(error)
-
-
-def _is_transport(error: BaseException | None) -> bool:
-    """Whether the HTTP library raised an error, whichever this huggingface_hub uses."""
-    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
-
-
-@contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Errors of huggingface_hub with a line that says what to do; those of its HTTP library as a `ConnectionError`."""
-    try:
-        yield
-    except Exception as error:
-        if hint := _hint(error):
-            append_line(error, hint)
-        if _is_transport(error) and not isinstance(error, OSError):
-            raise ConnectionError(f'{repo_id}: {type(error).__name__}: {error}; {_hint(error)}') from error
-        raise
-
-
-def append_line(error: Exception, line: str) -> None:
-    """Add to the message of an error, whose class stays."""
-    if hasattr(error, 'append_to_message'):
-        error.append_to_message(f'\n{line}')
-    elif error.args:
-        error.args = (f'{error.args[0]}; {line}', *error.args[1:])
-
-
-def _hint(error: BaseException) -> str:
-    if isinstance(error, GatedRepoError):
-        return 'ask for access on the page of the repository, and give your token='
-    if isinstance(error, RepositoryNotFoundError):
-        return 'check the name; for a private repository give token= or log in (hf auth login)'
-    if isinstance(error, RevisionNotFoundError):
-        return 'check revision=, which is a branch, a tag or a commit of the repository'
-    if isinstance(error, RemoteEntryNotFoundError):
-        return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return 'it is not in the cache: connect to the network, without local_files_only and offline mode'
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
-    if status == 401:
-        return 'the token is wrong or has expired: log in again (hf auth login), or give another token='
-    if status == 403:
-        return 'the token may not do this: give one that may write to the repository'
-    if status is not None and (status >= 500 or status == 429):
-        return 'the Hub has a fault or too much to do: try again later'
-    return 'the connection failed: try again' if _is_transport(error) else ''
 
 
 def static_counts(net: nn.Module) -> tuple[int, int]:

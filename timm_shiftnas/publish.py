@@ -19,9 +19,8 @@ from torch import nn
 from . import report
 from .complexity import format_count
 from .generator import ArchitectureGenerator
-from .hub import (
-    BN_STATS, CONFIG, GENERATOR, KEY, SavedModel, append_line, check_repo_id, explained, save_pretrained, static_counts,
-)
+from .hub import BN_STATS, CONFIG, GENERATOR, KEY, SavedModel, check_repo_id, save_pretrained, static_counts
+from .remote import append_line, explained
 
 __all__ = ['model_card', 'push_directory', 'push_to_hub']
 

@@ -1,0 +1,88 @@
+"""What may go wrong between here and the Hugging Face Hub: what is tried again, and what users are told."""
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
+    RepositoryNotFoundError, RevisionNotFoundError,
+)
+
+__all__ = ['append_line', 'download', 'explained']
+
+_logger = logging.getLogger(__name__)
+
+
+def download(repo_id: str, name: str, **kwargs: Any) -> str:
+    """`hf_hub_download`, again after a fault that may pass."""
+    for wait in (1, 3):
+        try:
+            return hf_hub_download(repo_id, name, **kwargs)
+        except Exception as error:
+            if kwargs['local_files_only'] or not _may_pass(error):
+                raise
+            _logger.warning(f'{repo_id}/{name}: {type(error).__name__}; trying again in {wait} s')
+            time.sleep(wait)
+    return hf_hub_download(repo_id, name, **kwargs)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error is one of the way there (a server's fault, a cut answer), and not of what was asked for."""
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return False  # there is no connection, which the client has tried for long enough
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        return status == 429 or status >= 500
+    return _is_transport(error) or isinstance(error, OSError) and 'Consistency check failed' in str(error)
+
+
+def _is_transport(error: BaseException | None) -> bool:
+    """Whether the HTTP library raised an error, whichever this huggingface_hub uses."""
+    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Errors of huggingface_hub with a line that says what to do; those of its HTTP library as a `ConnectionError`."""
+    try:
+        yield
+    except Exception as error:
+        if hint := _hint(error):
+            append_line(error, hint)
+        if _is_transport(error) and not isinstance(error, OSError):
+            raise ConnectionError(f'{repo_id}: {type(error).__name__}: {error}; {_hint(error)}') from error
+        raise
+
+
+def append_line(error: Exception, line: str) -> None:
+    """Add to the message of an error, whose class stays."""
+    if hasattr(error, 'append_to_message'):
+        error.append_to_message(f'\n{line}')
+    elif error.args:
+        error.args = (f'{error.args[0]}; {line}', *error.args[1:])
+
+
+def _hint(error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return 'ask for access on the page of the repository, and give your token='
+    if isinstance(error, RepositoryNotFoundError):
+        return 'check the name; for a private repository give token= or log in (hf auth login)'
+    if isinstance(error, RevisionNotFoundError):
+        return 'check revision=, which is a branch, a tag or a commit of the repository'
+    if isinstance(error, RemoteEntryNotFoundError):
+        return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return 'it is not in the cache: connect to the network, without local_files_only and offline mode'
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if status == 401:
+        return 'the token is wrong or has expired: log in again (hf auth login), or give another token='
+    if status == 403:
+        return 'the token may not do this: give one that may write to the repository'
+    if status is not None and (status >= 500 or status == 429):
+        return 'the Hub has a fault or too much to do: try again later'
+    return 'the connection failed: try again' if _is_transport(error) else ''
