@@ -19,6 +19,7 @@ if __name__ == '__main__':  # Ctrl-C while the imports below take their seconds
 import argparse
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -272,16 +273,24 @@ def training_facts(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, action.dest, None)
         if action.dest in private or action.dest == 'help' or value == parser.get_default(action.dest):
             continue
+        if any(_is_path(item) for item in (value.values() if isinstance(value, dict) else [value])):
+            continue
         flag = '--' + action.dest.replace('_', '-')
         if isinstance(value, bool):
             words.append(flag)
         elif isinstance(value, dict):
-            words.append(' '.join([flag, *(f'{k}={v}' for k, v in value.items())]))
+            words.append(shlex.join([flag, *(f'{k}={v}' for k, v in value.items())]))
         elif value is not None:
-            words.append(' '.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]))
+            words.append(shlex.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]))
     words.append(f'--lr {args.lr:g}')
     versions = dict(timm_shiftnas=timm_shiftnas.__version__, timm=timm.__version__, torch=torch.__version__)
-    return dict(command=' '.join(words), dataset=args.dataset or 'image folder', versions=versions)
+    dataset = 'image folder' if not args.dataset or _is_path(args.dataset) else args.dataset
+    return dict(command=' '.join(words), dataset=dataset, versions=versions)
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a flag names a place on this machine."""
+    return isinstance(value, str) and (value.startswith(('/', '~', '.')) or '//' in value or '\\' in value)
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
@@ -520,8 +529,8 @@ class Trainer:
             resolution = self.net.space.largest.resolution
             if min(config['input_size'][1:]) < resolution:
                 _logger.warning(
-                    f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest subnet; '
-                    f'give --img-size {resolution}')
+                    f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest '
+                    f'subnet; give --img-size {resolution}')
             data.train = data.train if isinstance(data.train, DatasetView) else DatasetView(
                 data.train, torch.arange(len(data.train)))
         self.train_loader, self.val_loader, self.held_out_loader, self.mixup = create_loaders(
@@ -610,9 +619,11 @@ class Trainer:
                 address = push_directory(
                     self.output, args.push_to_hub, private=args.hub_private or None, revision=args.hub_revision)
             except Exception:
+                flags = ' --private' * args.hub_private
+                flags += f' --revision {shlex.quote(args.hub_revision)}' if args.hub_revision else ''
                 _logger.error(
-                    f'the training is done, but not published; do so by '
-                    f'timm-shiftnas push {self.output} {args.push_to_hub}')
+                    f'the training is done, but not published; do so by timm-shiftnas push '
+                    f'{shlex.quote(str(self.output))} {args.push_to_hub}{flags}')
                 raise
             _logger.info(f'published: {address}')
         _logger.info(f'done; the model directory is {self.output / "model"}')

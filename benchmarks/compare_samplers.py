@@ -136,8 +136,8 @@ def main() -> None:
     done = [(run, run.folder(args.output), 'images') for run in equal_images]
     lengths = {}
     if 'time' in args.match:
-        # of the seeds together: the time of single epochs is noisy
-        cost = {name: mean(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
+        # of the seed that was disturbed least by whatever else the machine did
+        cost = {name: min(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
                 for name in args.samplers}
         lengths = {name: max(round(epochs * cost['uniform'] / cost[name]), 1) for name in args.samplers}
         # times vary, but what has been trained for them is kept

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -38,6 +39,7 @@ class Repo:
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         sha = hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
+        sha = hashlib.sha1(repr((sha, sorted(map(hash, files.values())))).encode()).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha
         return sha
@@ -59,6 +61,8 @@ class Hub(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.lock = threading.Lock()
+        self.between: Callable[[], object] | None = None  # once, before the next commit
+        self.after_commit: Callable[[], object] | None = None  # once, after it
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -99,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        path = unquote(url.path)
+        path = unquote(url.path.replace('%2F', '\0'))  # within a part, as in the branch refs/pr/1
         line = f'{self.command} {path}'
         with hub.lock:
             hub.requests.append(line)
@@ -145,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         if write and not self.server.tokens.get(self.token):
             return self.answer(403 if self.token else 401, dict(error='You may not write here'))
         self.repo, self.name = repo, name
-        call(*args)
+        call(*(arg.replace('\0', '/') for arg in args))
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -237,12 +241,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, dict(transfer='basic', objects=objects))
 
     def commit(self, revision: str) -> None:
+        if self.server.between:
+            self.server.between()
+            self.server.between = None
         if (sha := self.commit_of(revision)) is None:
             return
         files = dict(self.repo.commits[sha])
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry['value']
+            if entry['key'] == 'header' and value.get('parentCommit', sha) != sha:
+                return self.answer(412, dict(error='A commit has happened since. Please refresh and try again.'))
             if entry['key'] == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
             elif entry['key'] == 'lfsFile':
@@ -253,6 +262,9 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value['path']]
         pull = bool(self.query.get('create_pr'))
         sha = self.repo.commit('refs/pr/1' if pull else revision, files)
+        if self.server.after_commit:
+            self.server.after_commit()
+            self.server.after_commit = None
         page = f'{self.server.url}/{self.name}'
         answer = dict(success=True, commitOid=sha, commitUrl=f'{page}/commit/{sha}', hookOutput='')
         self.answer(200, dict(answer, pullRequestUrl=f'{page}/discussions/1') if pull else answer)
@@ -265,9 +277,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, revision: str) -> None:
         if (sha := self.commit_of(revision)) is not None:
-            self.answer(200, [
-                dict(type='file', path=path, size=len(content), oid=blob_id(content))
-                for path, content in self.repo.commits[sha].items()])
+            entries = []
+            for path, content in self.repo.commits[sha].items():
+                entry = dict(type='file', path=path, size=len(content), oid=blob_id(content))
+                if path.endswith(self.server.large):
+                    entry['lfs'] = dict(oid=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)
+                entries.append(entry)
+            self.answer(200, entries)
 
     def refs(self, _: str) -> None:
         self.answer(200, dict(tags=[], converts=[], branches=[

@@ -141,6 +141,7 @@ def directory(tmp_path_factory, net, generator):
         folder / 'model', net, generator, groups=edges, probabilities=[.2, .3, .5], results=rows, bn_stats=stats,
         training=dict(dataset='sklearn/digits', command='python train.py --epochs 3', versions=dict(timm='1.0.31')))
     (folder / 'shift.png').write_bytes(b'\x89PNG\r\n a picture of the shift')
+    (folder / 'summary.csv').write_text('epoch\n')
     return folder
 
 
@@ -161,7 +162,7 @@ def load(client, repo, cache, **options):
 
 @pytest.fixture(scope='module')
 def published(client, directory):
-    push(client, directory, 'org/tiny')
+    push(client, directory, 'org/tiny', license='mit')
     return 'org/tiny'
 
 
@@ -218,6 +219,7 @@ tsn.push_to_hub('org/objects', net, generator, commit_message='a message')
     repo = hub.repos['org/objects']
     assert 'generator.safetensors' in repo.commits[repo.branches['main']]
     assert 'generator.safetensors' not in repo.commits[repo.branches['refs/pr/1']]
+    client('tsn.from_pretrained("org/objects", revision="refs/pr/1")')
 
 
 def test_the_command_line(hub, client, directory, tmp_path):
@@ -263,8 +265,49 @@ result = [train.main([*flags, '--experiment', 'a', '--push-to-hub', 'org/trained
     assert '--model test_shiftformer_supernet' in card and 'sklearn/digits' in card and str(tmp_path) not in card
     # what is not published is still there
     hub.faults.append(Fault('POST .*/commit/main', '403', times=9))
-    code = client('''result = train.main([*flags, '--seed', '7', '--experiment', 'b', '--push-to-hub', 'org/trained'])''')
+    code = client('''
+result = train.main([*flags, '--seed', '7', '--experiment', 'b', '--push-to-hub', 'org/trained'])
+''')
     assert code == 2 and (tmp_path / 'b' / 'model' / 'config.json').exists()
+
+
+def test_what_is_not_ours_stays(hub, client, directory, net, tmp_path):
+    client('''
+from huggingface_hub import HfApi
+api, card = HfApi(), b'---\\nlicense: mit\\n---\\n# By hand'
+api.create_repo('org/mine')
+for name, content in (('README.md', card), ('shift.png', b'mine'), ('notes.txt', b'mine')):
+    api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id='org/mine')
+''')
+    tsn.save_pretrained(tmp_path, net)
+    push(client, tmp_path, 'org/mine')
+    repo = hub.repos['org/mine']
+    files = repo.commits[repo.branches['main']]
+    assert files['README.md'].endswith(b'# By hand') and files['shift.png'] == files['notes.txt'] == b'mine'
+    assert 'model.safetensors' in files
+    # nor does a picture that lies beside the directory by chance go up
+    (tmp_path / 'model').mkdir()
+    tsn.save_pretrained(tmp_path / 'model', net)
+    (tmp_path / 'shift.png').write_bytes(b'secret')
+    push(client, tmp_path / 'model', 'org/chance')
+    assert 'shift.png' not in hub.repos['org/chance'].commits[hub.repos['org/chance'].branches['main']]
+
+
+def test_nothing_but_tensors_is_pushed(hub, client, net, tmp_path):
+    import hashlib
+    import pickle
+    for name, message in (
+            ('pytorch_model.bin', 'timm_shiftnas.files'), ('model.safetensors', 'not a safetensors file')):
+        folder = tmp_path / name
+        tsn.save_pretrained(folder, net)
+        data = pickle.dumps(dict(a=1))
+        (folder / name).write_bytes(data)
+        config = json.loads((folder / 'config.json').read_text())
+        config['timm_shiftnas']['files'][name] = dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        (folder / 'config.json').write_text(json.dumps(config))
+        with pytest.raises(Remote, match=message):
+            push(client, folder, 'org/pickle')
+    assert 'org/pickle' not in hub.repos
 
 
 def test_a_broken_directory_is_not_pushed(hub, client, directory, tmp_path):
@@ -286,7 +329,7 @@ def test_the_card(hub, client, directory, published):
     _, front, body = text.split('---\n', 2)
     metadata = yaml.safe_load(front)
     assert metadata['library_name'] == 'timm' and metadata['pipeline_tag'] == 'image-classification'
-    assert {'timm', 'timm_shiftnas'} <= set(metadata['tags']) and metadata['license'] == 'apache-2.0'
+    assert {'timm', 'timm_shiftnas'} <= set(metadata['tags']) and metadata['license'] == 'mit'
     metrics = [metric for result in metadata['model-index'][0]['results'] for metric in result['metrics']]
     assert [metric['value'] for metric in metrics] == [60., 61., 62.]
     rows = SavedModel(directory / 'model').info['results']
@@ -295,7 +338,7 @@ def test_the_card(hub, client, directory, published):
     assert '![top-1 against MACs](accuracy.png)' in body and '](shift.png)' in body
     assert "tsn.from_pretrained" in body or f"from_pretrained('{published}', flops=" in body
     assert 'python train.py --epochs 3' in body and 'timm 1.0.31' in body and '@inproceedings{zhang2023shiftnas' in body
-    assert str(model_card(SavedModel(directory / 'model'), published, ['accuracy.png', 'shift.png'])) == text
+    assert str(model_card(SavedModel(directory / 'model'), published, ['accuracy.png', 'shift.png'], 'mit')) == text
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -458,6 +501,31 @@ def test_a_lost_answer_of_a_commit(hub, client, directory):
     repo = hub.repos['org/lost']
     assert address.endswith(repo.branches['main']) and len(repo.commits) == 2
     assert re.search('POST .*/commit/main', '\n'.join(hub.requests))
+
+
+def test_whether_the_commit_exists_is_not_made_up(hub, client, directory, net, tmp_path):
+    """It is made, its answer is lost, and then nothing can be asked any more."""
+    push(client, directory, 'org/unknown')
+    repo = hub.repos['org/unknown']
+    tsn.save_pretrained(tmp_path, net)
+    hub.faults.append(Fault('POST .*/commit/main', 'lost'))
+    hub.after_commit = lambda: hub.faults.append(Fault('GET /api/models/org/unknown', '400', times=99))
+    with pytest.raises(Remote, match='whether the commit exists could not be found out'):
+        push(client, tmp_path, 'org/unknown')
+    assert len(repo.commits) == 3
+
+
+def test_two_pushes_at_once(hub, client, directory, net, tmp_path):
+    """A commit that comes between looking and pushing: refused, not mixed."""
+    push(client, directory, 'org/race')
+    repo = hub.repos['org/race']
+    tsn.save_pretrained(tmp_path, net)
+    hub.between = lambda: repo.commit('main', {**repo.commits[repo.branches['main']], 'notes.txt': b'another'})
+    with pytest.raises(Remote, match='it changed meanwhile: push again'):
+        push(client, tmp_path, 'org/race')
+    assert repo.commits[repo.branches['main']]['notes.txt'] == b'another'
+    push(client, tmp_path, 'org/race')
+    assert 'generator.safetensors' not in repo.commits[repo.branches['main']]
 
 
 def test_no_network(without_network):

@@ -98,7 +98,7 @@ def test_a_field_without_a_choice_may_be_left_out():
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(resolution=(18,)), 'resolution=18 cannot be divided by the strides .* a multiple of 4, and at least 4, such as'),
+    (dict(resolution=(18,)), 'resolution=18 cannot be divided by .* a multiple of 4, and at least 4, such as'),
     (dict(resolution=(2,)), 'resolution=2 cannot be divided'),
     (dict(width=((8, 12), (8,), (16,), (16,))), 'width=12 must be a multiple of 8'),
     (dict(width=(8, 8, 16, 16)), 'width=.* must hold the choices of the stem'),

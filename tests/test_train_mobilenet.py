@@ -128,7 +128,8 @@ def test_the_command_line_calibrates(finished, tmp_path, capsys):
                 '--data-dir', str(tmp_path / 'nowhere')]) == 2
     assert 'nowhere' in capsys.readouterr().err and not (tmp_path / 'other').exists()
     for directory, which in ((out, []), (finished / 'model', ['--flops', str(budget)])):
-        assert cli(['evaluate', str(directory), *which, '--data-dir', str(tmp_path / 'images'), '--split', 'train']) == 0
+        data = ['--data-dir', str(tmp_path / 'images'), '--split', 'train']
+        assert cli(['evaluate', str(directory), *which, *data]) == 0
         assert re.fullmatch(r'12 images: top-1 \d+\.\d\d%, top-5 \d+\.\d\d%\n', capsys.readouterr().out)
     assert cli(['evaluate', str(finished / 'model'), '--data-dir', str(tmp_path / 'images')]) == 2
     assert 'say which subnet' in capsys.readouterr().err

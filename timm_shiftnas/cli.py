@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
         command.add_argument('--data-dir', metavar='DIR', required=command is evaluate,
-                             help='folder of images, of which train/ (or, without it, all) gives the BatchNorm statistics '
-                                  'of the subnet if they were not saved')
+                             help='folder of images; those of its train/ (or, without it, all) give the BatchNorm '
+                                  'statistics of the subnet if they were not saved')
         command.add_argument('--bn-images', metavar='N', type=int, default=2000,
                              help='how many images for these statistics (default: 2000)')
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--token', metavar='TOKEN', help='token of the Hub (default: that of hf auth login)')
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT')
+        command.add_argument('--license', metavar='NAME', help="for the model card, such as 'apache-2.0'")
 
     for command in (info, extract, evaluate, push):
         command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
@@ -192,8 +193,11 @@ def _extract(args: argparse.Namespace) -> None:
     _check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet already; extract takes one out of a supernet')
+    if args.push is not None:
+        check_repo_id(args.push)
     net = _load(saved, args)
-    save_pretrained(args.output, net)
+    rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
+    save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
     print(json.dumps(net.arch.to_dict()))
@@ -209,10 +213,9 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
-    check_repo_id(repo)
     print(push_directory(
         directory, repo, private=args.private, revision=args.revision, token=args.token, create_pr=args.create_pr,
-        commit_message=args.commit_message))
+        commit_message=args.commit_message, license=args.license))
 
 
 def _load(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:

@@ -19,8 +19,8 @@ from .space import Arch, SearchSpace
 __all__ = ['evaluate', 'evaluate_budgets', 'search_archs']
 
 _UNCALIBRATED = (
-    'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means nothing: give '
-    'calibration=BatchNormCalibration(loader) of training images, or extract one and call calibrate_bn')
+    'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means nothing: '
+    'give calibration=BatchNormCalibration(loader) of training images, or extract one and call calibrate_bn')
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 

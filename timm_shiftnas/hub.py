@@ -45,6 +45,7 @@ KEY = 'timm_shiftnas'
 FORMAT = 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
 BN_STATS = 'bn_stats.safetensors'
+FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; no file of any other name is read or published
 
 # Bounds of what a config may ask for, far above any network in use: widths, image sizes, classes; layers, choices.
 MAX_SIZE, MAX_DEPTH = 1_000_000, 1_000
@@ -389,7 +390,7 @@ class SavedModel:
     def _path(self, name: str) -> Path:
         if self._hub is None:
             return Path(self.name, name)
-        with explained(self.name):
+        with explained(self.name, name):
             path = Path(download(self.name, name, **self._hub))
         # all files of one commit, should the branch move on meanwhile
         if re.fullmatch('[0-9a-f]{40}', path.parent.name):
@@ -418,7 +419,8 @@ class SavedModel:
                 f'{self.where(name)} is not the file that was saved: its sha256 differs; {self._remedy}')
         return data
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The content of a safetensors file that `config.json` names."""
         try:
             return safetensors.torch.load(self.read(name))
         except SafetensorError as error:
@@ -432,7 +434,7 @@ class SavedModel:
         """The supernet or the subnet, with its weights; another number of classes gives a new head."""
         if num_classes is not None and (not isinstance(num_classes, int) or not 0 <= num_classes <= MAX_SIZE):
             raise ValueError(f'num_classes={num_classes!r} must be an int of 0 or more')
-        net, tensors = self.skeleton(), self._tensors(WEIGHTS)
+        net, tensors = self.skeleton(), self.tensors(WEIGHTS)
         _check_tensors(net, tensors, self.where(WEIGHTS))
         net.load_state_dict(tensors, strict=True, assign=True)
         if num_classes is not None and num_classes != net.num_classes:
@@ -457,7 +459,7 @@ class SavedModel:
             return {}
         prefix = f'{archs.index(subnet.arch)}.'
         stored = {
-            name.removeprefix(prefix): tensor for name, tensor in self._tensors(BN_STATS).items()
+            name.removeprefix(prefix): tensor for name, tensor in self.tensors(BN_STATS).items()
             if name.startswith(prefix)}
         _check_same(bn_statistics(subnet), stored, self.where(BN_STATS))
         return stored
@@ -466,7 +468,7 @@ class SavedModel:
         """The generator that was saved with a supernet, for its bound space."""
         if not self.has_generator:
             raise ValueError(f'{self} was saved without a generator, which finds the subnet for a budget; give arch=')
-        tensors = self._tensors(GENERATOR)
+        tensors = self.tensors(GENERATOR)
         generator = ArchitectureGenerator(space, hidden_size=self.info['generator']['hidden_size'])
         _check_tensors(generator, tensors, self.where(GENERATOR))
         generator.load_state_dict(tensors)
@@ -536,14 +538,15 @@ def _check_config(config: Any, where: str) -> None:
     checks = {
         'format': version == FORMAT and not isinstance(version, bool),
         'kind': kind in ('supernet', 'subnet'),
-        'files': isinstance(files, Mapping) and WEIGHTS in files and all(map(_is_file, files.items())),
+        'files': isinstance(files, Mapping) and {WEIGHTS} <= set(files) <= FILES and all(
+            map(_is_file, files.items())),
         'generator': not isinstance(files, Mapping) or GENERATOR not in files or _is_generator(ours.get('generator')),
         'groups': _is_partition(ours.get('groups'), ours.get('probabilities')),
         'results': _is_table(ours.get('results')),
         'searched': isinstance(ours.get('searched', []), list),
         'bn_archs': isinstance(ours.get('bn_archs', []), list) and (
             not isinstance(files, Mapping) or (BN_STATS in files) == ('bn_archs' in ours)),
-        'training': isinstance(ours.get('training', {}), Mapping),
+        'training': _is_training(ours.get('training', {})),
     }
     if wrong := [name for name, right in checks.items() if not right]:
         raise ValueError(f'{where} has an unusable entry {KEY}.{wrong[0]}: {_short(ours.get(wrong[0]))}')
@@ -605,6 +608,11 @@ def _is_table(rows: Any) -> bool:
         isinstance(row, Mapping) and set(row) >= set(COLUMNS) and isinstance(row['name'], str)
         and _are_numbers([row[key] for key in COLUMNS[1:-1] if key != 'budget' or row[key] is not None])
         for row in rows)
+
+
+def _is_training(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get('versions', {}), Mapping) and all(
+        isinstance(entry.get(name, ''), str) for name in ('command', 'dataset'))
 
 
 def _is_count(value: Any) -> bool:

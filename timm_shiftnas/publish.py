@@ -5,6 +5,7 @@ is ever uploaded.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -25,6 +26,7 @@ from .remote import append_line, explained
 __all__ = ['model_card', 'push_directory', 'push_to_hub']
 
 CARD, TABLE, ACCURACY, SHIFT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png'
+MARK = f'<!-- written by {KEY}: replaced when the model is published again -->'
 CITATION = '''```bibtex
 @inproceedings{zhang2023shiftnas,
   title     = {ShiftNAS: Improving One-shot NAS via Probability Shift},
@@ -47,6 +49,7 @@ def push_to_hub(
         token: str | bool | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
+        license: str | None = None,
         **saved: Any,
 ) -> str:
     """Publish a supernet and its generator, or an extracted subnet: in one commit, with a model card.
@@ -54,7 +57,7 @@ def push_to_hub(
     Args:
         repo_id: 'owner/name'; made if it does not exist.
         net, generator, **saved: As for `save_pretrained`.
-        private, revision, token, create_pr, commit_message: As for `push_directory`.
+        private, revision, token, create_pr, commit_message, license: As for `push_directory`.
 
     Returns:
         The address of the commit or of the pull request.
@@ -64,10 +67,10 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: As `push_directory` does.
     """
     with TemporaryDirectory() as folder:
-        save_pretrained(folder, net, generator, **saved)
+        save_pretrained(Path(folder, 'model'), net, generator, **saved)
         return push_directory(
             folder, repo_id, private=private, revision=revision, token=token, create_pr=create_pr,
-            commit_message=commit_message)
+            commit_message=commit_message, license=license)
 
 
 def push_directory(
@@ -79,11 +82,13 @@ def push_directory(
         token: str | bool | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
+        license: str | None = None,
 ) -> str:
     """Publish what `save_pretrained` or `train.py` wrote: in one commit, or none if the repository has it already.
 
     Every file is checked against `config.json` first. The table and the accuracy picture are made from the results in
-    it; the picture of the shift is taken from the directory of the training, where there is one.
+    it; the picture of the shift is taken from the directory of the training. Files of an earlier model of ours that
+    this one lacks are deleted; nothing else is, and a README.md that is not ours stays.
 
     Args:
         directory: A directory of `save_pretrained`, or one of `train.py` with such a directory `model`.
@@ -93,6 +98,7 @@ def push_directory(
         token: As for huggingface_hub.
         create_pr: Open a pull request instead of committing to the branch.
         commit_message: Default says what it is.
+        license: For the card: one of the Hub's names, such as 'apache-2.0'.
 
     Returns:
         The address of the commit or of the pull request.
@@ -102,53 +108,94 @@ def push_directory(
         huggingface_hub.errors.HfHubHTTPError: Whatever the Hub refuses, with a line that says what to do, and whether
             the commit exists.
     """
-    directory = Path(directory)
-    if not (directory / CONFIG).exists() and (directory / 'model' / CONFIG).exists():
-        directory = directory / 'model'
+    check_repo_id(repo_id)
+    directory = Path(directory).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
-    check_repo_id(repo_id)
+    run = directory if not (directory / CONFIG).exists() else directory.parent
+    if directory == run:
+        directory = run / 'model'
+    trained = run if directory.name == 'model' and (run / 'summary.csv').exists() else None
     saved = SavedModel(directory)
-    files = published_files(saved, repo_id)
+    files = published_files(saved, repo_id, trained, license)
     api = HfApi(token=token, library_name=KEY)
     with explained(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision in (None, 'main') and not create_pr:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         before = api.repo_info(repo_id, revision=revision).sha
-        stale = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} - set(files)
-        stale &= set(api.list_repo_files(repo_id, revision=revision))
+        stale = _clear(api, repo_id, before, files)
     message = commit_message or f'{saved.config["architecture"]} by {KEY}'
     operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
     try:
         with explained(repo_id):
+            # on top of what was looked at: two pushes at once must not mix their files
             commit = api.create_commit(
-                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
+                parent_commit=before)
             return commit.pr_url or commit.commit_url
     except Exception as error:
-        address = None if create_pr else _commit_after(api, repo_id, revision, before, files[CONFIG])
+        address, said = None, 'it is as it was: no commit'
+        status = getattr(getattr(error, 'response', None), 'status_code', 500)
+        if status == 412:
+            said += '; it changed meanwhile: push again'
+        elif status >= 500:  # or no answer at all
+            address, said = _commit_after(api, repo_id, revision, before, files, create_pr)
         if address is None:
-            said = 'see its page for whether the pull request exists' if create_pr else 'it is as it was: no commit'
             append_line(error, f'{repo_id}: {said}')
             raise
         _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
         return address
 
 
-def _commit_after(api: HfApi, repo_id: str, revision: str | None, before: str | None, config: bytes) -> str | None:
-    """The address of a commit of this config that came after another one, or `None`."""
+def _clear(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> set[str]:
+    """Files of an earlier model of ours to delete; and no card in the place of one that is not ours."""
+    present = set(api.list_repo_files(repo_id, revision=commit))
+
+    def read(name: str) -> str:
+        return Path(api.hf_hub_download(repo_id, name, revision=commit)).read_text(encoding='utf-8', errors='replace')
+
+    if CARD in present and MARK not in read(CARD):
+        _logger.warning(f'{repo_id} has a {CARD} of its own, which stays')
+        files.pop(CARD)
+    earlier = CONFIG in present and f'"{KEY}"' in read(CONFIG)
+    return {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} - set(files) & present if earlier else set()
+
+
+def _commit_after(api: HfApi, repo_id: str, revision: str | None, before: str, files: dict[str, bytes],
+                  create_pr: bool) -> tuple[str | None, str]:
+    """After a push without an answer: the address of its commit, or `None` and what there is to say."""
+    unknown = 'whether the commit exists could not be found out: see its page'
+    if create_pr:
+        return None, unknown
     try:
         after = api.repo_info(repo_id, revision=revision).sha
         if after == before:
-            return None
-        path = api.hf_hub_download(repo_id, CONFIG, revision=after)
-        return f'{api.endpoint}/{repo_id}/commit/{after}' if Path(path).read_bytes() == config else None
+            return None, 'it is as it was: no commit'
+        found = {file.path: file for file in api.list_repo_tree(repo_id, recursive=True, revision=after)}
+        for name, content in files.items():
+            lfs = getattr(found.get(name), 'lfs', None)
+            own = hashlib.sha256(content).hexdigest() if lfs else hashlib.sha1(
+                b'blob %d\0' % len(content) + content).hexdigest()
+            if name not in found or own != (lfs.sha256 if lfs else found[name].blob_id):
+                return None, unknown
+        return f'{api.endpoint}/{repo_id}/commit/{after}', ''
     except Exception:
-        return None
+        return None, unknown
 
 
-def published_files(saved: SavedModel, repo_id: str) -> dict[str, bytes]:
-    """What a repository gets, by name: the checked files, table, pictures and card."""
+def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
+    """What a repository gets, by name: the checked files, table, pictures and card.
+
+    Args:
+        saved: The model.
+        repo_id: The repository, for the card.
+        run: The directory of its training, if there is one.
+        license: For the card.
+    """
     files = {name: saved.read(name) for name in saved.info['files']}
+    for name in files:
+        saved.tensors(name)  # tensors and nothing else
     files[CONFIG] = Path(saved.name, CONFIG).read_bytes()
     results = saved.info.get('results')
     with TemporaryDirectory() as folder:
@@ -156,36 +203,35 @@ def published_files(saved: SavedModel, repo_id: str) -> dict[str, bytes]:
         if results:
             report.write_budgets_csv(folder / TABLE, results)
             report.plot_accuracy(folder / ACCURACY, results)
-        for source in (Path(saved.name), Path(saved.name).parent):
-            picture = source / SHIFT
-            if saved.kind == 'supernet' and picture.is_file() and not (folder / SHIFT).exists():
-                (folder / SHIFT).write_bytes(picture.read_bytes())
+        if run is not None and (run / SHIFT).is_file():
+            (folder / SHIFT).write_bytes((run / SHIFT).read_bytes())
         files |= {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    files[CARD] = str(model_card(saved, repo_id, set(files))).encode()
+    files[CARD] = str(model_card(saved, repo_id, set(files), license)).encode()
     return files
 
 
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = ()) -> ModelCard:
+def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), license: str | None = None) -> ModelCard:
     """The card of a saved model: metadata that the Hub reads, the table, the pictures, how to load, how it was trained.
 
     Args:
         saved: The model.
         repo_id: The repository.
         files: Names of what lies beside the card: pictures among them are shown.
+        license: One of the Hub's names.
     """
     training: Mapping[str, Any] = saved.info.get('training', {})
     name = saved.config['architecture']
     source, _, dataset = str(training.get('dataset', '')).partition('/')
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification',
-        license=saved.config['pretrained_cfg'].get('license') or 'other',
+        license=license,
         tags=['timm', KEY, 'neural-architecture-search', 'image-classification'],
         datasets=[dataset] if source == 'hfds' else None,  # the others are none of the Hub
         model_name=name, eval_results=_eval_results(saved, training) or None)
-    parts = [f'---\n{data.to_yaml()}\n---', f'# {name}', _introduction(saved)]
+    parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if saved.info.get('results'):
         parts += ['## Subnets', _table(saved.info['results'])]
         if ACCURACY in files:
@@ -223,26 +269,33 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | --- | --- | --- | --- | --- |']
     for row in rows:
         budget = '' if row['budget'] is None else format_count(row['budget'])
-        lines.append(f'| {row["name"]} | {budget} | {format_count(row["macs"])} | {format_count(row["params"])} | '
-                     f'{row["top1"]:.2f} | {row["top5"]:.2f} |')
+        counts = f'{format_count(row["macs"])} | {format_count(row["params"])}'
+        lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {row["top1"]:.2f} | {row["top5"]:.2f} |')
     return '\n'.join(lines) + '\n\nMACs are multiply-accumulates per image; accuracy in percent.'
+
+
+def _plain(text: Any) -> str:
+    """Text of a config as one line in which nothing is Markdown."""
+    return ' '.join(str(text).replace('|', '/').replace('`', "'").replace('<', '(').split())
 
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
     if saved.kind == 'subnet':
         return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
                 f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same network\n```")
+    net = saved.skeleton()
     budgets = [row['budget'] for row in saved.info.get('results', ()) if row['budget'] is not None]
-    budget = format_count(budgets[len(budgets) // 2]) if budgets else '1.4G'
-    return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}', flops='{budget}')"
-            f"     # a plain, static network\n"
+    middle = budgets[len(budgets) // 2] if budgets else (net.macs(net.space.smallest) + net.macs(net.space.largest)) / 2
+    which = f"flops='{format_count(middle)}'" if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
+    return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})"
+            f"  # a plain, static network\n"
             f"supernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # all of them\n```")
 
 
 def _training(training: Mapping[str, Any]) -> str:
     lines = []
     if training.get('command'):
-        lines.append(f'```\n{training["command"]}\n```')
+        lines.append(f'```\n{_plain(training["command"])}\n```')
     if training.get('versions'):
-        lines.append(', '.join(f'{name} {version}' for name, version in training['versions'].items()))
+        lines.append(', '.join(f'{_plain(name)} {_plain(version)}' for name, version in training['versions'].items()))
     return '\n\n'.join(lines) or 'Not recorded.'

@@ -31,8 +31,15 @@ def download(repo_id: str, name: str, **kwargs: Any) -> str:
     return hf_hub_download(repo_id, name, **kwargs)
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _cause(error: BaseException) -> BaseException:
+    """The server's error behind the client's: it asks its cache first, and then says that nothing is there."""
+    hidden = isinstance(error, LocalEntryNotFoundError) or 'Force download failed' in str(error)
+    return error.__cause__ if hidden and isinstance(error.__cause__, HfHubHTTPError) else error
+
+
+def _may_pass(error: BaseException) -> bool:
     """Whether an error is one of the way there (a server's fault, a cut answer), and not of what was asked for."""
+    error = _cause(error)
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return False  # there is no connection, which the client has tried for long enough
     if isinstance(error, HfHubHTTPError):
@@ -47,16 +54,24 @@ def _is_transport(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Errors of huggingface_hub with a line that says what to do; those of its HTTP library as a `ConnectionError`."""
+def explained(repo_id: str, file: str | None = None) -> Iterator[None]:
+    """Errors of huggingface_hub with a line that says what to do; those of its HTTP library as a `ConnectionError`.
+
+    Args:
+        repo_id: The repository, for messages.
+        file: What is being loaded from it; `None` while publishing.
+    """
     try:
         yield
     except Exception as error:
-        if hint := _hint(error):
-            append_line(error, hint)
-        if _is_transport(error) and not isinstance(error, OSError):
-            raise ConnectionError(f'{repo_id}: {type(error).__name__}: {error}; {_hint(error)}') from error
-        raise
+        found, hint = _cause(error), _hint(_cause(error), file)
+        if _is_transport(found) and not isinstance(found, OSError):
+            raise ConnectionError(f'{repo_id}: {type(found).__name__}: {found}; {hint}') from error
+        if hint:
+            append_line(found, hint)
+        if found is error:
+            raise
+        raise found from None
 
 
 def append_line(error: Exception, line: str) -> None:
@@ -67,22 +82,26 @@ def append_line(error: Exception, line: str) -> None:
         error.args = (f'{error.args[0]}; {line}', *error.args[1:])
 
 
-def _hint(error: BaseException) -> str:
+def _hint(error: BaseException, file: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return 'ask for access on the page of the repository, and give your token='
     if isinstance(error, RepositoryNotFoundError):
         return 'check the name; for a private repository give token= or log in (hf auth login)'
     if isinstance(error, RevisionNotFoundError):
-        return 'check revision=, which is a branch, a tag or a commit of the repository'
+        return 'check revision=: ' + ('a branch that exists' if file is None else 'a branch, a tag or a commit')
     if isinstance(error, RemoteEntryNotFoundError):
-        return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
+        if file == 'config.json':
+            return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
+        return f'{file} was taken out of the repository; give a revision= that has it'
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        if file is None:
+            return 'publishing needs the network: switch offline mode off'
         return 'it is not in the cache: connect to the network, without local_files_only and offline mode'
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if status == 401:
         return 'the token is wrong or has expired: log in again (hf auth login), or give another token='
     if status == 403:
-        return 'the token may not do this: give one that may write to the repository'
+        return f'the token may not do this: give one that may {"write" if file is None else "read"}'
     if status is not None and (status >= 500 or status == 429):
         return 'the Hub has a fault or too much to do: try again later'
     return 'the connection failed: try again' if _is_transport(error) else ''
