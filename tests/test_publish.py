@@ -195,6 +195,8 @@ def test_one_commit_with_everything(hub, client, directory):
 def test_an_update_takes_away_what_is_gone(hub, client, net, generator, tmp_path):
     tsn.save_pretrained(tmp_path, net, generator)
     push(client, tmp_path, 'org/update')
+    with pytest.raises(Remote, match='org/update is public already'):
+        push(client, tmp_path, 'org/update', private=True)
     first = hub.repos['org/update'].branches['main']
     tsn.save_pretrained(tmp_path, net)
     push(client, tmp_path, 'org/update')
@@ -227,11 +229,15 @@ def test_the_command_line(hub, client, directory, tmp_path):
 stream = io.StringIO()
 with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
     codes = [cli(['push', directory, 'org/cli', '--private']),
-             cli(['extract', directory + '/model', '--flops', '4.8M', '--output', out, '--push', 'org/cli-sub']),
+             cli(['extract', directory + '/model', '--flops', budget, '--output', out, '--push', 'org/cli-sub']),
              cli(['push', directory, 'not a repo']), cli(['push', out + '/nowhere', 'org/cli'])]
 result = [codes, stream.getvalue()]
-''', directory=str(directory), out=str(tmp_path / 'out'))
+''', directory=str(directory), out=str(tmp_path / 'out'), budget=str(BUDGET))
     codes, text = out
+    with pytest.raises(Remote, match='not published: .* holds no BatchNorm statistics .* give --data-dir'):
+        client("from timm_shiftnas.cli import _parser\nargs = _parser().parse_args(['extract', directory + '/model', "
+               "'--flops', '2M', '--output', out, '--overwrite', '--push', 'org/cli-none'])\nargs.command(args)",
+               directory=str(directory), out=str(tmp_path / 'none'))
     assert codes == [0, 0, 2, 2], text
     assert f'{hub.url}/org/cli/commit/' in text and f'{hub.url}/org/cli-sub/commit/' in text
     assert 'not a repo' in text and 'is not a directory' in text
@@ -452,6 +458,9 @@ def test_a_flipped_bit(hub, client, directory, published, tmp_path, name):
     (lambda config: config['model_args'].update(checkpoint_path='/etc/passwd'),
      'checkpoint_path, which is no argument'),
     (lambda config: config['model_args'].update(colour='red'), 'does not describe a network'),
+    (lambda config: config['timm_shiftnas'].update(colour='red'), 'unknown entry timm_shiftnas.colour'),
+    (lambda config: config['timm_shiftnas'].update(searched=[1]), 'config.json has an unusable entry .*searched'),
+    (lambda config: config['pretrained_cfg'].update(input_size=[3, 10 ** 12, 10 ** 12]), 'nothing above 1,000,000'),
     (lambda config: config.pop('timm_shiftnas'), "has no 'timm_shiftnas' entry"),
 ])
 def test_a_hostile_config(hub, client, directory, tmp_path, change, message):

@@ -224,6 +224,8 @@ def _load(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
+    if caught and getattr(args, 'push', None):
+        raise ValueError(f'not published: {caught[0].message}'.replace('loader= of training images', '--data-dir'))
     for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
         print(f'{PROG}: warning: {message.replace("loader= of training images", "--data-dir")}', file=sys.stderr)
     return net

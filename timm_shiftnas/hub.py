@@ -278,7 +278,7 @@ def _with_statistics(saved: SavedModel, net: nn.Module, space: SearchSpace, load
         return net
     if loader is not None:
         return calibrate_bn(net, loader)
-    served = sorted({complexity.macs(space, arch) for arch in saved.bn_archs(space)})
+    served = sorted({complexity.macs(space, arch) for arch in saved.archs('bn_archs', space)})
     hint = f', or a budget that has statistics (flops={", ".join(map(str, served))})' if served else ''
     warnings.warn(
         f'{saved} holds no BatchNorm statistics of this subnet, which will not be accurate: give '
@@ -288,7 +288,7 @@ def _with_statistics(saved: SavedModel, net: nn.Module, space: SearchSpace, load
 
 def _serve(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: float = math.inf) -> Arch:
     """The arch of a saved supernet for a budget: the largest of the searched ones that fits, or the generator's."""
-    searched = [net.space.from_dict(arch) for arch in saved.info.get('searched', ())]
+    searched = saved.archs('searched', net.space)
     fitting = [arch for arch in searched if net.macs(arch) <= flops and net.params(arch) <= params]
     generator = saved.generator(net.space)
     # the generator also tells budgets that are out of range
@@ -296,7 +296,7 @@ def _serve(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: f
     if fitting:
         return max(fitting, key=net.macs)
     # an arch whose BatchNorm statistics are at hand, if it uses the budget as well as proposals do
-    stored = [arch for arch in saved.bn_archs(net.space) if .99 * flops <= net.macs(arch) <= flops]
+    stored = [arch for arch in saved.archs('bn_archs', net.space) if .99 * flops <= net.macs(arch) <= flops]
     return proposed if not stored or proposed in stored else max(stored, key=net.macs)
 
 
@@ -445,16 +445,16 @@ class SavedModel:
     def has_generator(self) -> bool:
         return GENERATOR in self.info['files']
 
-    def bn_archs(self, space: SearchSpace) -> list[Arch]:
-        """The archs whose BatchNorm statistics were saved."""
+    def archs(self, name: str, space: SearchSpace) -> list[Arch]:
+        """A saved list of archs: 'searched', or 'bn_archs', those whose BatchNorm statistics were saved."""
         try:
-            return [space.from_dict(arch) for arch in self.info.get('bn_archs', ())]
+            return [space.from_dict(arch) for arch in self.info.get(name, ())]
         except ValueError as error:
-            raise ValueError(f'{self.where(CONFIG)} has an unusable entry {KEY}.bn_archs: {error}') from None
+            raise ValueError(f'{self.where(CONFIG)} has an unusable entry {KEY}.{name}: {error}') from None
 
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The BatchNorm statistics that were saved for an extracted subnet; empty if none were."""
-        archs = self.bn_archs(space)
+        archs = self.archs('bn_archs', space)
         if subnet.arch not in archs:
             return {}
         prefix = f'{archs.index(subnet.arch)}.'
@@ -521,7 +521,7 @@ def check_repo_id(name: str | os.PathLike) -> None:
     except (HFValidationError, TypeError):
         valid = False
     if not valid:
-        raise ValueError(f"{os.fspath(name)!r} is no directory, nor a repository 'owner/name' on the Hugging Face Hub")
+        raise ValueError(f"{str(name)!r} is no directory, nor a repository 'owner/name' on the Hugging Face Hub")
 
 
 def _check_config(config: Any, where: str) -> None:
@@ -548,6 +548,8 @@ def _check_config(config: Any, where: str) -> None:
             not isinstance(files, Mapping) or (BN_STATS in files) == ('bn_archs' in ours)),
         'training': _is_training(ours.get('training', {})),
     }
+    if unknown := sorted(set(ours) - {*checks, 'probabilities', 'stock'}):
+        raise ValueError(f'{where} has an unknown entry {KEY}.{unknown[0]}; this timm_shiftnas writes no such thing')
     if wrong := [name for name, right in checks.items() if not right]:
         raise ValueError(f'{where} has an unusable entry {KEY}.{wrong[0]}: {_short(ours.get(wrong[0]))}')
     if not isinstance(config.get('architecture'), str) or not is_model(config['architecture']):
@@ -555,7 +557,8 @@ def _check_config(config: Any, where: str) -> None:
     for name in ('model_args', 'pretrained_cfg'):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f'{where} has an unusable entry {name}: {_short(config.get(name))}')
-    _check_sizes(config['model_args'], where)
+    for part in (config['model_args'], config['pretrained_cfg'], dict(num_classes=config.get('num_classes'))):
+        _check_sizes(part, where)
     # arguments of timm's factory could fetch other weights than those that are checked
     factory = {*inspect.signature(create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     if foreign := factory & set(config['model_args']):

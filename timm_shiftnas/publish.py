@@ -122,7 +122,10 @@ def push_directory(
     with explained(repo_id):
         if revision in (None, 'main') and not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        before = api.repo_info(repo_id, revision=revision).sha
+        info = api.repo_info(repo_id, revision=revision)
+        if private and not info.private:
+            raise ValueError(f'{repo_id} is public already: make it private on its page, or publish without private')
+        before = info.sha
         stale = _clear(api, repo_id, before, files)
     message = commit_message or f'{saved.config["architecture"]} by {KEY}'
     operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
