@@ -46,7 +46,7 @@ import timm_shiftnas
 from timm_shiftnas import report
 from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
 from timm_shiftnas.complexity import format_count, macs, parse_count
-from timm_shiftnas.data import DatasetView, StepBatches, create_dataset, split_held_out
+from timm_shiftnas.data import DatasetView, StepBatches, create_dataset, preprocessing, split_held_out
 from timm_shiftnas.evaluation import evaluate_budgets, search_archs
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.hub import check_repo_id, save_pretrained
@@ -422,7 +422,7 @@ def create_calibration_loader(args: argparse.Namespace, data: Data, config: dict
     return create_loader(
         images, batch_size=batch_size, num_workers=args.workers, device=device,
         pin_memory=args.pin_mem, use_prefetcher=not args.no_prefetcher, persistent_workers=False,
-        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+        **preprocessing(config))
 
 
 class ShiftBatches:
@@ -431,7 +431,7 @@ class ShiftBatches:
     def __init__(self, args: argparse.Namespace, data: Data, config: dict[str, Any]) -> None:
         make = partial(
             StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1),
-            **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+            **preprocessing(config))
         self.train = make(data.train.with_transform(None), seed=2 * args.seed)
         self.held_out = make(data.held_out, seed=2 * args.seed + 1)
 
@@ -723,7 +723,6 @@ class Trainer:
             bn_stats=self.served_statistics(net, rows, options.get('calibration')))
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
-
 
     @staticmethod
     def served_statistics(net: torch.nn.Module, rows: list[dict], calibration: BatchNormCalibration | None):

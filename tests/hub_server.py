@@ -38,8 +38,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        sha = hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
-        sha = hashlib.sha1(repr((sha, sorted(map(hash, files.values())))).encode()).hexdigest()
+        content = len(self.commits), sorted((path, blob_id(data)) for path, data in files.items())
+        sha = hashlib.sha1(repr(content).encode()).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha
         return sha

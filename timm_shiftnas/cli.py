@@ -19,7 +19,7 @@ from timm.data import create_loader, resolve_data_config
 from . import __version__
 from .calibration import ResizedInput, has_batch_norm
 from .complexity import format_count
-from .data import DatasetView, create_dataset
+from .data import DatasetView, create_dataset, preprocessing
 from .evaluation import evaluate
 from .hub import SavedModel, check_repo_id, from_pretrained, save_pretrained, static_counts
 from .publish import push_directory
@@ -94,9 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (info, extract, evaluate, push):
         command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
-        if command is push:
-            command.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
         command.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
+    push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
     return parser
 
 
@@ -253,7 +252,7 @@ def _loader(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any
     config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
     return create_loader(
         images, batch_size=64, use_prefetcher=False, num_workers=0,
-        **{name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
+        **preprocessing(config))
 
 
 def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:

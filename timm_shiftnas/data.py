@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from .glyphs import Glyphs
 from .pixels import PixelImages, is_training, transformed
 
-__all__ = ['BrokenImageError', 'DatasetView', 'StepBatches', 'create_dataset', 'split_held_out']
+__all__ = ['BrokenImageError', 'DatasetView', 'StepBatches', 'create_dataset', 'preprocessing', 'split_held_out']
 
 TIMM_SOURCES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # prefixes of names that are not folders or tars of images
 
@@ -274,6 +274,11 @@ def split_held_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Datas
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held_out = max(1, round(share * count))
     return DatasetView(dataset, order[held_out:].sort().values), DatasetView(dataset, order[:held_out].sort().values)
+
+
+def preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of timm's data config, what turns an image into a network's input in evaluation."""
+    return {name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
 
 
 # -- batches for probability shift -------------------------------------------------------------------------------------

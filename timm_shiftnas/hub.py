@@ -148,8 +148,8 @@ def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
     """The content of `config.json` as timm writes it, and our key."""
     # drop rates belong to a training, not to the weights: timm leaves them out too
-    args = {name: value for name, value in _model_args(net).items() if not name.endswith('drop_path_rate')}
-    args = {name: value for name, value in args.items() if not name.endswith('drop_rate')}
+    args = _model_args(net)
+    args = {name: value for name, value in args.items() if not name.endswith(('drop_rate', 'drop_path_rate'))}
     if ours['kind'] == 'supernet':
         args['space'] = net.space.unbind().to_dict()
     else:
