@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3, unwrap_model
 
+from timm_shiftnas.checkpoints import check_checkpoint
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.masks import arch_masks
 from timm_shiftnas.sampling import BudgetGroups, stream
-from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask, check_checkpoint
+from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
 
 STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
 
@@ -124,7 +125,7 @@ def test_a_group_kept_untrained_gains(fitted, shift_batches):
         optimizer.step()
         optimizer.zero_grad()
     for number in range(8):
-        task._micro_step = number * task.config.shift_interval  # other images each time
+        task._update = number * task.config.shift_interval  # other images each time
         task._update_shift()
     p = task.shift.probabilities
     assert int(p.argmax()) == 0 and float(p[0]) > .5, p

@@ -48,7 +48,7 @@ def validation():
     args.num_classes = 10
     net = timm.create_model('test_shiftmobilenet_supernet', device='meta')
     return train.create_loaders(
-        args, train.open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu'))[1]
+        args, train.open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu')).validation
 
 
 def table(folder):

@@ -5,7 +5,7 @@ ICLR 2020; AttentiveNAS, Wang et al., CVPR 2021): no labels, no gradients, secon
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .distributed import Ranks
 from .layers import resize
 from .models import extract
 from .space import Arch
@@ -168,6 +169,16 @@ class BatchNormCalibration:
     def __init__(self, loader: Iterable[Any], num_images: int = 2000) -> None:
         self.loader, self.num_images = loader, num_images
         self.statistics: dict[Arch, dict[str, Tensor]] = {}
+
+    def prepare(self, net: nn.Module, archs: Sequence[Arch], ranks: Ranks = Ranks()) -> None:
+        """Take the statistics of some archs, each in one of the processes, and give them to all."""
+        mine = ranks.share(list(dict.fromkeys(archs)))
+        for arch in mine:
+            self(net, arch)
+        # over the CPU: what arrives elsewhere is on the device of its sender
+        taken = {arch: {name: buffer.cpu() for name, buffer in self.statistics[arch].items()} for arch in mine}
+        for part in ranks.gather(taken):
+            self.statistics |= part
 
     def __call__(self, net: nn.Module, arch: Arch) -> nn.Module:
         """The extracted, calibrated subnet at an arch, for images of any size."""

@@ -1,15 +1,16 @@
 """Images: timm's datasets with clear errors, a data source of our own, the held-out split, batches for shift scores.
 
 Everything that timm reads is read by timm. Added are `sklearn/digits` (real images that need no download) and `glyphs`
-(rendered letters); an error in place of timm's silent skip where an image file is broken; and views: parts of a dataset
-that have a transform of their own, because timm's `create_loader` sets `transform` on the dataset it is given (which
-breaks `Subset`).
+(rendered letters); an error in place of timm's skip where an image file is broken, unless asked for; and views: parts
+of a dataset that have a transform of their own, because timm's `create_loader` sets `transform` on the dataset it is
+given (which breaks `Subset`).
 """
 from __future__ import annotations
 
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import tarfile
 import traceback
@@ -27,6 +28,8 @@ from .pixels import PixelImages, is_training, transformed
 
 __all__ = ['BrokenImageError', 'DatasetView', 'StepBatches', 'create_dataset', 'preprocessing', 'split_held_out']
 
+_logger = logging.getLogger('train')
+MOST_BROKEN = 50  # files in a row that `skip_broken` steps over: more are no accident
 TIMM_SOURCES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # prefixes of names that are not folders or tars of images
 
 
@@ -50,6 +53,7 @@ def create_dataset(
         root: str | os.PathLike | None,
         split: str,
         glyphs: Mapping[str, Any] | None = None,
+        skip_broken: bool = False,
         **kwargs: Any,
 ) -> Dataset:
     """A dataset by timm's name, or one of our own.
@@ -61,12 +65,14 @@ def create_dataset(
             matplotlib. Not used by 'sklearn/' names.
         split: Name of the split; timm's synonyms are understood. '' takes an image folder itself as the split.
         glyphs: `images`, `difficulty` and `pixels` of 'glyphs'; see `glyphs.Glyphs`.
+        skip_broken: In the place of an image file that cannot be read, give the next one that can, with a warning.
         **kwargs: Further arguments of `timm.data.create_dataset`; those that do not apply to a source are ignored by
             ours as they are by timm.
 
     Returns:
         A dataset of (PIL image, int target) with the attributes `transform` and `target_transform`, both `None` unless
-        given. A broken file in a folder or tar of images raises a `BrokenImageError` when it is read.
+        given. A broken file in a folder or tar of images raises a `BrokenImageError` when it is read, unless
+        `skip_broken`.
 
     Raises:
         ValueError: If the data folder or its split is missing, holds no images or fewer than two classes, if timm
@@ -103,6 +109,7 @@ def create_dataset(
         input_img_mode=dataset.input_img_mode,
         transform=dataset.transform,
         target_transform=dataset.target_transform,
+        skip_broken=skip_broken,
     )
 
 
@@ -116,19 +123,45 @@ class ImageFiles(ImageDataset):
     """timm's dataset of image files, except that a file that cannot be read is an error that names it.
 
     timm logs a warning and returns the *next* image in its place, so what is trained on would change without notice.
+
+    Args:
+        *args, **kwargs: As for `timm.data.ImageDataset`.
+        skip_broken: Do as timm does, and name the file.
     """
 
+    def __init__(self, *args: Any, skip_broken: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_broken = skip_broken
+        self._warned: set[int] = set()  # of this process: every worker warns once of each file
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        for tried in range(MOST_BROKEN if self.skip_broken else 1):
+            position = index if tried == 0 else (index + tried) % len(self)
+            try:
+                image, target = self._read(position)
+                break
+            except BrokenImageError as error:
+                broken = error
+                if self.skip_broken and position not in self._warned:
+                    self._warned.add(position)
+                    _logger.warning(f'{str(broken).partition(";")[0]}; the next image takes its place')
+        else:
+            tried = f'; {MOST_BROKEN} in a row cannot be read' if self.skip_broken else ''
+            raise BrokenImageError(f'{broken}{tried}') from broken
+        return transformed(self, image, target)
+
+    def _read(self, index: int) -> tuple[Any, int]:
         path = self.filename(index, absolute=True)
         try:
             file, target = self.reader[index]
             with file:
-                image = file.read() if self.load_bytes else self._decode(file)
+                return file.read() if self.load_bytes else self._decode(file), target
         except Exception as error:  # what decoders raise: OSError, SyntaxError, struct.error, IndexError, ...
             unknown = isinstance(error, UnidentifiedImageError)
             reason = 'it is in no known image format' if unknown else _one_line(error) or type(error).__name__
-            raise BrokenImageError(f'cannot read the image {path!r} ({reason}); repair or remove it') from error
-        return transformed(self, image, target)
+            raise BrokenImageError(
+                f'cannot read the image {path!r} ({reason}); repair or remove it, or train with --skip-broken-images'
+            ) from error
 
     def _decode(self, file: Any) -> Image.Image:
         image = Image.open(file)

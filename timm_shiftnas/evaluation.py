@@ -1,4 +1,8 @@
-"""Accuracy of subnets, and the two ways to pick one for a budget: the generator, or a search over sampled archs."""
+"""Accuracy of subnets, and the two ways to pick one for a budget: the generator, or a search over sampled archs.
+
+Several processes evaluate a table by parts of the images and calibrate or search by subnets; all get the same figures,
+which are those of one process.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -6,15 +10,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.utils import AverageMeter, accuracy
 from torch import nn
 
 from . import complexity
 from .calibration import BatchNormCalibration, has_batch_norm
+from .distributed import Ranks
 from .generator import ArchitectureGenerator
 from .models import Subnet
 from .sampling import BudgetGroups, stream
 from .space import Arch, SearchSpace
+from .task import ClassificationEvaluator, evaluation_sample_limit
 
 __all__ = ['evaluate', 'evaluate_budgets', 'search_archs']
 
@@ -31,15 +36,20 @@ def evaluate(
         device: torch.device,
         autocast: AbstractContextManager | None = None,
         channels_last: bool = False,
+        distributed: bool = False,
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back.
+
+    Args:
+        distributed: The loader gives each process a part of the images, as timm's do.
 
     Raises:
         ValueError: If `model` is a view of a supernet with BatchNorm, whose running statistics are not the view's own.
     """
     if isinstance(model, Subnet) and has_batch_norm(model):
         raise ValueError(_UNCALIBRATED)
-    top1, top5 = AverageMeter(), AverageMeter()
+    # the loaders of several processes are filled up with images that others have too
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
     training = model.training
     model.eval()
     try:
@@ -49,12 +59,11 @@ def evaluate(
                 images = images.contiguous(memory_format=torch.channels_last)
             with autocast or nullcontext():
                 logits = model(images)
-            acc1, acc5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[-1])))
-            top1.update(float(acc1), len(targets))
-            top5.update(float(acc5), len(targets))
+            evaluator.update(logits, targets)
     finally:
         model.train(training)
-    return top1.avg, top5.avg
+    metrics = evaluator.compute(distributed)
+    return metrics['top1'], metrics['top5']
 
 
 def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None) -> nn.Module:
@@ -80,6 +89,7 @@ def search_archs(
         device: torch.device,
         seed: int = 0,
         calibration: BatchNormCalibration | None = None,
+        ranks: Ranks = Ranks(),
         **kwargs: Any,
 ) -> list[Arch]:
     """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
@@ -94,6 +104,7 @@ def search_archs(
         loader: Held-out images and class indices.
         seed: Of the candidates.
         calibration: Gives candidates their BatchNorm statistics, where there is BatchNorm.
+        ranks: The processes that share the candidates; each has a loader of all images.
         **kwargs: As for `evaluate`.
     """
     noise = stream(seed, 'search', 0)
@@ -106,8 +117,11 @@ def search_archs(
         if len(candidates) < samples:
             drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
             candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
-        best.append(max(list(candidates)[:samples], key=lambda arch: (
-            evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0], complexity.macs(space, arch))))
+        tried = list(candidates)[:samples]
+        mine = {arch: evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0]
+                for arch in ranks.share(tried)}
+        top1 = {arch: value for part in ranks.gather(mine) for arch, value in part.items()}
+        best.append(max(tried, key=lambda arch: (top1[arch], complexity.macs(space, arch))))
     return best
 
 
@@ -118,6 +132,7 @@ def evaluate_budgets(
         loader: Loader,
         device: torch.device,
         calibration: BatchNormCalibration | None = None,
+        ranks: Ranks = Ranks(),
         **kwargs: Any,
 ) -> list[dict[str, Any]]:
     """Rows of the budget table: the smallest subnet, one subnet for every group, and the largest.
@@ -128,6 +143,7 @@ def evaluate_budgets(
         archs: The K archs that serve them.
         loader: Images and class indices.
         calibration: Gives subnets their BatchNorm statistics, where there is BatchNorm.
+        ranks: The processes that share the images: each has a loader of its part, and calibrates its share of subnets.
         **kwargs: As for `evaluate`.
 
     Raises:
@@ -140,11 +156,14 @@ def evaluate_budgets(
     named = [('smallest', None, space.smallest)]
     named += [(f'group {k + 1}', budget, arch) for k, (budget, arch) in enumerate(zip(groups.budgets, archs))]
     named += [('largest', None, space.largest)]
+    if calibration is not None:
+        calibration.prepare(net, [arch for _, _, arch in named], ranks)
     accuracies: dict[Arch, tuple[float, float]] = {}
     rows = []
     for name, budget, arch in named:
         if arch not in accuracies:
-            accuracies[arch] = evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)
+            accuracies[arch] = evaluate(
+                at_arch(net, arch, calibration), loader, device, distributed=ranks.size > 1, **kwargs)
         top1, top5 = accuracies[arch]
         rows.append(dict(
             name=name, budget=budget, macs=complexity.macs(space, arch), params=complexity.params(space, arch),

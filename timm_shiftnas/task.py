@@ -3,26 +3,27 @@
 One arch per micro-batch: a budget group k ~ P, a budget uniform in it, an arch from the generator. Beside the
 supernet's own step, every `generator_interval` updates the generator takes a step on the task loss and the resource
 term, and every `shift_interval` updates the probability shift reads its signal. Everything drawn is a function of
-(seed, step).
+(seed, step), so that the processes of a distributed run draw alike, and what is learned is summed over them.
 
-The only module that imports `timm.task`.
+The only module beside `patch` that imports `timm.task`.
 """
 from __future__ import annotations
 
-import pickle
-from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import (
+    ClassificationEvaluator, ClassificationTask, DistillationTeacher, evaluation_sample_limit, load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .distributed import Ranks
 from .generator import ArchitectureGenerator
 from .masks import arch_masks
 from .sampling import ESTIMATORS, BudgetGroups, ProbabilityShift, frozen, stream
@@ -30,7 +31,8 @@ from .sampling.estimators import full_precision
 from .space import Arch, SearchSpace
 
 __all__ = [
-    'ShiftNASConfig', 'ShiftNASTask', 'check_checkpoint', 'load_task_ema_checkpoint', 'resume_task_checkpoint',
+    'ClassificationEvaluator', 'ShiftNASConfig', 'ShiftNASTask', 'Teacher', 'check_same_space',
+    'evaluation_sample_limit', 'load_task_ema_checkpoint', 'resume_task_checkpoint',
 ]
 
 Batch = tuple[Tensor, Tensor]
@@ -46,6 +48,13 @@ class ShiftNASConfig:
         sampler: 'shiftnas', or 'uniform' for the baseline (archs uniform, nothing learned).
         archs_per_step: Archs that a micro-batch trains; its loss is the mean of theirs.
         sandwich: Two of them are the largest and the smallest (Yu & Huang, Universally Slimmable Networks, ICCV 2019).
+        inplace_distillation: Of a sandwich, only the largest learns from the targets; the others learn from its
+            probabilities (the same paper; BigNAS, Yu et al., ECCV 2020).
+        arch_per_rank: In a distributed run, every process trains archs of its own, whose gradients are averaged;
+            otherwise all train the same ones on images of their own.
+        task_loss_weight: With a teacher, weight of the loss on the targets.
+        distill_loss_weight: Weight of the divergence from the teacher.
+        temperature: Of the softmax of both in that divergence, which counts by its square (Hinton et al., 2015).
         warmup_sampler: During warm-up, archs from the 'generator' at uniform P, or 'uniform' (the paper's first step).
         warmup_updates: Length of the warm-up, in which P stays uniform.
         total_updates: Length of the training; the Gumbel temperature falls over it.
@@ -57,17 +66,22 @@ class ShiftNASConfig:
         shift_floor: Share of probability spread evenly over the groups.
         shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
         generator_interval: Updates between two steps of the generator; 0 leaves it as it was fitted.
-        generator_images: Images of a micro-batch that the generator's task loss sees.
+        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes.
         generator_lr: Learning rate of the generator (Adam).
         resource_weight: Weight of the resource term beside the task loss (lambda).
         resource_batch: Budgets in the resource term.
         tau: Gumbel temperature at the first and at the last update.
-        accum_steps: Micro-batches per update.
+        accum_steps: Micro-batches per update; `None` if that is not known: then `end_update()` tells.
         seed: Of everything that is drawn.
     """
     sampler: str = 'shiftnas'
     archs_per_step: int = 1
     sandwich: bool = False
+    inplace_distillation: bool = False
+    arch_per_rank: bool = False
+    task_loss_weight: float = 1.
+    distill_loss_weight: float = 1.
+    temperature: float = 4.
     warmup_sampler: str = 'generator'
     warmup_updates: int = 0
     total_updates: int = 1
@@ -84,7 +98,7 @@ class ShiftNASConfig:
     resource_weight: float = 1000.
     resource_batch: int = 64
     tau: tuple[float, float] = (1., .3)
-    accum_steps: int = 1
+    accum_steps: int | None = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,24 +107,73 @@ class ShiftNASConfig:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {allowed}')
         for name in ('archs_per_step', 'total_updates', 'shift_interval', 'generator_images', 'resource_batch',
                      'accum_steps'):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if not self.temperature > 0:
+            raise ValueError(f'temperature={self.temperature} must be positive, such as 4')
         if self.generator_interval < 0:
             raise ValueError(f'generator_interval={self.generator_interval} must be at least 1, or 0 for never')
         if self.sandwich and self.archs_per_step < 3:
             raise ValueError(
                 f'archs_per_step={self.archs_per_step} leaves a sandwich without filling: the largest and the smallest '
                 'arch are two of them; give 3 or more, such as 4')
+        if self.inplace_distillation and not self.sandwich:
+            raise ValueError(
+                'inplace_distillation needs the largest arch in every step, to learn from; give sandwich=True too, and '
+                'archs_per_step=4')
         if self.group_weights is not None and (self.shift != 'none' or self.sampler != 'shiftnas'):
             raise ValueError(
                 f"group_weights={self.group_weights} fix P, which needs sampler='shiftnas' and shift='none', not "
                 f'{self.sampler!r} and {self.shift!r}')
 
 
+class Teacher:
+    """Logits of another network for the images of a supernet's batches: timm's teacher, behind one call.
+
+    Args:
+        model: A name that timm can create with pretrained weights, or a network.
+        net: The supernet: gives classes and channels.
+        mean, std: What the images were normalised with.
+        path: File of the teacher's weights, instead of published ones.
+
+    Raises:
+        ValueError: If timm cannot create it.
+    """
+
+    def __init__(self, model: str | nn.Module, net: nn.Module, *, mean: Sequence[float], std: Sequence[float],
+                 path: str | None = None, device: torch.device | None = None) -> None:
+        try:
+            self.teacher = DistillationTeacher(
+                model, num_classes=net.num_classes, in_chans=net.in_chans, pretrained_path=path, device=device)
+        except RuntimeError as error:  # unknown names, weights of another shape
+            raise ValueError(f'cannot create the teacher {model!r}: {" ".join(str(error).split())}') from None
+        self.teacher.to(device).requires_grad_(False)
+        self.mean, self.std = (
+            torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
+
+
+class EveryArch(nn.Module):
+    """A supernet that runs several archs in one call: DDP allows one forward call before each backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, archs: Arch | Sequence[Arch] | None = None) -> Tensor | list[Tensor]:
+        if isinstance(archs, Sequence):
+            return [self.module(x, arch) for arch in archs]
+        return self.module(x, archs)
+
+
 class ShiftNASTask(ClassificationTask):
     """Train a supernet by ShiftNAS: `task(input, target)['loss'].backward()` as with any task of timm.
 
     The generator stays on the CPU and has its own optimizer; the task owns both. It counts micro-batches itself.
+    `loop_state` is kept in checkpoints for the loop around the task: plain values and tensors.
 
     Args:
         model: A supernet.
@@ -119,7 +182,8 @@ class ShiftNASTask(ClassificationTask):
         generator: The generator, usually already fitted to the resource constraint.
         groups: Budget groups.
         shift_batches: `shift_batches(n)` gives the (images, targets) pairs from training and from held-out data of the
-            n-th shift, without mixup; needed unless `shift` is 'none'.
+            n-th shift, without mixup; needed unless `shift` is 'none'. The same in every process.
+        teacher: `teacher(images)` gives the logits that archs learn from beside the targets.
 
     Raises:
         ValueError: If `shift_batches` is missing or the parts belong to different spaces.
@@ -135,6 +199,7 @@ class ShiftNASTask(ClassificationTask):
             generator: ArchitectureGenerator,
             groups: BudgetGroups,
             shift_batches: ShiftBatches | None = None,
+            teacher: Callable[[Tensor], Tensor] | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -148,12 +213,17 @@ class ShiftNASTask(ClassificationTask):
                 f"shift={config.shift!r} needs shift_batches (training and held-out images); give them or shift='none'")
         self.config, self.groups, self._shift_batches = config, groups, shift_batches
         self._generator = [generator]  # in a list: the supernet's optimizer and `.to(device)` leave it alone
+        self._teacher = teacher
+        self.ranks = Ranks()
+        self.loop_state: dict[str, Any] = {}
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
         self.shift = ProbabilityShift(
             len(groups), 'none' if config.sampler == 'uniform' else config.shift,
             lr=config.shift_lr, momentum=config.shift_momentum, floor=config.shift_floor, weights=config.group_weights)
         self.history: list[tuple[int, list[float]]] = [(0, self.shift.probabilities.tolist())]
-        self._micro_step = 0
+        self._update = 0  # updates that have been done
+        self._micro = 0  # micro-batches since
+        self._micro_step = 0  # where the streams that archs are drawn from stand
         self._archs: deque[Arch] = deque()
         self._held_out_loss: Tensor | None = None
         self._held_out: Batch | None = None
@@ -165,18 +235,19 @@ class ShiftNASTask(ClassificationTask):
     @property
     def update(self) -> int:
         """Index of the optimizer update that the next micro-batch belongs to."""
-        return self._micro_step // self.config.accum_steps
+        return self._update
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> ShiftNASTask:
-        """As timm's; a single path leaves weights without a gradient, which DDP must be told.
-
-        Raises:
-            ValueError: With several archs per step, each of which would be a forward pass of its own.
-        """
-        if self.config.archs_per_step > 1:
-            raise ValueError(
-                f'archs_per_step={self.config.archs_per_step} needs one process; give archs_per_step=1 with several')
+        """As timm's; archs leave weights without a gradient, which DDP must be told."""
+        self.ranks = Ranks.current(self.device)
+        # equal already, unless the machines round differently
+        self.generator.load_state_dict(self.ranks.gather(self.generator.state_dict())[0])
+        self.trainable_module = EveryArch(self.trainable_module)
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """As timm's, for sizes that change: a graph serves all widths of a depth."""
+        return super().compile(backend, mode, **dict(dict(dynamic=True), **compile_kwargs))
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """Loss and logits of the archs that are due.
@@ -188,36 +259,66 @@ class ShiftNASTask(ClassificationTask):
         Returns:
             'loss', 'archs' (a tuple) and 'output' (the logits of the first of them).
         """
-        if self._micro_step % self.config.accum_steps == 0:
+        if self._micro == 0:
             self._learn_to_draw(input, target)
         archs = self._next_archs()
+        self._micro += 1
         self._micro_step += 1
-        outputs = [self.trainable_module(input, arch) for arch in archs]
-        loss = sum(self.criterion(output, target) for output in outputs) / len(outputs)
-        return dict(loss=loss, output=outputs[0], archs=archs)
+        if self.config.accum_steps is not None and self._micro == self.config.accum_steps:
+            self.end_update()
+        outputs = self._run(input, archs)
+        losses = self._losses(outputs, input, target)
+        return dict(loss=sum(losses) / len(losses), output=outputs[0], archs=archs)
 
     def end_update(self) -> None:
         """Tell that the optimizer has stepped; only needed where an update may have fewer micro-batches than others."""
-        self._micro_step = -(-self._micro_step // self.config.accum_steps) * self.config.accum_steps
+        if self._micro:
+            self._update, self._micro = self._update + 1, 0
+            if self.config.accum_steps is not None:
+                self._micro_step = self._update * self.config.accum_steps
+
+    def _run(self, input: Tensor, archs: tuple[Arch, ...]) -> list[Tensor]:
+        if isinstance(self.trainable_module, nn.parallel.DistributedDataParallel):
+            return self.trainable_module(input, archs)
+        return [self.trainable_module(input, arch) for arch in archs]
+
+    def _losses(self, outputs: list[Tensor], input: Tensor, target: Tensor) -> list[Tensor]:
+        """What each arch learns from: the targets, and the teacher or, in place of both, the largest arch."""
+        config = self.config
+        logits = None if self._teacher is None else self._teacher(input)
+        losses = []
+        for output in outputs:
+            if losses and config.inplace_distillation:
+                losses.append(divergence(output, outputs[0].detach()))
+                continue
+            loss = self.criterion(output, target)
+            if logits is not None:
+                loss = config.task_loss_weight * loss + config.distill_loss_weight * divergence(
+                    output, logits, config.temperature)
+            losses.append(loss)
+        return losses
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def _next_archs(self) -> tuple[Arch, ...]:
         config = self.config
         ends = (self.space.largest, self.space.smallest) if config.sandwich else ()
-        drawn = config.archs_per_step - len(ends)
+        each = config.archs_per_step - len(ends)
+        # what all processes train is drawn by all of them, so that they stay alike
+        ranks = self.ranks if config.arch_per_rank else Ranks()
+        drawn = each * ranks.size
         warmup = self.update < config.warmup_updates
         if config.sampler == 'uniform' or (warmup and config.warmup_sampler == 'uniform'):
             self._archs.clear()
             noise = stream(config.seed, 'arch', self._micro_step)
-            return (*ends, *(self.space.sample(noise) for _ in range(drawn)))
+            return (*ends, *ranks.share([self.space.sample(noise) for _ in range(drawn)]))
         if not self._archs:
             # The generator changes every generator_interval updates at most: until then, archs come in one batch.
             noise = stream(config.seed, 'arch', self._micro_step)
-            count = (config.generator_interval or STEPS_DRAWN) * config.accum_steps * drawn
+            count = (config.generator_interval or STEPS_DRAWN) * (config.accum_steps or 1) * drawn
             budgets = self.groups.draw(self.shift.probabilities, count, noise)
             self._archs.extend(self.generator.sample(budgets, noise))
-        return (*ends, *(self._archs.popleft() for _ in range(drawn)))
+        return (*ends, *ranks.share([self._archs.popleft() for _ in range(drawn)]))
 
     def _learn_to_draw(self, input: Tensor, target: Tensor) -> None:
         """The steps of the generator and of the shift that are due before this update."""
@@ -225,11 +326,18 @@ class ShiftNASTask(ClassificationTask):
         if config.sampler == 'uniform':
             return
         if config.generator_interval and update % config.generator_interval == 0:
-            self._update_generator(input[:config.generator_images], target[:config.generator_images])
+            images = -(-config.generator_images // self.ranks.size)
+            self._update_generator(input[:images], target[:images])
             self._archs.clear()
-        if config.shift != 'none' and update and update % config.shift_interval == 0:
+        if self._shift_is_due:
             self._update_shift()
             self._archs.clear()
+
+    @property
+    def _shift_is_due(self) -> bool:
+        config = self.config
+        return (config.sampler == 'shiftnas' and config.shift != 'none' and self._micro == 0
+                and self.update > 0 and self.update % config.shift_interval == 0)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -253,6 +361,7 @@ class ShiftNASTask(ClassificationTask):
             loss = task_loss.cpu() + config.resource_weight * resource
             parameters = list(generator.parameters())
             gradients = torch.autograd.grad(loss, parameters)
+        self.ranks.mean_(gradients)
         if all(bool(gradient.isfinite().all()) for gradient in gradients):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
@@ -280,7 +389,7 @@ class ShiftNASTask(ClassificationTask):
             images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             return F.cross_entropy(net(images, arch), targets)
 
-        options = {}
+        options: dict[str, Any] = dict(ranks=self.ranks)
         if self.config.shift == 'hypergradient':
             options['epsilon'] = self.config.shift_epsilon
             groups, count = len(archs), len(held_out[1])
@@ -307,7 +416,8 @@ class ShiftNASTask(ClassificationTask):
         if ema:
             return {}
         return dict(
-            space=self.space.to_dict(), edges=list(self.groups.edges), micro_step=self._micro_step,
+            space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
+            micro_step=self._micro_step, loop=self.loop_state,
             generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
             shift=self.shift.state_dict(), held_out_loss=self._held_out_loss, held_out=self._held_out,
             archs=[arch.to_dict() for arch in self._archs], history=[[step, list(p)] for step, p in self.history])
@@ -329,10 +439,19 @@ class ShiftNASTask(ClassificationTask):
         self.shift.load_state_dict(state['shift'])
         self.generator.load_state_dict(state['generator'])
         self._optimizer.load_state_dict(state['generator_optimizer'])
-        self._micro_step, self._held_out_loss = state['micro_step'], state['held_out_loss']
+        self._update, self._micro, self._micro_step = state['update'], 0, state['micro_step']
+        self._held_out_loss, self.loop_state = state['held_out_loss'], state['loop']
         self._held_out = state['held_out']
         self._archs = deque(self.space.from_dict(arch) for arch in state['archs'])
         self.history = [(step, list(p)) for step, p in state['history']]
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tensor:
+    """Mean over the batch of KL(teacher || student) at a temperature, times its square; of logits [B, classes]."""
+    loss = F.kl_div(
+        (logits.float() / temperature).log_softmax(-1), (teacher.float() / temperature).log_softmax(-1),
+        reduction='batchmean', log_target=True)
+    return loss * temperature ** 2
 
 
 def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:
@@ -344,28 +463,3 @@ def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:
             raise ValueError(
                 f'the checkpoint is of another search space: its {name} is {theirs.get(name)}, here it is {value}; '
                 'resume with the same --model and model flags')
-
-
-def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
-    """Refuse a file that cannot be resumed from before anything is loaded into a model.
-
-    Returns:
-        The flags of the run that wrote it (empty if it holds none).
-
-    Raises:
-        ValueError: If the file is missing or broken, no checkpoint of this task, or of another search space.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f'no checkpoint at {str(path)!r}; give a file such as output/NAME/last.pth.tar')
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f'cannot read the checkpoint {str(path)!r} ({str(error).splitlines()[0]}); '
-            'give a file such as output/NAME/last.pth.tar') from None
-    if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
-        raise ValueError(
-            f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
-    check_same_space(checkpoint['task_state'], space)
-    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}

@@ -2,6 +2,8 @@
 
 `loss(arch, batch)` is plain cross-entropy of one subnet; every estimator sees the same images for all groups. Weights,
 `.grad`, buffers, modes and random states are exactly as before when an estimator returns.
+
+Several processes split the groups among them: all see the same images, and return the same scores as one would.
 """
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..distributed import Ranks
 from ..space import Arch
 
 __all__ = ['ESTIMATORS', 'frozen', 'full_precision', 'gradient_norm', 'held_out_loss', 'hypergradient']
@@ -65,6 +68,7 @@ def hypergradient(
         train: Any,
         held_out: Any,
         epsilon: float = 1e-3,
+        ranks: Ranks = Ranks(),
 ) -> Tensor:
     """How much held-out loss one gradient step on each group saves, per unit of learning rate.
 
@@ -83,6 +87,7 @@ def hypergradient(
         train: Training batch.
         held_out: Held-out batch, or a list of K batches, one for each group.
         epsilon: Length of the step along g, in units of weights.
+        ranks: The processes that share the work.
 
     Returns:
         Scores [K], float64.
@@ -90,8 +95,9 @@ def hypergradient(
     parameters = [p for p in net.parameters() if p.requires_grad]
     direction = [torch.zeros_like(p) for p in parameters]
     seen = held_out if isinstance(held_out, list) else [held_out] * len(archs)
-    for arch, batch in zip(archs, seen):
+    for arch, batch in ranks.share(list(zip(archs, seen))):
         torch._foreach_add_(direction, gradient(loss(arch, batch) / len(archs), parameters))
+    ranks.sum_(direction)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)).double())
     step = epsilon / float(norm) if float(norm) > 0 else 0.
     if step == 0:
@@ -103,29 +109,54 @@ def hypergradient(
         try:
             for sign in (1, -1):
                 torch._foreach_copy_(parameters, torch._foreach_add(weights, direction, alpha=sign * step))
-                losses.append(torch.stack([loss(arch, train).double() for arch in archs]))
+                losses.append(_by_group(archs, lambda arch: loss(arch, train), ranks))
         finally:
             torch._foreach_copy_(parameters, weights)
-        return ((losses[0] - losses[1]) / (2 * step)).cpu()
+        return (losses[0] - losses[1]) / (2 * step)
 
 
-def gradient_norm(net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any) -> Tensor:
+def gradient_norm(
+        net: nn.Module,
+        loss: Loss,
+        archs: Sequence[Arch],
+        train: Any,
+        held_out: Any,
+        ranks: Ranks = Ranks(),
+) -> Tensor:
     """Norm of each group's held-out gradient over the square root of the number of weights it reaches; [K], float64."""
     parameters = [p for p in net.parameters() if p.requires_grad]
-    scores = []
-    for arch in archs:
+
+    def score(arch: Arch) -> Tensor:
         gradients = [g for g in torch.autograd.grad(loss(arch, held_out), parameters, allow_unused=True)
                      if g is not None]
         size = sum(int((g != 0).sum()) for g in gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).double())
-        scores.append(norm.cpu() / max(size, 1) ** 0.5)
-    return torch.stack(scores)
+        return norm / max(size, 1) ** 0.5
+
+    return _by_group(archs, score, ranks)
 
 
-def held_out_loss(net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any) -> Tensor:
+def held_out_loss(
+        net: nn.Module,
+        loss: Loss,
+        archs: Sequence[Arch],
+        train: Any,
+        held_out: Any,
+        ranks: Ranks = Ranks(),
+) -> Tensor:
     """Held-out loss of each group, [K], float64; 'variation' is its relative change from update to update."""
     with torch.no_grad():
-        return torch.stack([loss(arch, held_out).double() for arch in archs]).cpu()
+        return _by_group(archs, lambda arch: loss(arch, held_out), ranks)
+
+
+def _by_group(archs: Sequence[Arch], score: Callable[[Arch], Tensor], ranks: Ranks) -> Tensor:
+    """One number for each arch, [K], float64 on the CPU, each computed by one of the processes."""
+    mine = [score(arch).double() for arch in ranks.share(archs)]
+    scores = torch.zeros(len(archs), dtype=torch.float64)
+    if mine:
+        scores[ranks.rank::ranks.size] = torch.stack(mine).cpu()
+    ranks.sum_([scores])
+    return scores
 
 
 # what each signal measures; `task` turns losses into their relative change for 'variation'

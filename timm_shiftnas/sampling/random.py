@@ -5,10 +5,15 @@ import hashlib
 
 import torch
 
-__all__ = ['stream']
+__all__ = ['stream', 'stream_seed']
+
+
+def stream_seed(seed: int, purpose: str, step: int) -> int:
+    """A seed, 0 to 2**63 - 1, for one purpose at one step; different arguments give unrelated ones."""
+    digest = hashlib.blake2b(f'{seed}/{purpose}/{step}'.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
 
 
 def stream(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A CPU generator for one purpose at one step; different arguments give unrelated numbers."""
-    digest = hashlib.blake2b(f'{seed}/{purpose}/{step}'.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+    """A CPU generator for one purpose at one step."""
+    return torch.Generator().manual_seed(stream_seed(seed, purpose, step))

@@ -1,0 +1,132 @@
+"""Checkpoints of a training that survive what happens to trainings: kills, full disks, files that lose a bit.
+
+timm's `CheckpointSaver` writes them. Added are tries that may fail, and a look at what is there: the newest checkpoint
+that is whole.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from .files import is_whole_zip
+from .space import SearchSpace
+from .task import check_same_space
+
+__all__ = ['Checkpoints', 'check_checkpoint', 'newest_checkpoint', 'position']
+
+_logger = logging.getLogger('train')
+SUFFIX = '.pth.tar'
+
+
+class Checkpoints:
+    """The checkpoints of a run in its folder; only one process of a run has them.
+
+    Args:
+        saver: timm's saver, with the run's folder.
+
+    Attributes:
+        failure: What kept the last try from being written, or `None`.
+    """
+
+    def __init__(self, saver: CheckpointSaver) -> None:
+        self.saver = saver
+        self.folder = Path(saver.checkpoint_dir)
+        self.failure: Exception | None = None
+        found = sorted(self.folder.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
+        saver.prev_recovery_file, saver.curr_recovery_file = ['', '', *map(str, found)][-2:]
+        self._temporaries = [self.folder / f'{name}{SUFFIX}' for name in ('tmp', 'recovery_tmp')]
+        self._remove_temporaries()  # of a run that was killed while it wrote
+
+    def save(self, epoch: int, metric: float | None) -> None:
+        """Write the end of an epoch, ranked by `metric`."""
+        with self._trying():
+            self.saver.save_checkpoint(epoch, metric=metric)
+
+    def save_recovery(self, epoch: int, update: int) -> None:
+        """Write the middle of an epoch; the two newest of these are kept."""
+        with self._trying():
+            self.saver.save_recovery(epoch, update)
+
+    def finish(self) -> None:
+        """Remove the recovery files of a run that is done."""
+        for path in (self.saver.prev_recovery_file, self.saver.curr_recovery_file):
+            if path and self.failure is None:
+                Path(path).unlink(missing_ok=True)
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Go on without a checkpoint that cannot be written: the disk may have room again at the next one."""
+        try:
+            yield
+            self.failure = None
+        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own kind
+            self.failure = error
+            self._remove_temporaries()
+            newest = newest_checkpoint(self.folder)
+            kept = f'{newest} is kept' if newest else 'there is none yet'
+            _logger.error(
+                f'cannot write a checkpoint ({" ".join(str(error).split())[:200]}); {kept}. The training goes on; make '
+                f'room in {self.folder}')
+
+    def _remove_temporaries(self) -> None:
+        for path in self._temporaries:
+            path.unlink(missing_ok=True)
+
+
+def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Where to go on: the epoch, and how many of its batches have been trained on."""
+    loop = checkpoint.get('task_state', {}).get('loop') or {}
+    if 'epoch' in loop:
+        return loop['epoch'], loop['batch']
+    return checkpoint.get('epoch', -1) + 1, 0  # of another loop: what it saves are ends of epochs
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """Of the checkpoints in a folder, the one that is furthest in training and whole; others are told in the log."""
+    found = []
+    for path in Path(folder).glob(f'*{SUFFIX}'):
+        if path.name in (f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}'):
+            continue
+        try:
+            # equally far ones are links to one file, or written one after the other
+            found.append((*position(load_checkpoint_metadata(str(path))), path.stat().st_mtime, path))
+        except Exception as error:  # what a broken file makes torch raise: RuntimeError, EOFError, KeyError, ...
+            _logger.warning(f'cannot read the checkpoint {path} ({" ".join(str(error).split())[:120]})')
+    for *_, path in sorted(found, reverse=True):
+        if is_whole_zip(path):
+            return path
+        _logger.warning(f'the checkpoint {path} is corrupt; falling back to the one before it')
+    return None
+
+
+def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
+    """Refuse a file that cannot be resumed from before anything is loaded into a model.
+
+    Returns:
+        The flags of the run that wrote it (empty if it holds none).
+
+    Raises:
+        ValueError: If the file is missing or corrupt, no checkpoint of this task, or of another search space.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'no checkpoint at {str(path)!r}; give a file such as output/NAME/last.pth.tar')
+    hint = 'give another one of its folder, or --resume auto with the --experiment of the run'
+    try:
+        checkpoint = load_checkpoint_metadata(str(path))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f'cannot read the checkpoint {str(path)!r} ({str(error).splitlines()[0]}); {hint}') from None
+    if not is_whole_zip(path):
+        raise ValueError(f'the checkpoint {str(path)!r} is corrupt: parts have not the checksum they had; {hint}')
+    if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
+        raise ValueError(
+            f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
+    check_same_space(checkpoint['task_state'], space)
+    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}

@@ -1,0 +1,78 @@
+"""The processes that train one network together, as torch.distributed has them; alone, nothing is communicated.
+
+What is learned about drawing archs (the generator, P) has no place in `DistributedDataParallel`: it is the same
+everywhere because every process draws from the same streams and learns from sums over all of them.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ['Ranks']
+
+Item = TypeVar('Item')
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Args:
+        rank: Number of this process.
+        size: How many there are.
+        device: Where tensors are exchanged: what the backend takes.
+    """
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device('cpu')
+
+    @classmethod
+    def current(cls, device: torch.device | str = 'cpu') -> Ranks:
+        """The default process group; a single process where there is none.
+
+        Args:
+            device: The accelerator of this process, for backends that exchange nothing else (nccl).
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        exchanged_on = 'cpu' if dist.get_backend() in ('gloo', 'mpi') else device
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(exchanged_on))
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that are this process' to work on: every `size`-th."""
+        return items[self.rank::self.size]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, which is the same in all of them, bit for bit."""
+        if self.size == 1:
+            return
+        # in one message, and in one precision: these are few or small
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
+        dist.all_reduce(flat)
+        with torch.no_grad():
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes."""
+        self.sum_(tensors)
+        if self.size > 1:
+            torch._foreach_div_(list(tensors), self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks; picklable, and few."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values

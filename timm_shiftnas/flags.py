@@ -1,0 +1,339 @@
+"""The flags of `train.py`: timm's, ours, and files of them."""
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from . import __version__
+from .hub import check_repo_id
+from .task import ShiftNASConfig
+
+__all__ = ['build_parser', 'parse_args', 'training_facts']
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags: timm's under timm's names and meanings (`docs/training.md` has the table), and ours."""
+    parser = argparse.ArgumentParser(
+        description='Train a supernet with ShiftNAS, with the flags of timm\'s training script.')
+    add = parser.add_argument
+    add('-c', '--config', metavar='FILE', help='YAML file of defaults for these flags; flags on the command line win')
+    add('--traceback', action='store_true', help='show the whole traceback of an error')
+
+    group = parser.add_argument_group('data')
+    add = group.add_argument
+    add('data', nargs='?', metavar='DIR', help='path to the dataset (positional form of --data-dir)')
+    add('--data-dir', metavar='DIR', help='path to the dataset: DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE')
+    add('--dataset', default='', metavar='NAME', help="dataset type and name as in timm, 'sklearn/digits' or 'glyphs'")
+    add('--train-split', default='train', metavar='NAME')
+    add('--val-split', default='validation', metavar='NAME')
+    add('--train-num-samples', type=int, metavar='N', help='images of a training set that is streamed (wds/)')
+    add('--val-num-samples', type=int, metavar='N', help='images of a validation set that is streamed')
+    add('--epoch-repeats', type=float, default=0., metavar='N', help='times that an epoch reads a streamed set')
+    add('--dataset-download', action='store_true', help='allow the download of torch/ and hfds/ datasets')
+    add('--dataset-trust-remote-code', action='store_true', help='allow hfds/ datasets to run code of their own')
+    add('--input-key', metavar='NAME', help='key of the image in hfds/ and wds/ datasets')
+    add('--target-key', metavar='NAME', help='key of the target')
+    add('--class-map', default='', metavar='FILE', help='class to index mapping file')
+    add('--glyph-images', type=int, default=12_000, metavar='N', help='training images of --dataset glyphs')
+    add('--glyph-difficulty', type=float, default=0.5, metavar='X', help='from 0 (upright, clean) to 1')
+    add('--glyph-pixels', type=int, default=32, metavar='N', help='height and width that glyphs are rendered at')
+    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (RGB, or L for one channel)')
+    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('--skip-broken-images', action='store_true',
+        help='in the place of an image that cannot be read, take the next one, with a warning')
+    add('--pin-mem', action='store_true', help='pin CPU memory in the data loaders')
+    add('--no-prefetcher', action='store_true', help='normalise and erase in the workers instead of on the device')
+
+    group = parser.add_argument_group('model')
+    add = group.add_argument
+    add('--model', default='shiftformer_tiny_supernet', metavar='NAME', help='a supernet of timm_shiftnas')
+    add('--pretrained', action='store_true', help='start from the published weights of the model')
+    add('--pretrained-path', metavar='FILE', help='start from these weights, adapted as published ones are')
+    add('--initial-checkpoint', default='', metavar='FILE', help='start from this checkpoint, taken as it is')
+    add('--resume', default='', metavar='FILE',
+        help="go on from a checkpoint, in the middle of an epoch too; 'auto': from the newest of --experiment, if any")
+    add('--no-resume-opt', action='store_true', help='do not resume the optimizer')
+    add('--num-classes', type=int, metavar='N', help='classes (default: as many as the dataset has)')
+    add('--gp', metavar='POOL', help='global pooling of the model')
+    add('--img-size', type=int, metavar='N', help='image size (default: the model\'s)')
+    add('--in-chans', type=int, metavar='N', help='image channels (default: 3)')
+    add('--input-size', nargs=3, type=int, metavar='N', help='channels, height and width')
+    add('--crop-pct', type=float, metavar='X', help='share of the resized image that evaluation crops')
+    add('--mean', type=float, nargs='+', metavar='X')
+    add('--std', type=float, nargs='+', metavar='X')
+    add('--interpolation', default='', metavar='NAME', help='resize interpolation of evaluation')
+    add('-b', '--batch-size', type=int, default=128, metavar='N')
+    add('-vb', '--validation-batch-size', type=int, metavar='N')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='micro-batches per update')
+    add('--grad-checkpointing', action='store_true')
+    add('--channels-last', action='store_true')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further model arguments')
+    add('--drop', type=float, default=0., metavar='P', help='dropout before the classifier')
+    add('--drop-path', type=float, metavar='P', help='drop path')
+    add('--head-init-scale', type=float, metavar='X', help='factor of the initial classifier weights')
+    add('--head-init-bias', type=float, metavar='X', help='initial classifier bias')
+
+    group = parser.add_argument_group('device and processes')
+    add = group.add_argument
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--device-modules', nargs='+', default=[], metavar='NAME', help='Python modules to import for the device')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'))
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the supernet')
+    add('--torchcompile-mode', metavar='MODE')
+    add('--dist-backend', metavar='NAME', help='of torchrun processes (default: nccl on GPUs, gloo on CPUs)')
+    add('--no-ddp-bb', action='store_true', help='leave buffers to each process instead of those of the first')
+
+    group = parser.add_argument_group('optimizer')
+    add = group.add_argument
+    add('--opt', default='adamw', metavar='NAME', help='any of timm.optim')
+    add('--opt-eps', type=float, metavar='X')
+    add('--opt-betas', type=float, nargs='+', metavar='X')
+    add('--momentum', type=float, default=0.9, metavar='X')
+    add('--weight-decay', type=float, default=0.05, metavar='X')
+    add('--clip-grad', type=float, metavar='X')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
+    add('--layer-decay', type=float, metavar='X')
+    add('--layer-decay-min-scale', type=float, metavar='X')
+    add('--layer-decay-no-opt-scale', type=float, metavar='X')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V')
+
+    group = parser.add_argument_group('learning rate')
+    add = group.add_argument
+    add('--lr', type=float, metavar='LR', help='overrides --lr-base')
+    add('--lr-base', type=float, default=5e-4, metavar='LR', help='lr = lr-base * global batch size / lr-base-size')
+    add('--lr-base-size', type=int, default=512, metavar='N')
+    add('--lr-base-scale', default='linear', choices=('linear', 'sqrt'))
+    add('--sched', default='cosine', metavar='NAME')
+    add('--sched-on-updates', action='store_true')
+    add('--epochs', type=int, default=300, metavar='N')
+    add('--start-epoch', type=int, metavar='N')
+    add('--warmup-epochs', type=int, default=5, metavar='N')
+    add('--warmup-lr', type=float, default=1e-6, metavar='LR')
+    add('--warmup-prefix', action='store_true')
+    add('--min-lr', type=float, default=0., metavar='LR')
+    add('--cooldown-epochs', type=int, default=0, metavar='N')
+    add('--patience-epochs', type=int, default=10, metavar='N')
+    add('--decay-epochs', type=float, default=90, metavar='N')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
+    add('--decay-rate', '--dr', type=float, default=0.1, metavar='X')
+    add('--lr-noise', type=float, nargs='+', metavar='X')
+    add('--lr-noise-pct', type=float, default=0.67, metavar='X')
+    add('--lr-noise-std', type=float, default=1.0, metavar='X')
+    add('--lr-cycle-mul', type=float, default=1.0, metavar='X')
+    add('--lr-cycle-decay', type=float, default=0.5, metavar='X')
+    add('--lr-cycle-limit', type=int, default=1, metavar='N')
+    add('--lr-k-decay', type=float, default=1.0, metavar='X')
+
+    group = parser.add_argument_group('augmentation and regularisation')
+    add = group.add_argument
+    add('--no-aug', action='store_true')
+    add('--train-crop-mode', metavar='NAME')
+    add('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X')
+    add('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X')
+    add('--hflip', type=float, default=0.5, metavar='P')
+    add('--vflip', type=float, default=0., metavar='P')
+    add('--color-jitter', type=float, default=0.4, metavar='X')
+    add('--color-jitter-prob', type=float, metavar='P')
+    add('--grayscale-prob', type=float, default=0., metavar='P')
+    add('--gaussian-blur-prob', type=float, default=0., metavar='P')
+    add('--aa', metavar='NAME', help='auto-augment policy')
+    add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (several processes only)')
+    add('--reprob', type=float, default=0., metavar='P', help='random erasing')
+    add('--remode', default='pixel', metavar='NAME')
+    add('--recount', type=int, default=1, metavar='N')
+    add('--train-interpolation', default='random', metavar='NAME')
+    add('--mixup', type=float, default=0., metavar='X')
+    add('--cutmix', type=float, default=0., metavar='X')
+    add('--cutmix-minmax', type=float, nargs='+', metavar='X')
+    add('--mixup-prob', type=float, default=1., metavar='P')
+    add('--mixup-switch-prob', type=float, default=0.5, metavar='P')
+    add('--mixup-mode', default='batch', metavar='NAME')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N')
+    add('--smoothing', type=float, default=0.1, metavar='X')
+    add('--bce-loss', action='store_true')
+    add('--bce-sum', action='store_true')
+    add('--bce-target-thresh', type=float, metavar='X')
+    add('--bce-pos-weight', type=float, metavar='X')
+
+    group = parser.add_argument_group('weight averaging')
+    add = group.add_argument
+    add('--model-ema', action='store_true', help='evaluate and save an exponential moving average of the weights')
+    add('--model-ema-decay', type=float, default=0.9998, metavar='X')
+    add('--model-ema-warmup', action='store_true')
+    add('--model-ema-force-cpu', action='store_true')
+
+    group = parser.add_argument_group('distillation')
+    add = group.add_argument
+    add('--kd-model', '--kd-model-name', metavar='NAME', help='teacher: a model of timm with pretrained weights')
+    add('--kd-model-path', metavar='FILE', help='weights of the teacher, in the place of published ones')
+    add('--task-loss-weight', type=float, metavar='X', help='weight of the targets (default: 1)')
+    add('--distill-loss-weight', type=float, metavar='X',
+        help='weight of the teacher (default: 1, or 1 minus a given --task-loss-weight)')
+    add('--kd-temperature', type=float, default=ShiftNASConfig.temperature, metavar='X')
+
+    group = parser.add_argument_group('run')
+    add = group.add_argument
+    add('--seed', type=int, default=42, metavar='N')
+    add('--log-interval', type=int, default=50, metavar='N', help='updates between two lines, off a terminal')
+    add('--log-tensorboard', action='store_true', help='write TensorBoard events beside the checkpoints')
+    add('--log-wandb', action='store_true', help='log to Weights & Biases')
+    add('--wandb-project', metavar='NAME')
+    add('--wandb-tags', nargs='+', default=[], metavar='TAG')
+    add('--wandb-resume-id', default='', metavar='ID', help='of the run to go on with')
+    add('--save-images', action='store_true', help='save the images of a batch at every --log-interval')
+    add('--val-interval', type=int, default=10, metavar='N', help='epochs between two evaluations')
+    add('--eval-metric', default='top1', choices=('top1', 'top1_smallest', 'top1_largest'),
+        help='what ranks checkpoints: the mean over budget groups (default), or an end of the range')
+    add('--recovery-interval', type=int, default=0, metavar='N',
+        help='updates between two checkpoints in the middle of an epoch (default: none)')
+    add('--skip-nonfinite', type=int, default=0, metavar='N',
+        help='leave out up to N updates in a row whose loss or gradient is not finite (default: stop at the first)')
+    add('--checkpoint-hist', type=int, default=3, metavar='N', help='checkpoints to keep')
+    add('--output', default='./output', metavar='DIR')
+    add('--experiment', default='', metavar='NAME', help='folder of this run (default: time and model)')
+
+    group = parser.add_argument_group('Hugging Face Hub')
+    add = group.add_argument
+    add('--push-to-hub', metavar='REPO', help="publish the model there at the end: 'owner/name', made if need be")
+    add('--hub-private', action='store_true', help='make the repository private, if it is made')
+    add('--hub-revision', metavar='BRANCH', help='branch of the repository (default: main)')
+
+    group = parser.add_argument_group('ShiftNAS')
+    add = group.add_argument
+    config = ShiftNASConfig
+    add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot baseline')
+    add('--archs-per-step', type=int, default=config.archs_per_step, metavar='N', help='archs trained by one batch')
+    add('--sandwich', action='store_true', help='two of them are the largest and the smallest arch')
+    add('--inplace-distillation', action='store_true',
+        help='with --sandwich: the other archs learn from the probabilities of the largest')
+    add('--arch-per-rank', action='store_true', help='every process trains archs of its own')
+    add('--search-samples', type=int, default=25, metavar='N', help='archs searched per budget with --sampler uniform')
+    add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
+        help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
+    add('--shift', default=config.shift, choices=('hypergradient', 'grad_norm', 'variation', 'none'),
+        help='signal of the probability shift; none keeps P even over the groups (default)')
+    add('--group-weights', type=float, nargs='+', metavar='W',
+        help='with --shift none: how often each group is trained, one weight for each (default: all alike)')
+    add('--shift-warmup-epochs', type=float, metavar='N', help='epochs before the shift begins (default: a tenth)')
+    add('--shift-interval', type=int, default=config.shift_interval, metavar='N', help='updates between two shifts')
+    add('--shift-batch-size', type=int, default=32, metavar='N', help='training, and held-out, images of a shift')
+    add('--shift-lr', type=float, default=config.shift_lr, metavar='X')
+    add('--shift-momentum', type=float, default=config.shift_momentum, metavar='X')
+    add('--shift-floor', type=float, default=config.shift_floor, metavar='X', help='share of P spread evenly')
+    add('--held-out', type=float, metavar='X',
+        help='share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)')
+    add('--group-width', metavar='MACS', help="width of a budget group (default: '0.1G', or 8 groups if more)")
+    add('--num-groups', type=int, metavar='N', help='number of budget groups instead')
+    add('--generator-fit-steps', type=int, default=1000, metavar='N', help='steps on the resource term before training')
+    add('--generator-interval', type=int, default=config.generator_interval, metavar='N',
+        help='updates between two steps of the generator; 0 leaves it as it was fitted')
+    add('--generator-images', type=int, default=config.generator_images, metavar='N')
+    add('--generator-lr', type=float, default=config.generator_lr, metavar='LR')
+    add('--resource-weight', type=float, default=config.resource_weight, metavar='X', help='lambda')
+    add('--resource-batch', type=int, default=config.resource_batch, metavar='N', help='budgets in the resource term')
+    add('--bn-images', type=int, default=2000, metavar='N',
+        help='training images that the BatchNorm statistics of a subnet are taken from')
+    add('--tau', type=float, nargs=2, default=list(config.tau), metavar='X', help='Gumbel temperature, first and last')
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over the YAML file of `--config` over the defaults."""
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        argv = [*_read_config(parser, known.config), f'--config={known.config}', *argv]
+    args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
+    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist',
+                 'search_samples', 'generator_fit_steps', 'bn_images'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    for name in ('recovery_interval', 'skip_nonfinite', 'workers'):
+        if getattr(args, name) < 0:
+            parser.error(f'--{name.replace("_", "-")} must be 0 or more, got {getattr(args, name)}')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto needs --experiment NAME, so that the folder of the run is the same every time')
+    if args.kd_model_path and not args.kd_model:
+        parser.error('--kd-model-path needs --kd-model NAME, the model that the weights are of')
+    for name in ('initial_checkpoint', 'pretrained_path', 'kd_model_path'):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.error(f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}')
+    if args.push_to_hub:
+        try:
+            check_repo_id(args.push_to_hub)
+        except ValueError as error:
+            parser.error(f'--push-to-hub: {error}')
+    return args
+
+
+def training_facts(args: argparse.Namespace, processes: int = 1) -> dict[str, Any]:
+    """What a model card tells of a run. Folders of this machine stay out of it."""
+    parser = build_parser()
+    words = ['python train.py' if processes == 1 else f'torchrun --nproc-per-node={processes} train.py']
+    private = {'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'num_classes', 'lr', 'traceback',
+               'push_to_hub', 'hub_private', 'hub_revision', 'initial_checkpoint', 'pretrained_path', 'class_map',
+               'kd_model_path', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'log_tensorboard',
+               'save_images'}
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in private or action.dest == 'help' or value == parser.get_default(action.dest):
+            continue
+        if any(_is_path(item) for item in (value.values() if isinstance(value, dict) else [value])):
+            continue
+        flag = '--' + action.dest.replace('_', '-')
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, dict):
+            words.append(shlex.join([flag, *(f'{k}={v}' for k, v in value.items())]))
+        elif value is not None:
+            words.append(shlex.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]))
+    words.append(f'--lr {args.lr:g}')
+    versions = dict(timm_shiftnas=__version__, timm=timm.__version__, torch=torch.__version__)
+    dataset = 'image folder' if not args.dataset or _is_path(args.dataset) else args.dataset
+    return dict(command=' '.join(words), dataset=dataset, versions=versions)
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a flag names a place on this machine."""
+    return isinstance(value, str) and (value.startswith(('/', '~', '.')) or '//' in value or '\\' in value)
+
+
+def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """A YAML file of `flag: value` lines as command-line arguments, so that its values are checked as those are."""
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f'cannot read the config file: {" ".join(str(error).split())}')
+    if not isinstance(values, dict):
+        parser.error(f'{path}: it must hold "flag: value" lines; see python train.py --help')
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    for name, value in values.items():
+        dest = {'data': 'data_dir'}.get(name, str(name).replace('-', '_'))
+        if dest not in actions:
+            parser.error(f'{path}: unknown flag {name!r}; see python train.py --help')
+        flag = '--' + dest.replace('_', '-')
+        if isinstance(actions[dest], argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                parser.error(f'{path}: {name} must be true or false, not {value!r}')
+            argv += [flag] * value
+        elif value is True and actions[dest].nargs == '?':
+            argv.append(flag)
+        elif isinstance(value, dict):
+            argv += [flag, *(f'{k}={v}' for k, v in value.items())]
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)] if value else []
+        elif value is not None and dest != 'config':
+            argv.append(f'{flag}={value}')
+    return argv
