@@ -34,6 +34,7 @@ class Fault:
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool = False  # files are for a token that may write here
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.large = LFS_SUFFIXES if lfs else ()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         self.repos: dict[str, Repo] = {}
-        self.tokens = {'writer': True, 'reader': False}  # whether it may write
+        self.tokens = {'writer': True, 'reader': False, 'stranger': True}  # whether it may write
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
@@ -115,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(int(self.fault), dict(error=f'fault {self.fault}'))
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ')
         if token and token not in hub.tokens:
-            return self.answer(401, dict(error='Invalid credentials in Authorization header'))
+            error = 'Invalid credentials in Authorization header'
+            return self.answer(401, dict(error=error), headers={'X-Error-Message': error})
         self.token = token
         with hub.lock:
             self.route(path)
@@ -134,17 +136,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.with_repo(match[1], self.lfs_batch, write=True)
         if match := re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
             return self.with_repo(match[1], self.resolve, match[2], match[3])
-        api = r'/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision|tree|refs)(?:/([^/]+))?)?/?'
+        api = r'/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision|tree|refs|branch)(?:/([^/]+))?)?/?'
         if match := re.fullmatch(api, path):
             what = match[2] or 'revision'
             return self.with_repo(
-                match[1], getattr(self, what), match[3] or 'main', write=what in ('preupload', 'commit'))
+                match[1], getattr(self, what), match[3] or 'main', write=what in ('preupload', 'commit', 'branch'))
         self.answer(404, dict(error=f'no such address: {path}'))
 
     def with_repo(self, name: str, call, *args, write: bool = False) -> None:
         repo = self.server.repos.get(name)
-        if repo is None or repo.private and not self.token:
-            # without a token, the Hub does not tell a private repository from none
+        if repo is None or repo.private and self.token in ('', 'stranger'):
+            # to whom may not see it, the Hub does not tell a private repository from none
             return self.answer(404 if self.token else 401, dict(error='Repository not found'), code='RepoNotFound')
         if write and not self.server.tokens.get(self.token):
             return self.answer(403 if self.token else 401, dict(error='You may not write here'))
@@ -285,18 +287,31 @@ class Handler(BaseHTTPRequestHandler):
                 entries.append(entry)
             self.answer(200, entries)
 
+    def branch(self, name: str) -> None:
+        if name in self.repo.branches:
+            return self.answer(409, dict(error=f'Reference already exists: {name}'))
+        if name.startswith('refs/'):
+            return self.answer(400, dict(error=f'Invalid reference for a branch: {name}'))
+        if (sha := self.commit_of(json.loads(self.body).get('startingPoint', 'main'))) is not None:
+            self.repo.branches[name] = sha
+            self.answer(200, {})
+
     def refs(self, _: str) -> None:
         self.answer(200, dict(tags=[], converts=[], branches=[
             dict(name=name, ref=f'refs/heads/{name}', targetCommit=sha) for name, sha in self.repo.branches.items()]))
 
     def resolve(self, revision: str, path: str) -> None:
+        if self.repo.gated and not self.server.tokens.get(self.token):
+            error = f'Access to model {self.name} is restricted and you are not in the authorized list.'
+            return self.answer(403 if self.token else 401, dict(error=error), code='GatedRepo')
         if (sha := self.commit_of(revision)) is None:
             return
         content = self.repo.commits[sha].get(path)
         headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
         if content is None:
             return self.answer(404, dict(error='Entry not found'), code='EntryNotFound', headers=headers)
-        headers['ETag'] = f'"{hashlib.sha256(content).hexdigest()}"'
+        large = path.endswith(self.server.large)
+        headers['ETag'] = f'"{hashlib.sha256(content).hexdigest() if large else blob_id(content)}"'
         status = 200
         if match := re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or ''):
             headers['Content-Range'] = f'bytes {match[1]}-{len(content) - 1}/{len(content)}'

@@ -2,12 +2,12 @@
 
 `HF_ENDPOINT` is read when the client is imported: one process runs what the tests send it, line by line.
 """
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import timm_shiftnas as tsn
 from hub_server import Fault, Hub
 from timm_shiftnas.calibration import bn_statistics
 from timm_shiftnas.hub import SavedModel
-from timm_shiftnas.publish import model_card
+from timm_shiftnas.publish import model_card, published_files
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 3_276_000.  # of a group, less what rounding may take
@@ -101,6 +101,7 @@ def without_network(tmp_path_factory):
     process = Client(gone, home)
     process.send(LOAD, repo='org/tiny', cache=str(home / 'cache'), budget=BUDGET, options={})
     yield process
+    process.process.kill()  # it may still be trying, where other tests were selected
     process.close()
 
 
@@ -158,6 +159,25 @@ def push(client, directory, repo, **options):
 
 def load(client, repo, cache, **options):
     return client(LOAD, repo=repo, cache=str(cache), budget=BUDGET, options=options)
+
+
+def logged_load(client, repo, cache, **options):
+    """`load`, and what was logged."""
+    return client(f'''
+import logging
+stream = io.StringIO()
+handler = logging.StreamHandler(stream)
+logging.getLogger('timm_shiftnas').addHandler(handler)
+try:{LOAD.replace(chr(10), chr(10) + '    ')}
+finally:
+    logging.getLogger('timm_shiftnas').removeHandler(handler)
+result = [result, stream.getvalue()]
+''', repo=repo, cache=str(cache), budget=BUDGET, options=options)
+
+
+def files_of(hub, name, branch='main'):
+    repo = hub.repos[name]
+    return repo.commits[repo.branches[branch]]
 
 
 @pytest.fixture(scope='module')
@@ -222,6 +242,53 @@ tsn.push_to_hub('org/objects', net, generator, commit_message='a message')
     assert 'generator.safetensors' in repo.commits[repo.branches['main']]
     assert 'generator.safetensors' not in repo.commits[repo.branches['refs/pr/1']]
     client('tsn.from_pretrained("org/objects", revision="refs/pr/1")')
+
+
+def test_a_wrapped_network_is_pushed_as_the_plain_one(hub, client, tmp_path):
+    """By DDP, as in a training on several GPUs, by EMA, and by both."""
+    results = client('''
+from timm.utils import ModelEmaV3
+torch.manual_seed(0)
+net = timm.create_model('test_shiftformer_supernet', num_classes=4)
+torch.distributed.init_process_group('gloo', init_method='file://' + store, rank=0, world_size=1)
+try:
+    ddp = torch.nn.parallel.DistributedDataParallel(net)
+    wrapped = dict(plain=net, ddp=ddp, ema=ModelEmaV3(net), both=ModelEmaV3(ddp))
+    for name, wrapper in wrapped.items():
+        tsn.push_to_hub('org/' + name, wrapper)
+finally:
+    torch.distributed.destroy_process_group()
+x, arch = torch.randn(2, 3, 32, 32), net.space.sample(torch.Generator().manual_seed(0))
+result = [tsn.from_pretrained('org/' + name, arch=arch)(x[:, :net.in_chans]).tolist() for name in wrapped]
+''', store=str(tmp_path / 'store'))
+    assert all(result == results[0] for result in results)
+    plain = files_of(hub, 'org/plain')['model.safetensors']
+    assert not any(key.startswith('module.') for key in safetensors.torch.load(plain))
+    for name in ('org/ddp', 'org/ema', 'org/both'):
+        assert files_of(hub, name)['model.safetensors'] == plain
+
+
+def test_a_branch_that_does_not_exist_is_made(hub, client, directory, net, tmp_path):
+    push(client, directory, 'org/branches', revision='next')  # nor does the repository
+    repo = hub.repos['org/branches']
+    assert set(files_of(hub, 'org/branches')) == {'.gitattributes'} and len(repo.commits) == 2
+    assert load(client, 'org/branches', tmp_path / 'cache', revision='next') == expected(directory)
+    # a second one starts from main; a name with a slash
+    push(client, directory, 'org/branches')
+    tsn.save_pretrained(tmp_path / 'plain', net)
+    push(client, tmp_path / 'plain', 'org/branches', revision='try/this')
+    files = files_of(hub, 'org/branches', 'try/this')
+    assert 'model.safetensors' in files and not {'generator.safetensors', 'shift.png'} & set(files)
+    assert 'generator.safetensors' in files_of(hub, 'org/branches')
+    before = dict(repo.branches)
+    for options, message in (
+            (dict(revision=repo.branches['main']), 'is a commit, to which nothing can be pushed; give a branch'),
+            (dict(revision='next', create_pr=True), "a pull request is to 'main'"),
+            (dict(revision='refs/pr/7'), 'check revision=: a branch, or refs/pr/N.*org/branches.*no commit was made'),
+            (dict(revision='by-a-reader', token='reader'), 'may not do this.*\norg/branches.*no commit was made')):
+        with pytest.raises(Remote, match='(?s)' + message):
+            push(client, directory, 'org/branches', **options)
+    assert repo.branches == before
 
 
 def test_the_command_line(hub, client, directory, tmp_path):
@@ -300,7 +367,6 @@ for name, content in (('README.md', card), ('shift.png', b'mine'), ('notes.txt',
 
 
 def test_nothing_but_tensors_is_pushed(hub, client, net, tmp_path):
-    import hashlib
     import pickle
     for name, message in (
             ('pytorch_model.bin', 'timm_shiftnas.files'), ('model.safetensors', 'not a safetensors file')):
@@ -347,6 +413,28 @@ def test_the_card(hub, client, directory, published):
     assert str(model_card(SavedModel(directory / 'model'), published, ['accuracy.png', 'shift.png'], 'mit')) == text
 
 
+def test_the_card_is_readable(directory, net, tmp_path):
+    """Numbers of a column end below each other; a long command is broken between flags; one subnet has no curve."""
+    values = dict(budget=3_970_000., macs=999_960, params=146_000, top1=60., top5=100., arch={})
+    flags = [f'--flag-{k} {k} {"value" * (k % 4 + 1)}' for k in range(12)]
+    training = dict(dataset='image folder', command=f'python train.py {" ".join(flags)}')
+    tsn.save_pretrained(
+        tmp_path / 'net', net, results=[dict(values, name='group 1'), dict(values, name='a|b', params=17)],
+        training=training)
+    card = str(model_card(SavedModel(tmp_path / 'net'), 'org/card'))
+    assert '| ---: |\n| group 1 | 3.970M | 1000k | 146.0k | 60.00 | 100.00 |\n' in card
+    assert '| a/b | 3.970M | 1000k | 17 |' in card and 'on the validation images (image folder).' in card
+    command = card.partition('## Training\n\n```\n')[2].partition('\n```')[0]
+    assert ' '.join(command.replace('\\\n', '').split()) == training['command']
+    assert all(flag in command for flag in flags) and max(map(len, command.splitlines())) < 100
+    subnet = tsn.extract(net, net.space.smallest)
+    tsn.save_pretrained(tmp_path / 'subnet', subnet, results=[dict(values, name='smallest')])
+    saved = SavedModel(tmp_path / 'subnet')
+    files = published_files(saved, 'org/card', None, None)
+    assert 'accuracy.png' not in files and 'budgets.csv' in files
+    assert '## Accuracy' in files['README.md'].decode() and '.png' not in files['README.md'].decode()
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
@@ -359,11 +447,10 @@ def test_load_by_budget(hub, client, directory, published, tmp_path):
     names = ['config.json', 'model.safetensors', 'generator.safetensors', 'bn_stats.safetensors']
     assert sorted(line.rpartition('/')[2] for line in gets) == sorted(names)
     assert sum(f'/resolve/{sha}/' in line for line in gets) >= 3
+    assert len(hub.requests) == 2 * len(gets)  # and is asked for once
     hub.requests.clear()
-    start = time.monotonic()
     assert load(client, published, tmp_path) == result
-    assert not [line for line in hub.requests if line.startswith('GET')]
-    assert time.monotonic() - start < 10
+    assert hub.requests == [f'HEAD /{published}/resolve/main/config.json']
 
 
 def test_the_supernet_through_timm(client, directory, published, net):
@@ -413,9 +500,41 @@ def test_private_repositories_and_tokens(hub, client, directory, tmp_path):
         with pytest.raises(Remote, match=hint) as error:
             load(client, repo, tmp_path / 'b', **options)
         assert any(cls.endswith(name) for cls in error.value.classes), error.value
+    # a name that is taken, unseen by this token, is not told as a new repository
+    with pytest.raises(Remote, match='(?s)check the name.*org/secret: it is as it was: no commit was made$'):
+        push(client, directory, 'org/secret', token='stranger')
     with pytest.raises(Remote, match='may not do this|may not') as error:
         push(client, directory, 'org/secret', token='reader')
     assert any(cls.endswith('HfHubHTTPError') for cls in error.value.classes)
+
+
+def test_a_gated_repository(hub, client, directory, tmp_path):
+    push(client, directory, 'org/gated')
+    hub.repos['org/gated'].gated = True
+    for token in ('reader', False):
+        with pytest.raises(Remote, match='ask for access on the page of the repository') as error:
+            load(client, 'org/gated', tmp_path, token=token)
+        assert error.value.name == 'GatedRepoError'
+    assert load(client, 'org/gated', tmp_path) == expected(directory)
+
+
+def test_an_expired_token(hub, client, directory, tmp_path):
+    """What is in the cache can still be loaded; for a branch it is said that it may not be the newest."""
+    push(client, directory, 'org/expires', private=True)
+    sha = hub.repos['org/expires'].branches['main']
+    hub.tokens['old'] = False
+    result, log = logged_load(client, 'org/expires', tmp_path / 'cache', token='old')
+    assert result == expected(directory) and not log
+    del hub.tokens['old']
+    again, log = logged_load(client, 'org/expires', tmp_path / 'cache', token='old')
+    assert again == result and sha in log and 'the token is wrong or has expired: log in again' in log
+    hub.requests.clear()
+    assert logged_load(client, 'org/expires', tmp_path / 'cache', token='old', revision=sha) == [result, '']
+    assert not hub.requests
+    with pytest.raises(Remote, match='the token is wrong or has expired: log in again'):
+        load(client, 'org/expires', tmp_path / 'other', token='old', revision=sha)
+    with pytest.raises(Remote, match='(?s)the token is wrong or has expired.*org/expires: .*no commit was made'):
+        push(client, directory, 'org/expires', token='old')
 
 
 # -- faults on loading -------------------------------------------------------------------------------------------------
@@ -448,6 +567,47 @@ def test_a_flipped_bit(hub, client, directory, published, tmp_path, name):
         load(client, published, tmp_path)
     assert load(client, published, tmp_path, force_download=True) == expected(directory)
     assert load(client, published, tmp_path) == expected(directory)
+
+
+def test_a_config_that_was_changed_on_the_way(hub, client, directory, published, tmp_path):
+    """It carries the hashes of the others; its own is its name in the cache."""
+    hub.faults.append(Fault('GET .*/config.json', 'flip'))
+    message = 'config.json is not the file that was published: its hash differs; force_download=True fetches it again'
+    with pytest.raises(Remote, match=message):
+        load(client, published, tmp_path)
+    assert load(client, published, tmp_path, force_download=True) == expected(directory)
+    # a change that nothing else tells, in the cache
+    file, = tmp_path.glob('models--*/snapshots/*/config.json')
+    content = file.read_text()
+    file.write_text(content.replace('"top1": 60.0', '"top1": 90.0'))
+    assert file.is_symlink() and file.read_text() != content
+    for options in ({}, dict(local_files_only=True), dict(revision=file.parent.name)):
+        with pytest.raises(Remote, match=message):
+            load(client, published, tmp_path, **options)
+    # the names of a mirror: a plain sha1; and one that tells nothing
+    file.write_text(content)
+    for name in (hashlib.sha1(content.encode()).hexdigest(), 'opaque'):
+        blob = file.resolve().rename(file.resolve().with_name(name))
+        file.unlink()
+        file.symlink_to(os.path.relpath(blob, file.parent))
+        assert load(client, published, tmp_path, local_files_only=True) == expected(directory)
+
+
+@pytest.mark.parametrize('kind', ['500', 'lost'])
+def test_an_older_commit_out_of_the_cache_is_told(hub, client, directory, net, generator, tmp_path, kind):
+    name = f'org/older-{kind}'
+    push(client, directory, name)
+    old = hub.repos[name].branches['main']
+    assert load(client, name, tmp_path / 'cache') == expected(directory)
+    tsn.save_pretrained(tmp_path / 'model', net)
+    push(client, tmp_path / 'model', name)
+    hub.requests.clear()
+    hub.faults.append(Fault('HEAD .*/config.json', kind))
+    result, log = logged_load(client, name, tmp_path / 'cache')
+    assert result == expected(directory) and f"this is commit {old} out of the cache, and there may be a newer" in log
+    assert hub.requests == [f'HEAD /{name}/resolve/main/config.json']
+    with pytest.raises(Remote, match='saved without a generator'):  # the newer one
+        load(client, name, tmp_path / 'cache')
 
 
 @pytest.mark.parametrize('change,message', [
@@ -504,6 +664,63 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, client, director
     del hub.repos['org/fails']
 
 
+def test_passing_faults_before_the_commit(hub, client, directory):
+    faults = [
+        Fault('GET /api/models/org/passing', '500'), Fault('POST /api/repos/create', 'lost'),
+        Fault('POST .*/branch/next', '503'), Fault('GET .*/tree/', 'cut'), Fault('POST /api/validate-yaml', '502'),
+        Fault('POST .*/objects/batch', '500')]
+    hub.lfs.clear()
+    hub.faults += faults
+    address = push(client, directory, 'org/passing', revision='next')
+    assert len(hub.repos['org/passing'].commits) == 2
+    assert not any(fault.times for fault in faults)
+    assert address.endswith(hub.repos['org/passing'].branches['next'])
+
+
+def test_a_lost_answer_of_making_the_repository(hub, client, directory):
+    hub.faults += [Fault('POST /api/repos/create', 'lost'), Fault('POST .*/preupload/', '400')]
+    with pytest.raises(Remote, match='org/half-made: no commit was made; the repository is new$'):
+        push(client, directory, 'org/half-made')
+    assert len(hub.repos['org/half-made'].commits) == 1
+
+
+@pytest.mark.parametrize('pattern,options,message', [
+    ('POST .*/preupload/', {}, 'no commit was made; the repository is new and empty: push again, or delete it$'),
+    ('POST .*/preupload/', dict(revision='next'),
+     "no commit was made; .* is new and empty: .*; its branch 'next' is new, with what main has$"),
+    ('POST .*/branch/', dict(revision='next'), 'no commit was made; the repository is new and empty: [^;]*$'),
+    ('GET .*/tree/', {}, 'no commit was made; the repository is new and empty'),
+    ('GET /api/models/org/refused', {}, 'it is as it was: no commit was made$'),
+    ('POST /api/repos/create', {}, 'it is as it was: no commit was made$'),
+])
+def test_a_refused_push_says_what_it_made(hub, client, directory, pattern, options, message):
+    hub.faults.append(Fault(pattern, '400', times=9))
+    with pytest.raises(Remote, match=f'\norg/refused: {message}') as error:
+        push(client, directory, 'org/refused', **options)
+    assert any(cls.endswith('HfHubHTTPError') for cls in error.value.classes)
+    assert error.value.message.count('no commit') == 1
+    hub.repos.pop('org/refused', None)
+
+
+@pytest.mark.parametrize('pattern,kind,message', [
+    ('POST .*/preupload/main', '403', 'no commit and no pull request was made$'),
+    ('POST .*/commit/main', '400', 'no commit and no pull request was made$'),
+    ('POST /api/validate-yaml', '500', 'no commit and no pull request was made$'),
+    ('POST .*/commit/main', 'lost', 'whether the pull request exists could not be found out: see its page$'),
+])
+def test_a_pull_request_that_is_refused(hub, client, directory, net, tmp_path, pattern, kind, message):
+    if 'org/asked' not in hub.repos:
+        push(client, directory, 'org/asked')
+    hub.faults.append(Fault(pattern, kind, times=9))
+    tsn.save_pretrained(tmp_path, net)
+    with pytest.raises(Remote, match=f'org/asked: .*{message}'):
+        push(client, tmp_path, 'org/asked', create_pr=True)
+    assert ('refs/pr/1' in hub.repos['org/asked'].branches) == (kind == 'lost')
+    with pytest.raises(Remote, match='org/nowhere: it is as it was: no commit and no pull request was made'):
+        push(client, tmp_path, 'org/nowhere', create_pr=True)
+    assert 'org/nowhere' not in hub.repos
+
+
 def test_a_lost_answer_of_a_commit(hub, client, directory):
     hub.faults.append(Fault('POST .*/commit/main', 'lost', times=1))
     address = push(client, directory, 'org/lost')
@@ -537,7 +754,10 @@ def test_two_pushes_at_once(hub, client, directory, net, tmp_path):
     assert 'generator.safetensors' not in repo.commits[repo.branches['main']]
 
 
-def test_no_network(without_network):
+def test_no_network(without_network, directory):
     with pytest.raises(Remote, match='connect to the network') as error:
         without_network.receive()
     assert any(cls.endswith(('LocalEntryNotFoundError', 'ConnectionError')) for cls in error.value.classes)
+    with pytest.raises(Remote, match='the connection failed: try again.*org/tiny: .*no commit was made') as error:
+        push(without_network, directory, 'org/tiny')
+    assert 'builtins.ConnectionError' in error.value.classes

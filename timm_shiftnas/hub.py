@@ -368,6 +368,9 @@ class SavedModel:
         except FileNotFoundError:
             raise ValueError(
                 f'{self} holds no config.json: it is not a model directory, or saving it was interrupted') from None
+        if self._hub is not None and not _is_cached_whole(path, content):
+            raise ValueError(
+                f'{self.where(CONFIG)} is not the file that was published: its hash differs; {self._remedy}')
         try:
             self.config = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -522,6 +525,23 @@ def check_repo_id(name: str | os.PathLike) -> None:
         valid = False
     if not valid:
         raise ValueError(f"{str(name)!r} is no directory, nor a repository 'owner/name' on the Hugging Face Hub")
+
+
+def _is_cached_whole(path: Path, content: bytes) -> bool:
+    """Whether a file of huggingface_hub's cache has the content that the Hub named, as far as can be told.
+
+    The cache calls a file by its ETag and links to it: the Hub's is the git object id of a small file and the sha256 of
+    a large one, that of some mirrors a plain sha1. Where the cache has no links (on Windows), nothing can be told.
+    """
+    name = Path(os.readlink(path)).name if path.is_symlink() else ''
+    if re.fullmatch('[0-9a-f]{40}', name):
+        return name in (git_id(content), hashlib.sha1(content).hexdigest())
+    return not re.fullmatch('[0-9a-f]{64}', name) or name == hashlib.sha256(content).hexdigest()
+
+
+def git_id(content: bytes) -> str:
+    """The git object id of a file."""
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
 def _check_config(config: Any, where: str) -> None:

@@ -9,19 +9,25 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData, ModelInfo,
+)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
 from . import report
 from .complexity import format_count
 from .generator import ArchitectureGenerator
-from .hub import BN_STATS, CONFIG, GENERATOR, KEY, SavedModel, check_repo_id, save_pretrained, static_counts
-from .remote import append_line, explained
+from .hub import BN_STATS, CONFIG, GENERATOR, KEY, SavedModel, check_repo_id, git_id, save_pretrained, static_counts
+from .remote import again, append_line, explained
 
 __all__ = ['model_card', 'push_directory', 'push_to_hub']
 
@@ -94,9 +100,9 @@ def push_directory(
         directory: A directory of `save_pretrained`, or one of `train.py` with such a directory `model`.
         repo_id: 'owner/name'; made if it does not exist.
         private: Whether to make it private, if it is made.
-        revision: Branch; default is 'main'.
+        revision: Branch; default is 'main'. One that does not exist is made, from 'main'.
         token: As for huggingface_hub.
-        create_pr: Open a pull request instead of committing to the branch.
+        create_pr: Open a pull request instead of committing; it is to 'main' of a repository that exists.
         commit_message: Default says what it is.
         license: For the card: one of the Hub's names, such as 'apache-2.0'.
 
@@ -104,11 +110,15 @@ def push_directory(
         The address of the commit or of the pull request.
 
     Raises:
-        ValueError: If the directory holds no whole model, or `repo_id` is none.
+        ValueError: If the directory holds no whole model, or `repo_id` or `revision` cannot be pushed to.
         huggingface_hub.errors.HfHubHTTPError: Whatever the Hub refuses, with a line that says what to do, and whether
             the commit exists.
     """
     check_repo_id(repo_id)
+    if revision and re.fullmatch('[0-9a-f]{40}', revision):
+        raise ValueError(f'revision={revision!r} is a commit, to which nothing can be pushed; give a branch')
+    if create_pr and revision not in (None, 'main'):
+        raise ValueError(f"a pull request is to 'main'; leave revision={revision!r} or create_pr out")
     directory = Path(directory).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
@@ -119,44 +129,94 @@ def push_directory(
     saved = SavedModel(directory)
     files = published_files(saved, repo_id, trained, license)
     api = HfApi(token=token, library_name=KEY)
-    with explained(repo_id):
-        if revision in (None, 'main') and not create_pr:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        info = api.repo_info(repo_id, revision=revision)
-        if private and not info.private:
-            raise ValueError(f'{repo_id} is public already: make it private on its page, or publish without private')
-        before = info.sha
-        stale = _clear(api, repo_id, before, files)
+    made: list[str] = []
+    with _explained_before_the_commit(repo_id, made, create_pr):
+        info = _target(api, repo_id, revision, private, create_pr, made)
+        stale = _clear(api, info.id, info.sha, files)
+    repo_id, before = info.id, info.sha
     message = commit_message or f'{saved.config["architecture"]} by {KEY}'
     operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
     try:
         with explained(repo_id):
             # on top of what was looked at: two pushes at once must not mix their files
-            commit = api.create_commit(
-                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
-                parent_commit=before)
+            commit = again(
+                repo_id, api.create_commit, repo_id, operations, commit_message=message, revision=revision,
+                create_pr=create_pr, parent_commit=before, unless=_was_sent)
             return commit.pr_url or commit.commit_url
     except Exception as error:
-        address, said = None, 'it is as it was: no commit'
+        address, said = '', _nothing_done(made, create_pr)
         status = getattr(getattr(error, 'response', None), 'status_code', 500)
         if status == 412:
             said += '; it changed meanwhile: push again'
-        elif status >= 500:  # or no answer at all
-            address, said = _commit_after(api, repo_id, revision, before, files, create_pr)
+        elif status >= 500 and _was_sent(error):  # or no answer at all
+            address = None if create_pr else _commit_after(api, repo_id, revision, before, files)
+        if address:
+            _logger.warning(
+                f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
+            return address
         if address is None:
-            append_line(error, f'{repo_id}: {said}')
+            what = 'pull request' if create_pr else 'commit'
+            said = f'whether the {what} exists could not be found out: see its page'
+        append_line(error, f'{repo_id}: {said}')
+        raise
+
+
+@contextmanager
+def _explained_before_the_commit(repo_id: str, made: list[str], create_pr: bool) -> Iterator[None]:
+    """`explained`, with the word that nothing was committed, and what was `made` for it."""
+    try:
+        with explained(repo_id):
+            yield
+    except Exception as error:
+        append_line(error, f'{repo_id}: {_nothing_done(made, create_pr)}')
+        raise
+
+
+def _nothing_done(made: Sequence[str], create_pr: bool) -> str:
+    said = 'no commit and no pull request was made' if create_pr else 'no commit was made'
+    return '; '.join([said, *made]) if made else f'it is as it was: {said}'
+
+
+def _target(api: HfApi, repo_id: str, revision: str | None, private: bool | None, create_pr: bool,
+            made: list[str]) -> ModelInfo:
+    """What is to be committed to, as it is before; repository and branch are made, and told in `made`, if need be."""
+    try:
+        info = again(repo_id, api.repo_info, repo_id)
+    except RepositoryNotFoundError as error:
+        if create_pr or isinstance(error, GatedRepoError):
             raise
-        _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
-        return address
+        try:
+            again(repo_id, api.create_repo, repo_id, private=private)
+            made.append('the repository is new and empty: push again, or delete it')
+        except HfHubHTTPError as refused:
+            if refused.response.status_code != 409:
+                raise
+            # it is there, but hidden from this token, or the answer to a first attempt was lost: the next line tells
+        info = again(repo_id, api.repo_info, repo_id)
+        if not made:
+            made.append('the repository is new')
+    if private and not info.private:
+        raise ValueError(f'{repo_id} is public already: make it private on its page, or publish without private')
+    if revision in (None, 'main'):
+        return info
+    try:
+        return again(repo_id, api.repo_info, repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if revision.startswith('refs/'):
+            raise
+        again(repo_id, api.create_branch, repo_id, branch=revision, exist_ok=True)
+        made.append(f'its branch {revision!r} is new, with what main has')
+        return again(repo_id, api.repo_info, repo_id, revision=revision)
 
 
 def _clear(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> set[str]:
     """Files of an earlier model of ours to delete; and no card in the place of one that is not ours."""
-    present = set(api.list_repo_files(repo_id, revision=commit))
+    present = set(again(repo_id, api.list_repo_files, repo_id, revision=commit))
 
     def read(name: str) -> str:
-        return Path(api.hf_hub_download(repo_id, name, revision=commit)).read_text(encoding='utf-8', errors='replace')
+        path = again(f'{repo_id}/{name}', api.hf_hub_download, repo_id, name, revision=commit)
+        return Path(path).read_text(encoding='utf-8', errors='replace')
 
     if CARD in present and MARK not in read(CARD):
         _logger.warning(f'{repo_id} has a {CARD} of its own, which stays')
@@ -165,26 +225,32 @@ def _clear(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> se
     return {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} - set(files) & present if earlier else set()
 
 
-def _commit_after(api: HfApi, repo_id: str, revision: str | None, before: str, files: dict[str, bytes],
-                  create_pr: bool) -> tuple[str | None, str]:
-    """After a push without an answer: the address of its commit, or `None` and what there is to say."""
-    unknown = 'whether the commit exists could not be found out: see its page'
-    if create_pr:
-        return None, unknown
+def _was_sent(error: Exception) -> bool:
+    """Whether a commit may be there after an error: not if it is that of an earlier request."""
+    for found in (error, error.__cause__):
+        try:
+            return '/commit/' in found.request.url.path
+        except (AttributeError, RuntimeError):  # it is of no request that is known
+            pass
+    return True
+
+
+def _commit_after(api: HfApi, repo_id: str, revision: str | None, before: str, files: dict[str, bytes]) -> str | None:
+    """After a push without an answer: the address of its commit, '' if there is none, `None` if that is not known."""
     try:
-        after = api.repo_info(repo_id, revision=revision).sha
+        after = again(repo_id, api.repo_info, repo_id, revision=revision).sha
         if after == before:
-            return None, 'it is as it was: no commit'
-        found = {file.path: file for file in api.list_repo_tree(repo_id, recursive=True, revision=after)}
+            return ''
+        found = {file.path: file for file in again(
+            repo_id, lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=after)))}
         for name, content in files.items():
             lfs = getattr(found.get(name), 'lfs', None)
-            own = hashlib.sha256(content).hexdigest() if lfs else hashlib.sha1(
-                b'blob %d\0' % len(content) + content).hexdigest()
+            own = hashlib.sha256(content).hexdigest() if lfs else git_id(content)
             if name not in found or own != (lfs.sha256 if lfs else found[name].blob_id):
-                return None, unknown
-        return f'{api.endpoint}/{repo_id}/commit/{after}', ''
+                return None
+        return f'{api.endpoint}/{repo_id}/commit/{after}'
     except Exception:
-        return None, unknown
+        return None
 
 
 def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
@@ -205,7 +271,8 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
         folder = Path(folder)
         if results:
             report.write_budgets_csv(folder / TABLE, results)
-            report.plot_accuracy(folder / ACCURACY, results)
+            if saved.kind == 'supernet':
+                report.plot_accuracy(folder / ACCURACY, results)
         if run is not None and (run / SHIFT).is_file():
             (folder / SHIFT).write_bytes((run / SHIFT).read_bytes())
         files |= {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -236,7 +303,8 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
         model_name=name, eval_results=_eval_results(saved, training) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if saved.info.get('results'):
-        parts += ['## Subnets', _table(saved.info['results'])]
+        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
+        parts += [title, _table(saved.info['results'], training)]
         if ACCURACY in files:
             parts.append(f'![top-1 against MACs]({ACCURACY})')
     if SHIFT in files:
@@ -268,13 +336,20 @@ def _introduction(saved: SavedModel) -> str:
         f'your budget out of it: no search, no retraining.')
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | --- | --- | --- | --- | --- |']
+def _table(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> str:
+    lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | ---: | ---: | ---: | ---: | ---: |']
     for row in rows:
-        budget = '' if row['budget'] is None else format_count(row['budget'])
-        counts = f'{format_count(row["macs"])} | {format_count(row["params"])}'
+        budget = '' if row['budget'] is None else _digits(row['budget'])
+        counts = f'{_digits(row["macs"])} | {_digits(row["params"])}'
         lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {row["top1"]:.2f} | {row["top5"]:.2f} |')
-    return '\n'.join(lines) + '\n\nMACs are multiply-accumulates per image; accuracy in percent.'
+    where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
+    return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; accuracy in percent{where}.'
+
+
+def _digits(value: float) -> str:
+    """A count with all of its four digits, so that those of a column line up: '3.970M', elsewhere '3.97M'."""
+    text = format_count(value)
+    return text if text[-1].isdigit() else f'{float(text[:-1]):#.4g}'.rstrip('.') + text[-1]
 
 
 def _plain(text: Any) -> str:
@@ -284,21 +359,24 @@ def _plain(text: Any) -> str:
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
     if saved.kind == 'subnet':
-        return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
-                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same network\n```")
+        return (f"```python\nimport timm, timm_shiftnas\n\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
+                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same\n```")
     net = saved.skeleton()
     budgets = [row['budget'] for row in saved.info.get('results', ()) if row['budget'] is not None]
     middle = budgets[len(budgets) // 2] if budgets else (net.macs(net.space.smallest) + net.macs(net.space.largest)) / 2
     which = f"flops='{format_count(middle)}'" if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
-    return (f"```python\nimport timm, timm_shiftnas\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})"
-            f"  # a plain, static network\n"
-            f"supernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # all of them\n```")
+    return (f"```python\nimport timm, timm_shiftnas\n\n"
+            f"# a plain, static network\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})\n"
+            f"# all of them\nsupernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)\n```")
 
 
 def _training(training: Mapping[str, Any]) -> str:
     lines = []
     if training.get('command'):
-        lines.append(f'```\n{_plain(training["command"])}\n```')
+        # a flag stays on the line of its values
+        command = re.sub(' (?!--)', '\xa0', _plain(training['command']))
+        command = ' \\\n    '.join(textwrap.wrap(command, 88, break_long_words=False, break_on_hyphens=False))
+        lines.append('```\n' + command.replace('\xa0', ' ') + '\n```')
     if training.get('versions'):
         lines.append(', '.join(f'{_plain(name)} {_plain(version)}' for name, version in training['versions'].items()))
     return '\n\n'.join(lines) or 'Not recorded.'

@@ -2,33 +2,87 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
     RepositoryNotFoundError, RevisionNotFoundError,
 )
 
-__all__ = ['append_line', 'download', 'explained']
+__all__ = ['again', 'append_line', 'download', 'explained']
 
 _logger = logging.getLogger(__name__)
+Result = TypeVar('Result')
 
 
-def download(repo_id: str, name: str, **kwargs: Any) -> str:
-    """`hf_hub_download`, again after a fault that may pass."""
+def _never(error: Exception) -> bool:
+    return False
+
+
+def again(
+        what: str, call: Callable[..., Result], *args: Any, unless: Callable[[Exception], bool] = _never,
+        **kwargs: Any) -> Result:
+    """The result of `call`, which is called again after a fault that may pass, `unless` that could do harm.
+
+    `what` is its name in the log.
+    """
     for wait in (1, 3):
         try:
-            return hf_hub_download(repo_id, name, **kwargs)
+            return call(*args, **kwargs)
         except Exception as error:
-            if kwargs['local_files_only'] or not _may_pass(error):
+            if not _may_pass(error) or unless(error):
                 raise
-            _logger.warning(f'{repo_id}/{name}: {type(error).__name__}; trying again in {wait} s')
+            _logger.warning(f'{what}: {type(error).__name__}; trying again in {wait} s')
             time.sleep(wait)
-    return hf_hub_download(repo_id, name, **kwargs)
+    return call(*args, **kwargs)
+
+
+def download(repo_id: str, name: str, **options: Any) -> str:
+    """`hf_hub_download`, again after a fault that may pass; what the cache serves instead of a Hub is told."""
+    return _cached(repo_id, name, **options) or again(f'{repo_id}/{name}', hf_hub_download, repo_id, name, **options)
+
+
+def _cached(
+        repo_id: str,
+        name: str,
+        *,
+        revision: str | None,
+        token: str | bool | None,
+        library_name: str,
+        cache_dir: Any = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+) -> str | None:
+    """A file as the cache has it for a branch, if the branch still is there, or if the Hub does not say.
+
+    huggingface_hub serves its cache too when it is refused or gets no answer, but without a word, and so possibly an
+    older commit than the user believes. This takes the place of its own HEAD request: one more is made only when the
+    branch has moved.
+    """
+    if force_download or local_files_only or revision and re.fullmatch('[0-9a-f]{40}', revision):
+        return None
+    path = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
+    if not isinstance(path, str):
+        return None
+    commit = Path(path).parent.name
+    try:
+        url = hf_hub_url(repo_id, name, revision=revision)
+        return path if get_hf_file_metadata(url, token=token, library_name=library_name).commit_hash == commit else None
+    except (OfflineModeIsEnabled, RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None  # what the user asked for, or an error of what was asked for
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError) and not _is_transport(error):
+            raise
+        _logger.warning(
+            f'{repo_id}: {type(error).__name__}, so that this is commit {commit} out of the cache, and there may be a '
+            f'newer one of {revision or "main"!r}; {_hint(error, name)}')
+        return path
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -86,9 +140,11 @@ def _hint(error: BaseException, file: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return 'ask for access on the page of the repository, and give your token='
     if isinstance(error, RepositoryNotFoundError):
-        return 'check the name; for a private repository give token= or log in (hf auth login)'
+        return ('check the name; for a private repository give token= or log in (hf auth login), again if the token '
+                'has expired')
     if isinstance(error, RevisionNotFoundError):
-        return 'check revision=: ' + ('a branch that exists' if file is None else 'a branch, a tag or a commit')
+        return 'check revision=: ' + (
+            'a branch, or refs/pr/N of a pull request' if file is None else 'a branch, a tag or a commit')
     if isinstance(error, RemoteEntryNotFoundError):
         if file == 'config.json':
             return 'the repository holds no model of timm_shiftnas; load others with timm.create_model'
