@@ -13,14 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from timm.models import clean_state_dict, create_model
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch import nn
 
 from .files import is_whole_zip
+from .generator import ArchitectureGenerator
 from .space import SearchSpace
 from .task import check_same_space
 
-__all__ = ['Checkpoints', 'check_checkpoint', 'newest_checkpoint', 'position']
+__all__ = ['Checkpoints', 'check_checkpoint', 'load_checkpoint', 'newest_checkpoint']
 
 _logger = logging.getLogger('train')
 SUFFIX = '.pth.tar'
@@ -107,6 +110,29 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
     return None
 
 
+def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator, dict[str, Any]]:
+    """What a training of a supernet has come to, ours or timm's own with `timm_shiftnas.patch`.
+
+    Args:
+        path: A checkpoint.
+        use_ema: Take the averaged weights, if there are any.
+
+    Returns:
+        The supernet in eval mode, its generator, and the state of the task with the flags under 'args'.
+
+    Raises:
+        ValueError: If the file is missing or corrupt, or no checkpoint of a supernet's training.
+    """
+    checkpoint = _read_checkpoint(path)
+    state = checkpoint['task_state']
+    net = create_model(state['network']['architecture'], **state['network']['model_args'])
+    generator = ArchitectureGenerator(net.space)
+    generator.load_state_dict(state['generator'])
+    averaged = use_ema and checkpoint.get('state_dict_ema')
+    net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
+    return net.eval(), generator, dict(state, args=_flags(checkpoint))
+
+
 def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
     """Refuse a file that cannot be resumed from before anything is loaded into a model.
 
@@ -115,6 +141,21 @@ def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
 
     Raises:
         ValueError: If the file is missing or corrupt, no checkpoint of this task, or of another search space.
+    """
+    checkpoint = _read_checkpoint(path)
+    check_same_space(checkpoint['task_state'], space)
+    return _flags(checkpoint)
+
+
+def _flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}
+
+
+def _read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this task, its tensors mapped from the file.
+
+    Raises:
+        ValueError: If it is none.
     """
     if not Path(path).is_file():
         raise ValueError(f'no checkpoint at {str(path)!r}; give a file such as output/NAME/last.pth.tar')
@@ -128,5 +169,4 @@ def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
         raise ValueError(
             f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
-    check_same_space(checkpoint['task_state'], space)
-    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}
+    return checkpoint

@@ -1,4 +1,4 @@
-"""The command line: `timm-shiftnas info DIR`, `extract`, `evaluate` and `push`.
+"""The command line: `timm-shiftnas info DIR`, `extract`, `evaluate`, `push` and `convert`.
 
 A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
 """
@@ -18,6 +18,7 @@ from timm.data import create_loader, resolve_data_config
 
 from . import __version__
 from .calibration import ResizedInput, has_batch_norm
+from .checkpoints import load_checkpoint
 from .complexity import format_count
 from .data import DatasetView, create_dataset, preprocessing
 from .evaluation import evaluate
@@ -95,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (info, extract, evaluate, push):
         command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
         command.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
+    convert = commands.add_parser('convert', help='make a model directory of a checkpoint of a training')
+    convert.set_defaults(command=_convert)
+    convert.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help='file of train.py, or of timm\'s own '
+                         'script with timm_shiftnas.patch')
+    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
+    convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
+    convert.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
+    convert.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
     return parser
 
@@ -204,6 +213,19 @@ def _extract(args: argparse.Namespace) -> None:
         _publish(args, args.output, args.push)
 
 
+# -- convert -----------------------------------------------------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> None:
+    net, generator, state = load_checkpoint(args.checkpoint, use_ema=not args.no_ema)
+    _check_output(args.output, None, args.overwrite)
+    save_pretrained(
+        args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
+        data_config=resolve_data_config(state['args'], model=net))
+    print(f'{args.output}: {format_count(net.macs(net.space.smallest))} to '
+          f'{format_count(net.macs(net.space.largest))} MACs, after {state["update"]} updates')
+
+
 # -- push --------------------------------------------------------------------------------------------------------------
 
 
@@ -265,13 +287,13 @@ def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any
     return _loader(saved, DatasetView(images, order[:count]))
 
 
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+def _check_output(output: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse to write over anything but, when told so, another model."""
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
         return
     if not output.is_dir():
         raise ValueError(f'--output {output} is a file; give a directory')
-    if output.samefile(source):
+    if source is not None and output.samefile(source):
         raise ValueError(f'--output {output} is the supernet itself; give another directory')
     try:
         SavedModel(output)

@@ -214,6 +214,10 @@ class ShiftNASTask(ClassificationTask):
         self.config, self.groups, self._shift_batches = config, groups, shift_batches
         self._generator = [generator]  # in a list: the supernet's optimizer and `.to(device)` leave it alone
         self._teacher = teacher
+        net = unwrap_model(model)  # what makes it again, for those who find a checkpoint
+        self.network = dict(
+            architecture=net.pretrained_cfg['architecture'],
+            model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
         self.ranks = Ranks()
         self.loop_state: dict[str, Any] = {}
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
@@ -416,7 +420,7 @@ class ShiftNASTask(ClassificationTask):
         if ema:
             return {}
         return dict(
-            space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
+            network=self.network, space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
             micro_step=self._micro_step, loop=self.loop_state,
             generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
             shift=self.shift.state_dict(), held_out_loss=self._held_out_loss, held_out=self._held_out,

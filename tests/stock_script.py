@@ -1,0 +1,136 @@
+"""A stand-in for timm's training script: imports and calls in its order, and knows nothing of supernets.
+
+    python stock_script.py --device-modules timm_shiftnas.patch --model test_shiftformer_supernet ...
+
+Rendered squares of two sizes are what it trains on; no file is read.
+"""
+import argparse
+import importlib
+from contextlib import nullcontext
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import create_model
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, LogitDistillationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, NativeScaler, init_distributed_device, random_seed
+from timm.data import Mixup
+
+parser = argparse.ArgumentParser()
+add = parser.add_argument
+add('--device-modules', nargs='+', default=[])
+add('--model', default='test_vit')
+add('--epochs', type=int, default=1)
+add('--batches', type=int, default=8)
+add('-b', '--batch-size', type=int, default=16)
+add('--grad-accum-steps', type=int, default=1)
+add('--amp', action='store_true')
+add('--amp-dtype', default='float16')
+add('--mixup', type=float, default=0.)
+add('--model-ema', action='store_true')
+add('--torchcompile')
+add('--resume', default='')
+add('--output')
+add('--seed', type=int, default=42)
+add('--kd-model', default='')
+
+
+def batch_of(args, epoch, number):
+    """The images of all processes; this process takes its part."""
+    noise = torch.Generator().manual_seed(1000 * epoch + number)
+    count = args.batch_size * args.world_size
+    target = torch.randint(2, (count,), generator=noise)
+    input = torch.randn(count, 3, 32, 32, generator=noise)
+    input[:, :, 8:24, 8:24] += target[:, None, None, None] * 2.
+    part = slice(args.rank * args.batch_size, (args.rank + 1) * args.batch_size)
+    return input[part], target[part]
+
+
+def main():
+    args = parser.parse_args()
+    for module in args.device_modules:
+        importlib.import_module(module)
+    args.device = 'cpu'
+    device = init_distributed_device(args)
+    random_seed(args.seed, args.rank)
+
+    model = create_model(args.model, num_classes=2, img_size=32)
+    model.to(device=device)
+    mixup_fn = Mixup(mixup_alpha=args.mixup, num_classes=2) if args.mixup else None
+    train_loss_fn = (SoftTargetCrossEntropy() if mixup_fn else LabelSmoothingCrossEntropy(0.1)).to(device=device)
+    if args.kd_model:
+        task = LogitDistillationTask(
+            student_model=model, teacher_model=create_model(args.kd_model, num_classes=2, img_size=32),
+            criterion=train_loss_fn, device=device, dtype=torch.float32, verbose=args.rank == 0)
+    else:
+        task = ClassificationTask(
+            model=model, criterion=train_loss_fn, device=device, dtype=torch.float32, verbose=args.rank == 0)
+    model = task.get_trainable_module()
+    eval_model = task.get_eval_model()
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9)
+    amp_autocast, loss_scaler = nullcontext, None
+    if args.amp:
+        def amp_autocast():
+            return torch.autocast(device_type='cpu', dtype=getattr(torch, args.amp_dtype))
+        loss_scaler = NativeScaler(device='cpu') if args.amp_dtype == 'float16' else None
+
+    start_epoch = 0
+    if args.resume:
+        start_epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=loss_scaler)
+    if args.model_ema:
+        task.setup_ema(decay=0.9, use_warmup=False, device=None)
+        if args.resume:
+            load_task_ema_checkpoint(task, args.resume)
+    if args.torchcompile:
+        eval_model = task.compile(backend=args.torchcompile, mode=None)
+    if args.distributed:
+        task.prepare_distributed(device_ids=None, broadcast_buffers=True)
+    saver = None
+    if args.rank == 0 and args.output:
+        saver = CheckpointSaver(
+            model=model, optimizer=optimizer, args=args, amp_scaler=loss_scaler, task=task, checkpoint_dir=args.output,
+            recovery_dir=args.output, max_history=10)
+
+    for epoch in range(start_epoch, args.epochs):
+        task.get_trainable_module().train()
+        optimizer.zero_grad()
+        total = 0.
+        for number in range(args.batches):
+            input, target = batch_of(args, epoch, number)
+            if mixup_fn:
+                random_seed(number, args.rank)
+                input, target = mixup_fn(input, target)
+            last = (number + 1) % args.grad_accum_steps == 0
+            with task.no_sync() if args.distributed and not last else nullcontext():
+                with amp_autocast():
+                    result = task(input, target)
+                    loss = result['loss']
+                if args.grad_accum_steps > 1:
+                    loss /= args.grad_accum_steps
+                if loss_scaler is not None:
+                    loss_scaler(loss, optimizer, clip_grad=1., clip_mode='norm',
+                                parameters=task.get_clip_parameters(), need_update=last)
+                else:
+                    loss.backward()
+                    if last:
+                        optimizer.step()
+            total += loss.item()
+            if not last:
+                continue
+            optimizer.zero_grad()
+            task.update_ema(step=epoch * args.batches + number)
+        model_to_validate = task.get_eval_model(ema=True) if args.model_ema else eval_model
+        model_to_validate.eval()
+        evaluator = task.create_evaluator()
+        with torch.inference_mode():
+            input, target = batch_of(args, 99, 0)
+            evaluator.update(model_to_validate(input), target)
+        if args.rank == 0:
+            print(f'epoch {epoch} loss {total:.4f} top1 {evaluator.compute()["top1"]:.1f}', flush=True)
+        if saver is not None:
+            saver.save_checkpoint(epoch, metric=evaluator.compute()['top1'])
+    print(f'{type(task).__name__} rank {args.rank} done', flush=True)
+
+
+if __name__ == '__main__':
+    main()
