@@ -258,17 +258,29 @@ class TrainLoader:
         return iter(self._prefetch)
 
     def read(self, epoch: int, start: int) -> Iterator[Any]:
-        """The loader's batches, before they are prefetched."""
+        """The loader's batches, before they are prefetched.
+
+        Raises:
+            ChildProcessError: If a worker died.
+        """
         if self._sampler is None:
             self._loader.dataset.set_epoch(epoch)
             seed_process(self.seed, f'stream/{self.ranks.rank}', epoch)  # the workers' seeds come from it
             yield from (batch for number, batch in enumerate(self._loader) if number >= start)
             return
         self._sampler.set_epoch(stream_seed(self.seed, 'order', epoch))
-        yield from DataLoader(
+        loader = DataLoader(
             _SeededImages(self._loader.dataset, self.seed, epoch), batch_sampler=self._positions(start),
             num_workers=self._loader.num_workers, collate_fn=self._loader.collate_fn,
             pin_memory=self._loader.pin_memory, generator=torch.Generator())
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            raise ChildProcessError(
+                f'{" ".join(str(error).split())}: a process that reads images has died, perhaps for want of memory; '
+                'give fewer --workers') from error
 
     def _positions(self, start: int) -> Iterator[list[tuple[int, int]]]:
         """Batches of (index, position among the images of all processes)."""

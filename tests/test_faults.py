@@ -1,0 +1,282 @@
+"""What happens to trainings: kills, full disks, broken files, losses that are not finite; with real processes."""
+import csv
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from timm.utils import CheckpointSaver
+
+from timm_shiftnas.checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
+FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
+        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
+        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
+        '--generator-images', '16', '--log-interval', '5']
+# everything that is random or remembers something
+RICH = [*FAST, '--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
+        '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1',
+        '--grad-accum-steps', '2', '--recovery-interval', '1', '--experiment', 'run', '--sched-on-updates']
+
+
+def command(tmp_path, *flags):
+    return [sys.executable, ROOT / 'train.py', *flags, '--output', tmp_path]
+
+
+def start(tmp_path, *flags, **kwargs):
+    return subprocess.Popen(
+        command(tmp_path, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path, **kwargs)
+
+
+def wait_for(process, pattern, folder):
+    """Until a file appears; the process must live."""
+    while process.poll() is None:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+        time.sleep(.01)
+    raise AssertionError(process.communicate()[1])
+
+
+def load(path):
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(a, b, where=''):
+    """Equal bit for bit, nested containers included."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f'{where}/{i}')
+    else:
+        assert a == b, where
+
+
+def summary(folder):
+    """Rows of summary.csv, but for the times."""
+    with (folder / 'summary.csv').open() as file:
+        return [{name: value for name, value in row.items() if name != 'train_seconds'} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    path = tmp_path_factory.mktemp('whole')
+    assert train.main([*RICH, '--output', str(path)]) == 0
+    return path / 'run'
+
+
+def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(whole, tmp_path, caplog):
+    """SIGKILL at a random moment, SIGTERM later, the same command each time: the same weights, P and generator."""
+    flags, moment = [*RICH, '--resume', 'auto'], random.Random(3)
+    process = start(tmp_path, *flags)
+    wait_for(process, 'recovery-0-*', tmp_path / 'run')
+    time.sleep(moment.random() * 1.5)
+    process.kill()
+    assert 'starting anew' in process.communicate()[1]
+
+    process = start(tmp_path, *flags)
+    wait_for(process, 'recovery-1-*', tmp_path / 'run')
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, err
+    assert err.splitlines()[-1].startswith('train.py: terminated; continue with --resume auto --experiment run')
+    assert re.search(r'going on from .*recovery-0-', err), err
+
+    caplog.set_level('INFO')
+    assert train.main([*flags, '--output', str(tmp_path)]) == 0
+    assert re.search(r'going on from .*recovery-1-', caplog.text)
+    a, b = load(whole / 'last.pth.tar'), load(tmp_path / 'run' / 'last.pth.tar')
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'epoch'):
+        same(a[key], b[key], key)
+    assert len(a['task_state']['history']) > 2
+    for name in ('budgets.csv', 'shift.csv'):
+        assert (whole / name).read_text() == (tmp_path / 'run' / name).read_text()
+    assert summary(whole) == summary(tmp_path / 'run')  # the mean loss of the broken epochs, too
+    assert not list((tmp_path / 'run').glob('*recovery*')) and not list((tmp_path / 'run').glob('*tmp*'))
+
+
+def test_a_corrupt_checkpoint_is_passed_over(whole, tmp_path, caplog):
+    run = tmp_path / 'run'
+    run.mkdir()
+    for name in ('checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar'):
+        (run / name).write_bytes((whole / name).read_bytes())
+    assert newest_checkpoint(run) == run / 'last.pth.tar'
+    data = bytearray((whole / 'last.pth.tar').read_bytes())
+    data[len(data) // 2] ^= 1  # torch.load would not notice
+    (run / 'last.pth.tar').write_bytes(data)
+    (run / 'checkpoint-1.pth.tar').write_bytes((whole / 'checkpoint-1.pth.tar').read_bytes()[:100_000])
+    (run / 'recovery-2-1.pth.tar').write_bytes(b'')
+    assert newest_checkpoint(run) == run / 'checkpoint-0.pth.tar'
+    assert 'last.pth.tar is corrupt; falling back' in caplog.text
+    assert 'cannot read the checkpoint' in caplog.text and 'checkpoint-1.pth.tar' in caplog.text
+    with pytest.raises(ValueError, match='last.pth.tar.* is corrupt.*--resume auto'):
+        check_checkpoint(run / 'last.pth.tar', None)
+    caplog.set_level('INFO')
+    assert train.main([*RICH, '--resume', 'auto', '--output', str(tmp_path)]) == 0
+    assert re.search('going on from .*checkpoint-0.pth.tar', caplog.text)
+    same(load(whole / 'last.pth.tar')['state_dict'], load(run / 'last.pth.tar')['state_dict'])
+
+
+def test_resume_auto_needs_a_place(capsys):
+    with pytest.raises(SystemExit):
+        train.main([*FAST, '--resume', 'auto'])
+    assert '--experiment NAME' in capsys.readouterr().err
+
+
+def test_the_middle_of_an_epoch_belongs_to_its_batches(whole, tmp_path, capsys):
+    state = load(whole / 'last.pth.tar')
+    state['task_state']['loop'].update(epoch=2, batch=4)
+    torch.save(state, tmp_path / 'middle.pth.tar')
+    assert train.main([*RICH, '--resume', str(tmp_path / 'middle.pth.tar'), '--output', str(tmp_path), '-b', '64']) == 2
+    assert 'batch_size=128, and not 64' in capsys.readouterr().err
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, caplog, capsys):
+    """Files may not grow beyond 500 kB: checkpoints do not fit, and nothing half-written stays."""
+    size = 500_000
+    assert (whole / 'last.pth.tar').stat().st_size > 2 * size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert train.main([
+            *FAST, '--epochs', '2', '--recovery-interval', '3', '--experiment', 'run', '--val-interval', '1',
+            '--output', str(tmp_path)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count('cannot write a checkpoint') > 2 and 'The training goes on' in caplog.text
+    assert 'cannot write the results' in caplog.text  # of the first epoch; those of the last are an error
+    assert 'File too large' in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / 'run').iterdir() if 'tar' in path.name or 'tmp' in path.name] == []
+    assert not (tmp_path / 'run' / 'model' / 'config.json').exists()
+
+
+def test_room_on_the_disk_again(tmp_path, caplog):
+    """The device that is always full stands in the way of one write."""
+    net = torch.nn.Linear(2, 2)
+    saver = CheckpointSaver(
+        net, torch.optim.SGD(net.parameters(), lr=1), checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    checkpoints = Checkpoints(saver)
+    checkpoints.save_recovery(0, 5)
+    (tmp_path / 'recovery_tmp.pth.tar').symlink_to('/dev/full')
+    checkpoints.save_recovery(0, 7)
+    assert checkpoints.failure is not None and 'recovery-0-5.pth.tar is kept' in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ['recovery-0-5.pth.tar']
+    checkpoints.save_recovery(0, 9)
+    assert checkpoints.failure is None and newest_checkpoint(tmp_path).exists()
+    again = Checkpoints(saver)
+    again.save_recovery(1, 2)
+    again.save_recovery(1, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {'recovery-1-2.pth.tar', 'recovery-1-4.pth.tar'}
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, caplog):
+    flags = [*FAST, '--opt', 'sgd', '--lr', '1e30', '--epochs', '2', '--experiment', 'run', '--recovery-interval', '1',
+             '--output', str(tmp_path)]
+    assert train.main(flags) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'is not finite' in line and '--skip-nonfinite' in line and '--clip-grad' in line
+    kept = newest_checkpoint(tmp_path / 'run')
+    assert str(kept) in line
+    assert all(bool(value.isfinite().all()) for value in load(kept)['state_dict'].values())
+    caplog.clear()
+    assert train.main([*flags, '--skip-nonfinite', '3', '--experiment', 'tolerant']) == 2
+    assert [text for text in caplog.messages if 'is left out' in text][-1].endswith('(3 in a row)')
+
+
+@pytest.mark.parametrize('model', ['test_shiftformer_supernet', 'test_shiftmobilenet_supernet'])
+def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
+    args = train.parse_args([
+        *FAST, '--model', model, '--model-ema', '--skip-nonfinite', '2', '--output', str(tmp_path), '-b', '8',
+        '--shift', 'none', '--img-size', '32', '--bn-images', '8'])
+    trainer = train.Trainer(args)
+    images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+
+    def update(poison):
+        loss = trainer.task(images * poison, targets)['loss']
+        loss.backward()
+        trainer.step(0, 1, [loss.item()], train.AverageMeter())
+
+    update(1.)
+    before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    averaged = {name: value.clone() for name, value in trainer.task.trainable_module_ema.module.state_dict().items()}
+    for _ in range(2):
+        update(float('nan'))
+    assert trainer.nonfinite == 2 and trainer.task.update == 3
+    same(before, trainer.net.state_dict())
+    same(averaged, trainer.task.trainable_module_ema.module.state_dict())
+    update(1.)
+    assert trainer.nonfinite == 0 and not torch.equal(before['patch_embed.proj.weight'] if 'former' in model else
+                                                      before['conv_stem.weight'], next(trainer.net.parameters()))
+    for p in trainer.net.parameters():  # a finite loss, but not its gradient
+        p.grad = torch.full_like(p, torch.inf)
+    trainer.step(0, 1, [1.], train.AverageMeter())
+    assert trainer.nonfinite == 1
+    update(float('nan'))
+    with pytest.raises(ValueError, match='the loss nan in update 1 of epoch 1 is not finite'):
+        update(float('nan'))
+
+
+# -- images and workers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ('train', 'validation'):
+        for label in 'ab':
+            path = tmp_path / 'data' / split / label
+            path.mkdir(parents=True)
+            for i in range(12):
+                Image.new('RGB', (32, 32), (i * 20, 0, 0)).save(path / f'{i}.png')
+    return ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '8', '--shift', 'none',
+            '--output', str(tmp_path)]
+
+
+def test_broken_images_are_skipped(folder, tmp_path, caplog):
+    broken = tmp_path / 'data' / 'train' / 'a' / '3.png'
+    broken.write_bytes(b'no image')
+    (tmp_path / 'data' / 'validation' / 'b' / '11.png').write_bytes(b'')
+    assert train.main([*FAST, *folder, '--epochs', '1', '--skip-broken-images', '--no-aug']) == 0
+    assert [text for text in caplog.messages if str(broken) in text and 'the next image takes its place' in text]
+    for path in (tmp_path / 'data' / 'train').glob('*/*.png'):
+        path.write_bytes(b'')
+    assert train.main([*FAST, *folder, '--epochs', '1', '--skip-broken-images']) == 2  # no accident
+
+
+def test_a_dead_worker_ends_the_run(tmp_path):
+    process = start(tmp_path, *FAST, '--shift', 'none', '-j', '1', '--epochs', '500', '--experiment', 'run')
+    wait_for(process, 'last*', tmp_path / 'run')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    workers = []
+    while not workers and process.poll() is None:
+        workers = [int(pid) for pid in children.read_text().split()
+                   if b'resource_tracker' not in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and 'Traceback' not in err, err
+    assert err.splitlines()[-1].startswith('train.py: error: DataLoader worker') and '--workers' in err.splitlines()[-1]
