@@ -28,8 +28,9 @@ FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '
         '--generator-images', '16', '--log-interval', '5']
 # everything that is random or remembers something
 RICH = [*FAST, '--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
-        '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25', '--aa', 'rand-m5-n1',
-        '--grad-accum-steps', '2', '--recovery-interval', '1', '--experiment', 'run', '--sched-on-updates']
+        '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25',
+        '--aa', 'rand-m5-n1', '--grad-accum-steps', '2', '--recovery-interval', '1', '--experiment', 'run',
+        '--sched-on-updates']
 
 
 def command(tmp_path, *flags):

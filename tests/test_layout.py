@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'timm_shiftnas'
 ORDER = [
-    'space', 'stages', 'complexity', 'masks', 'layers', 'models', 'calibration', 'sampling', 'generator', 'task', 'hub',
-    'cli',
+    'distributed', 'space', 'stages', 'complexity', 'masks', 'layers', 'models', 'calibration', 'sampling', 'generator',
+    'task', 'patch', 'evaluation', 'loading', 'checkpoints', 'hub', 'flags', 'cli',
 ]
 FILES = sorted(PACKAGE.rglob('*.py'))
 
@@ -64,8 +64,8 @@ def test_arithmetic_and_sampling_know_no_model():
         assert 'models' not in own(imported(path)), path
 
 
-def test_only_the_task_imports_timm_task():
+def test_only_the_task_and_the_patch_import_timm_task():
     importers = {
         path.name for path in [*FILES, ROOT / 'train.py']
         if any(name.startswith('timm.task') for name in imported(path))}
-    assert importers == {'task.py'}
+    assert importers == {'task.py', 'patch.py'}

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3, unwrap_model
 
+import timm_shiftnas
 from timm_shiftnas.checkpoints import check_checkpoint
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.masks import arch_masks
 from timm_shiftnas.sampling import BudgetGroups, stream
-from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
+from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask, Teacher
 
 STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
 
@@ -178,6 +179,85 @@ def test_sandwich_trains_both_ends_and_others(fitted, shift_batches):
     torch.testing.assert_close(result['loss'], torch.stack(losses).mean())
     for p, gradient in zip(net.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def kl(student, teacher, temperature=1.):
+    """Mean over images of sum_c p_c (log p_c - log q_c), p the teacher's, times the square of the temperature."""
+    p, q = (torch.softmax(logits.double() / temperature, -1) for logits in (teacher, student))
+    return (p * (p.log() - q.log())).sum(-1).mean() * temperature ** 2
+
+
+@pytest.mark.parametrize('with_teacher', [False, True])
+def test_inplace_distillation_and_a_teacher(fitted, shift_batches, with_teacher):
+    """The largest learns from targets and teacher, the others from it alone, and it nothing from them."""
+    logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
+    task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6,
+                     inplace_distillation=True, task_loss_weight=.3, distill_loss_weight=.6, temperature=2.)
+    task._teacher = (lambda images: logits) if with_teacher else None
+    net, (images, targets) = task.get_trainable_module(), shift_batches(0)[0]
+    result = task(images, targets)
+    result['loss'].backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    outputs = [net(images, arch) for arch in result['archs']]
+    first = F.cross_entropy(outputs[0], targets)
+    if with_teacher:
+        first = .3 * first + .6 * kl(outputs[0], logits, 2.)
+    loss = (first + sum(kl(output, outputs[0].detach()) for output in outputs[1:])) / 4
+    loss.backward()
+    torch.testing.assert_close(result['loss'].double(), loss.double(), rtol=1e-5, atol=0)
+    for p, gradient in zip(net.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_teacher_sees_its_own_normalisation():
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    teacher = Teacher(timm.create_model('test_vit', num_classes=10, img_size=32), net, mean=(.1, .2, .3), std=(.5,) * 3)
+    images = torch.rand(2, 3, 32, 32)
+    own = teacher.teacher.model.pretrained_cfg
+
+    def normalised(mean, std):
+        return (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+    with torch.no_grad():
+        expected = teacher.teacher.model(normalised(own['mean'], own['std']))
+    torch.testing.assert_close(teacher(normalised((.1, .2, .3), (.5, .5, .5))), expected, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in teacher.teacher.parameters())
+
+
+def test_inplace_distillation_needs_a_sandwich(fitted):
+    with pytest.raises(ValueError, match='sandwich=True'):
+        make_task(fitted, None, shift='none', archs_per_step=2, inplace_distillation=True)
+
+
+def test_compiled_graphs_are_as_many_as_depths(fitted):
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    space = timm_shiftnas.shiftformer_space(
+        embed_dim=(32, 64), depth=(2, 3), num_heads=(2, 3), mlp_ratio=(2., 3.))
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10, space=space)
+    task = ShiftNASTask(
+        net, config=ShiftNASConfig(sampler='uniform', shift='none'), generator=ArchitectureGenerator(net.space),
+        groups=BudgetGroups.of_space(net.space, count=2), verbose=False)
+    images = torch.randn(4, 3, 32, 32)
+    archs = [net.space.sample(torch.Generator().manual_seed(seed)) for seed in range(12)]
+    expected = [net(images, arch).detach() for arch in archs]
+    task.compile(backend=count)
+    for arch, logits in zip(archs, expected):
+        torch.testing.assert_close(task.get_trainable_module()(images, arch), logits, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2 and len(set(archs)) > 6
+    assert set(task.get_checkpoint_state()['state_dict']) == set(net.state_dict())
+    cnn = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
+    task = ShiftNASTask(
+        cnn, config=ShiftNASConfig(), generator=ArchitectureGenerator(cnn.space),
+        groups=BudgetGroups.of_space(cnn.space, count=2), verbose=False)
+    with pytest.raises(ValueError, match='--torchcompile'):
+        task.compile(backend=count)
 
 
 def test_several_archs_of_the_generator(fitted, shift_batches):

@@ -2,14 +2,17 @@
 import contextlib
 import csv
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import termios
 import time
 from pathlib import Path
@@ -110,20 +113,6 @@ def test_the_model_directory_is_what_was_evaluated(finished):
     assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
 
 
-def test_resume_continues_bit_for_bit(finished, tmp_path):
-    """From the checkpoint of the second of three epochs, in a fresh process."""
-    output, flags = finished
-    command = [sys.executable, ROOT / 'train.py', '-c', output / 'args.yaml', '--resume',
-               output / 'checkpoint-1.pth.tar', '--output', tmp_path, '--experiment', 'resumed']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r'epoch 3/3  batch 5/10 .* images/s  \d+ s left', done.stderr) and '\r' not in done.stderr  # piped
-    whole, resumed = load(output / 'last.pth.tar'), load(tmp_path / 'resumed' / 'last.pth.tar')
-    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'task_state', 'epoch'):
-        same(whole[key], resumed[key], key)
-    assert whole['task_state']['micro_step'] > 0 and len(whole['task_state']['history']) > 3
-
-
 def test_a_terminal_gets_a_bar(tmp_path):
     """With rate and time left, on stderr; the table goes to stdout."""
     ours, terminal = pty.openpty()
@@ -170,6 +159,86 @@ def test_image_folder_accumulation_and_one_channel(tmp_path):
     assert net.num_classes == 2 and net.in_chans == 1
 
 
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    """Digits in two WebDataset shards for each split."""
+    digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
+    folder = tmp_path_factory.mktemp('shards')
+    for split, numbers in (('train', range(192)), ('validation', range(192, 292))):
+        for shard in (0, 1):
+            with tarfile.open(folder / f'{split}-{shard:04d}.tar', 'w') as tar:
+                for number in numbers[shard::2]:
+                    png = io.BytesIO()
+                    Image.fromarray((digits.images[number] * 15).astype('uint8')).save(png, 'png')
+                    for suffix, data in (('png', png.getvalue()), ('cls', str(digits.target[number]).encode())):
+                        member = tarfile.TarInfo(f'{number:06d}.{suffix}')
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_streamed_dataset(shards, tmp_path):
+    """A CNN, whose statistics need the training images a second time; and from the middle of an epoch, bit for bit."""
+    flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+             '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
+             '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '32', '--shift', 'none', '-j', '1',
+             '--epochs', '2', '--val-interval', '9', '--recovery-interval', '2', '--bn-images', '64',
+             '--checkpoint-hist', '9', '--output', str(tmp_path), '--experiment']
+    assert train.main([*flags, 'run']) == 0
+    whole = tmp_path / 'run'
+    assert load(whole / 'last.pth.tar')['task_state']['update'] == 12
+    state = load(whole / 'checkpoint-0.pth.tar')
+    assert train.main([*flags, 'middle', '--epochs', '1']) == 0  # the same first epoch
+    same(load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'], state['state_dict'])
+    trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
+    left = iter([False, False, True])  # SIGTERM comes during the third update
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
+    with pytest.raises(train.Terminated):
+        trainer.train_epoch(1)
+    assert train.main([*flags, 'middle', '--resume', 'auto']) == 0
+    same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
+
+
+def test_held_out_images_of_a_stream_are_refused(capsys, shards):
+    line = one_line_error(
+        capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+        '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
+        '--num-classes', '10')
+    assert 'streams its images' in line
+
+
+def test_tracking(tmp_path, monkeypatch):
+    """TensorBoard's own reader finds the figures of the CSV; Weights & Biases keeps an offline run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    assert run(tmp_path, '--epochs', '2', '--val-interval', '1', '--log-tensorboard', '--log-wandb', '--wandb-project',
+               'tests', '--save-images', '--eval-metric', 'top1_largest') == 0
+    events = EventAccumulator(str(tmp_path / 'run'))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    for column, name in (('train_loss', 'train/epoch_loss'), ('eval_top1', 'eval/top1'), ('lr', 'lr')):
+        seen = {event.step: event.value for event in events.Scalars(name)}
+        assert [seen[10], seen[20]] == pytest.approx([float(row[column]) for row in rows], rel=1e-5)
+    last = load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'][-1][1]
+    assert [events.Scalars(f'P/group {k}')[-1].value for k in (1, 2, 3)] == pytest.approx(last, rel=1e-5)
+    assert len(events.Scalars('train/loss')) == 4 and len(list((tmp_path / 'run').glob('train-batch-*.jpg'))) == 4
+    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+    saved = load(tmp_path / 'run' / 'last.pth.tar')
+    assert saved['metric'] == float(rows[1]['eval_top1_largest'])
+
+
+def test_a_teacher_and_a_device_module(tmp_path, capsys):
+    """A trained supernet teaches another; an imported module is imported."""
+    teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    flags = ['--epochs', '1', '--kd-model', 'test_shiftformer_supernet', '--distill-loss-weight', '1']
+    assert run(tmp_path, *flags, '--kd-model-path', str(tmp_path / 'teacher.pth'), '--device-modules', 'colorsys',
+               '--archs-per-step', '3', '--sandwich', '--inplace-distillation', '--head-init-scale', '.1') == 0
+    assert 'colorsys' in sys.modules
+    assert 'cannot create the teacher' in one_line_error(capsys, *flags)  # it has no published weights
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +265,6 @@ def test_missing_folder(capsys, tmp_path):
 
 
 def test_one_class(capsys, folder):
-    import shutil
     shutil.rmtree(folder / 'train' / 'b')
     assert 'class' in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
 
@@ -325,19 +393,26 @@ def test_imagenet_configs_are_autoformers_recipe(size, paper):
     assert f'= {500 * 1.281167 * 3 * middle / 1e9 / 1e3:.1f} EMACs' in header
 
 
-def test_policies_that_pillow_refuses(tmp_path, caplog):
+def warnings_of(caplog, *flags):
+    """What making the loaders says."""
+    args = train.parse_args([*FAST, *flags])
+    args.num_classes = 10
+    net = train.create_supernet(args, torch.device('cpu'))
+    caplog.clear()
+    train.create_loaders(
+        args, train.open_data(args), timm.data.resolve_data_config(vars(args), model=net), torch.device('cpu'))
+    return caplog.text
+
+
+def test_policies_that_pillow_refuses(caplog):
     from PIL import Image, ImageOps
     try:
         refused = not ImageOps.posterize(Image.new('L', (1, 1)), 0)
     except ValueError:
         refused = True
-    flags = ['--epochs', '1', '--shift', 'none', '--val-interval', '9']
     for policy, risky in (('rand-m9-mstd0.5-mmax9-inc1', False), ('rand-m3-inc1', True)):
-        caplog.clear()
-        assert run(tmp_path, *flags, '--aa', policy) == 0
-        assert ('-mmax9' in caplog.text) == (risky and refused)
+        assert ('-mmax9' in warnings_of(caplog, '--aa', policy)) == (risky and refused)
 
 
-def test_repeated_augmentation_needs_several_processes(tmp_path, caplog):
-    assert run(tmp_path, '--epochs', '1', '--aug-repeats', '3', '--shift', 'none') == 0
-    assert '--aug-repeats needs several processes; it is ignored' in caplog.text
+def test_repeated_augmentation_needs_several_processes(caplog):
+    assert '--aug-repeats needs several processes; it is ignored' in warnings_of(caplog, '--aug-repeats', '3')
