@@ -6,6 +6,8 @@
     python benchmarks/speed.py relative-position   # fused attention / gathered tables
     python benchmarks/speed.py generator           # seconds of fit(), milliseconds of propose(), on every space
     python benchmarks/speed.py calibration         # images per second of calibrate_bn / of plain inference
+    python benchmarks/speed.py memory              # peak memory of ShiftNAS updates / of uniform ones
+    python benchmarks/speed.py scaling             # an update of one process / of two with as many images each
 
 `--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration). `--device cuda --amp` measures bf16
 autocast, `--channels-last` that layout of images and weights, `--torchcompile` compiled networks. Images per second and
@@ -14,18 +16,23 @@ the share of the matrix rate (of a large matrix product of the same type, in the
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +41,7 @@ from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.layers import RelativePosition2d
 from timm_shiftnas.sampling import BudgetGroups
 from timm_shiftnas.space import Arch
-from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
+from timm_shiftnas.task import EveryArch, ShiftNASConfig, ShiftNASTask
 
 REAL = (
     'shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet', 'shiftmobilenet_supernet',
@@ -138,8 +145,8 @@ def supernet(bench: Bench) -> None:
               f'{bench.speed(3 * net.macs(arch) * len(images), seconds["supernet"])}', flush=True)
 
 
-def step(bench: Bench) -> None:
-    """The parts of a ShiftNAS step beyond a uniform one, at the intervals of the settings, and their sum."""
+def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callable[[], None]], ShiftNASTask, Arch]:
+    """What a ShiftNAS training does beside the uniform step, which comes first; of a middle arch or a given one."""
     net = bench.network()
     size, count = bench.args.batch_size, bench.args.shift_batch_size
     images, targets = bench.images(net), torch.randint(net.num_classes, (size,), device=bench.device)
@@ -151,8 +158,9 @@ def step(bench: Bench) -> None:
         net, config=config, generator=ArchitectureGenerator(net.space).fit(), groups=groups,
         shift_batches=lambda n: (shift, shift), device=bench.device, verbose=False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=bench.device.type == 'cuda')
-    archs = task.generator.propose_many([sum(pair) / 2 for pair in zip(groups.edges, groups.edges[1:])])
-    arch = archs[len(archs) // 2]
+    if arch is None:
+        archs = task.generator.propose_many([sum(pair) / 2 for pair in zip(groups.edges, groups.edges[1:])])
+        arch = archs[len(archs) // 2]
 
     def train() -> None:
         with bench.autocast():
@@ -170,13 +178,22 @@ def step(bench: Bench) -> None:
         task._next_archs()
 
     parts = {'uniform step': train, 'generator update': generator, 'drawing archs': draw}
+    if config.shift != 'none':
+        parts['shift update'] = task._update_shift
+    return parts, task, arch
+
+
+def step(bench: Bench) -> None:
+    """The parts of a ShiftNAS step beyond a uniform one, at the intervals of the settings, and their sum."""
+    parts, task, arch = step_parts(bench)
+    config, size, count = task.config, bench.args.batch_size, bench.args.shift_batch_size
     every = {'uniform step': 1, 'generator update': config.generator_interval,
              'drawing archs': config.generator_interval}
     if config.shift != 'none':
-        parts['shift update'], every['shift update'] = task._update_shift, config.shift_interval
+        every['shift update'] = config.shift_interval
     times = bench.interleave(parts)
     base = median(times['uniform step'])
-    print(f'{bench.args.model}, batch {size}, {len(groups)} groups, generator on '
+    print(f'{bench.args.model}, batch {size}, {len(task.groups)} groups, generator on '
           f'{min(config.generator_images, size)} images, shift {config.shift} on {count}')
     shares = {name: ratio(times, name, 'uniform step') / interval for name, interval in every.items()}
     for name, interval in every.items():
@@ -186,7 +203,74 @@ def step(bench: Bench) -> None:
     for accum in sorted({1, max(1024 // size, 1)}):
         print(f'ratio of a ShiftNAS update to a uniform one of the same archs, {accum} x {size} images: '
               f'{1 + added / accum:.3f}')
-    print(f'uniform: {bench.speed(3 * net.macs(arch) * size, base)}')
+    print(f'uniform: {bench.speed(3 * timm_shiftnas.macs(task.space, arch) * size, base)}')
+
+
+def memory(bench: Bench) -> None:
+    """Peaks of processes of their own, at the largest arch, which needs most."""
+    peaks = {}
+    for name in ('uniform', 'ShiftNAS'):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            peaks[name] = pool.submit(peak_memory, bench.args, name == 'ShiftNAS').result()
+    print(f'{bench.args.model}, batch {bench.args.batch_size}, largest arch, shift {bench.args.shift}: '
+          f'uniform {peaks["uniform"] / 2 ** 30:.2f} GiB, ShiftNAS {peaks["ShiftNAS"] / 2 ** 30:.2f} GiB, '
+          f'ratio {peaks["ShiftNAS"] / peaks["uniform"]:.3f}')
+
+
+def peak_memory(args: argparse.Namespace, everything: bool) -> int:
+    """Bytes: of the device's allocator, or of this process where it is the CPU."""
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    parts, *_ = step_parts(bench, timm.create_model(args.model, device='meta').space.largest)
+    for _ in range(2):
+        for part in list(parts.values()) if everything else [parts['uniform step']]:
+            part()
+    if bench.device.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scaling(bench: Bench) -> None:
+    """Two processes of one thread each, against one alone; and what finding unused parameters costs DDP."""
+    with TemporaryDirectory() as folder:
+        context = multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(2, mp_context=context) as pool:
+            runs = [pool.submit(time_process, bench.args, f'file://{folder}/store', rank) for rank in range(2)]
+            times, _ = [run.result() for run in runs]
+    size, seconds = bench.args.batch_size, {name: median(values) for name, values in times.items()}
+    print(f'{bench.args.model}, {size} images per process, one thread each:')
+    for name, value in seconds.items():
+        processes = 1 if name == 'alone' else 2
+        print(f'{name:30s} {value * 1e3:8.1f} ms per update  {processes * size / value:7.1f} images/s')
+    print(f'two processes are {2 * ratio(times, "alone", "together"):.2f} times as fast as one; '
+          f'finding unused parameters costs {ratio(times, "together", "told that all are used") - 1:.1%}')
+
+
+def time_process(args: argparse.Namespace, store: str, rank: int) -> dict[str, list[float]]:
+    """Seconds of updates of this process, round by round; in the rounds of 'alone' the other one waits."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2)
+    bench = Bench(args)
+    plain = bench.network()
+    images, arch = bench.images(plain), plain.space.largest
+    nets = {None: plain} | {  # networks of their own: DDP leaves its hooks on what it wraps
+        found: nn.parallel.DistributedDataParallel(EveryArch(bench.network()), find_unused_parameters=found)
+        for found in (True, False)}
+    optimizers = {key: torch.optim.AdamW(net.parameters(), lr=1e-6) for key, net in nets.items()}
+
+    def update(key: bool | None) -> None:
+        bench.backward(nets[key], lambda: nets[key](images, arch))
+        optimizers[key].step()
+
+    def alone() -> None:
+        if rank == 0:
+            update(None)
+        dist.barrier()
+
+    times = bench.interleave({
+        'alone': alone, 'together': lambda: update(True), 'told that all are used': lambda: update(False)})
+    dist.destroy_process_group()
+    return times
 
 
 def per_mac(bench: Bench) -> None:
@@ -268,7 +352,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     measures = {'supernet': supernet, 'step': step, 'per-mac': per_mac, 'relative-position': relative_position,
-                'generator': generator, 'calibration': calibration}
+                'generator': generator, 'calibration': calibration, 'memory': memory, 'scaling': scaling}
     parser.add_argument('what', choices=tuple(measures))
     parser.add_argument('--model', default='shiftformer_tiny_supernet')
     parser.add_argument('--batch-size', type=int, default=8)
