@@ -35,6 +35,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 import yaml
 from huggingface_hub.utils import tqdm
@@ -571,6 +572,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         trainer = Trainer(args)
         trainer.fit()
+        if trainer.ranks.size > 1:
+            dist.destroy_process_group()
         return 0
     except Terminated:
         name = f'{shlex.quote(trainer.output.name)} --output {shlex.quote(str(trainer.output.parent))}'

@@ -6,20 +6,26 @@ Rendered squares of two sizes are what it trains on; no file is read.
 """
 import argparse
 import importlib
+import os
 from contextlib import nullcontext
+from functools import partial
 
 import torch
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask, LogitDistillationTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver, NativeScaler, init_distributed_device, random_seed
-from timm.data import Mixup
+from timm.task import (
+    ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask, load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
+from timm.utils import CheckpointSaver, NativeScaler, ParseKwargs, init_distributed_device, random_seed
 
 parser = argparse.ArgumentParser()
 add = parser.add_argument
 add('--device-modules', nargs='+', default=[])
 add('--model', default='test_vit')
+add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
 add('--epochs', type=int, default=1)
 add('--batches', type=int, default=8)
 add('-b', '--batch-size', type=int, default=16)
@@ -32,29 +38,31 @@ add('--torchcompile')
 add('--resume', default='')
 add('--output')
 add('--seed', type=int, default=42)
+add('--opt', default='sgd')
 add('--kd-model', default='')
+add('--multi-label', action='store_true')
+add('--dump', help='folder where every process leaves what a checkpoint would hold of its task')
 
 
 def batch_of(args, epoch, number):
-    """The images of all processes; this process takes its part."""
+    """The images of all processes; this process takes its part, as samplers deal them out."""
     noise = torch.Generator().manual_seed(1000 * epoch + number)
     count = args.batch_size * args.world_size
     target = torch.randint(2, (count,), generator=noise)
     input = torch.randn(count, 3, 32, 32, generator=noise)
     input[:, :, 8:24, 8:24] += target[:, None, None, None] * 2.
-    part = slice(args.rank * args.batch_size, (args.rank + 1) * args.batch_size)
-    return input[part], target[part]
+    return input[args.rank::args.world_size], target[args.rank::args.world_size]
 
 
-def main():
-    args = parser.parse_args()
+def main(argv=None):
+    args = parser.parse_args(argv)
     for module in args.device_modules:
         importlib.import_module(module)
     args.device = 'cpu'
     device = init_distributed_device(args)
     random_seed(args.seed, args.rank)
 
-    model = create_model(args.model, num_classes=2, img_size=32)
+    model = create_model(args.model, num_classes=2, img_size=32, **args.model_kwargs)
     model.to(device=device)
     mixup_fn = Mixup(mixup_alpha=args.mixup, num_classes=2) if args.mixup else None
     train_loss_fn = (SoftTargetCrossEntropy() if mixup_fn else LabelSmoothingCrossEntropy(0.1)).to(device=device)
@@ -63,15 +71,15 @@ def main():
             student_model=model, teacher_model=create_model(args.kd_model, num_classes=2, img_size=32),
             criterion=train_loss_fn, device=device, dtype=torch.float32, verbose=args.rank == 0)
     else:
-        task = ClassificationTask(
+        task_class = MultiLabelClassificationTask if args.multi_label else ClassificationTask
+        task = task_class(
             model=model, criterion=train_loss_fn, device=device, dtype=torch.float32, verbose=args.rank == 0)
     model = task.get_trainable_module()
     eval_model = task.get_eval_model()
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9)
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=0.05, momentum=0.9)
     amp_autocast, loss_scaler = nullcontext, None
     if args.amp:
-        def amp_autocast():
-            return torch.autocast(device_type='cpu', dtype=getattr(torch, args.amp_dtype))
+        amp_autocast = partial(torch.autocast, device_type='cpu', dtype=getattr(torch, args.amp_dtype))
         loss_scaler = NativeScaler(device='cpu') if args.amp_dtype == 'float16' else None
 
     start_epoch = 0
@@ -129,7 +137,18 @@ def main():
             print(f'epoch {epoch} loss {total:.4f} top1 {evaluator.compute()["top1"]:.1f}', flush=True)
         if saver is not None:
             saver.save_checkpoint(epoch, metric=evaluator.compute()['top1'])
+    if args.dump:
+        torch.save(task.get_checkpoint_state(), f'{args.dump}/rank-{args.rank}.pt')
     print(f'{type(task).__name__} rank {args.rank} done', flush=True)
+
+
+def run(argv, environment, log):
+    """A process of its own for those who have imported this file: all that it says goes to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    main(argv)
 
 
 if __name__ == '__main__':

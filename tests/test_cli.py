@@ -1,4 +1,5 @@
 """The command line, in this process and, where that matters, in a real one."""
+import argparse
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +17,7 @@ from timm_shiftnas import extract
 from timm_shiftnas.cli import main
 from timm_shiftnas.complexity import format_count
 from timm_shiftnas.generator import ArchitectureGenerator
-from timm_shiftnas.hub import from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.hub import SavedModel, from_pretrained, load_supernet, save_pretrained
 
 ARCH = dict(depth=4, embed_dim=48, num_heads=[1, 2, 3, 1], mlp_ratio=[1.0, 2.0, 3.0, 1.0])
 
@@ -173,6 +175,71 @@ def test_extract_from_a_subnet(capsys, net, tmp_path):
     save_pretrained(tmp_path / 'a', extract(net, net.space.smallest))
     refused(capsys, 'holds a subnet already', 'extract', tmp_path / 'a', '--flops', '9M', '--output', tmp_path / 'b')
     assert not (tmp_path / 'b').exists()
+
+
+# -- convert -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """What timm's script leaves of a supernet, with an average of the weights."""
+    folder = tmp_path_factory.mktemp('script')
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name('stock_script.py'), '--device-modules', 'timm_shiftnas.patch',
+         '--model', 'test_shiftformer_supernet', '--batches', '4', '--model-ema', '--output', folder],
+        env=os.environ | dict(SHIFTNAS_GENERATOR_FIT_STEPS='20', SHIFTNAS_NUM_GROUPS='2'), check=True)
+    return folder / 'last.pth.tar'
+
+
+@pytest.mark.parametrize('flags, key', [([], 'state_dict_ema'), (['--no-ema'], 'state_dict')])
+def test_convert(capsys, checkpoint, tmp_path, flags, key):
+    code, out, err = run(capsys, 'convert', checkpoint, tmp_path / 'model', *flags)
+    net = timm.create_model('test_shiftformer_supernet', num_classes=2, img_size=32).eval()
+    low, high = (net.macs(arch) for arch in (net.space.smallest, net.space.largest))
+    assert (code, err) == (0, '')
+    assert out == f'{tmp_path}/model: {format_count(low)} to {format_count(high)} MACs, after 4 updates\n'
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(checkpoint, weights_only=True)
+    assert not torch.equal(state['state_dict']['head.weight'], state['state_dict_ema']['head.weight'])
+    net.load_state_dict(state[key])
+    generator = ArchitectureGenerator(net.space)
+    generator.load_state_dict(state['task_state']['generator'])
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for flops in ('1.5M', '4M'):
+        sub = from_pretrained(tmp_path / 'model', flops=flops)
+        assert sub.arch == generator.propose(flops)
+        torch.testing.assert_close(sub(x), net(x, sub.arch), rtol=0, atol=1e-5)
+    saved = SavedModel(tmp_path / 'model').info
+    assert saved['probabilities'] == [.5, .5] and saved['groups'] == [low, (low + high) / 2, high]
+
+    refused(capsys, f'OUT {tmp_path}/model holds a model already; add --overwrite', 'convert', checkpoint,
+            tmp_path / 'model')
+    assert run(capsys, 'convert', checkpoint, tmp_path / 'model', '--overwrite')[0] == 0
+
+
+def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_path):
+    def convert(path, message):
+        refused(capsys, message, 'convert', path, tmp_path / 'out')
+
+    content = checkpoint.read_bytes()
+    (tmp_path / 'text').write_text('years')
+    (tmp_path / 'half').write_bytes(content[:len(content) // 2])
+    middle = len(content) // 2
+    (tmp_path / 'bit').write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    torch.save(dict(state_dict={}, epoch=3), tmp_path / 'other')
+    torch.save([1, 2], tmp_path / 'list')
+    convert(tmp_path / 'none', 'no checkpoint at')
+    convert(tmp_path, 'no checkpoint at')
+    convert(tmp_path / 'text', 'cannot read the checkpoint')
+    convert(tmp_path / 'half', 'cannot read the checkpoint')
+    convert(tmp_path / 'bit', 'is corrupt')
+    convert(tmp_path / 'other', 'is no checkpoint of a ShiftNAS training')
+    convert(tmp_path / 'list', 'is no checkpoint of a ShiftNAS training')
+    assert not (tmp_path / 'out').exists()
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'thesis.tex').write_text('years')
+    refused(capsys, 'is not empty and holds no model', 'convert', checkpoint, tmp_path / 'full', '--overwrite')
+    assert (tmp_path / 'full' / 'thesis.tex').read_text() == 'years'
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -93,6 +93,22 @@ def test_accuracy_picture(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
 
 
+@pytest.mark.parametrize('tail', [(96, 97, 98), (97.5, 98, 96.5), (96, 97.5, 97.2), (97, 96.8, 94), (97, 97, 97)])
+def test_the_line_does_not_run_through_the_label_of_the_largest(tmp_path, tail):
+    """However accuracy ends: the box around the black of the label, beside the mark, has no blue."""
+    macs = 5e6, 5.95e6, 6.1e6
+    names = 'group 2', 'group 3', 'largest'
+    rows = [*ROWS[:2], *(row(name, None, x, 1_000_000, y, 100.) for name, x, y in zip(names, macs, tail))]
+    assert plot_accuracy(tmp_path / 'a.png', rows)
+    image = rgb(tmp_path / 'a.png')
+    ys, xs = np.nonzero((image == np.array(ORANGE)).all(-1) & (np.arange(900) > 450))
+    x, y = int(xs.mean()), int(ys.mean())
+    near = image[max(y - 60, 25):y + 60, x - 120:x + 30]
+    ys, xs = np.nonzero((near < 60).all(-1))
+    assert 90 < np.ptp(xs) < 120 and np.ptp(ys) < 20  # the label, all of it and alone
+    assert count(near[ys.min():ys.max() + 1, xs.min():xs.max() + 1], BLUE) == 0
+
+
 @pytest.mark.parametrize('rows', [ROWS[:1], ROWS[1:2], ROWS[::3], ROWS[:1] * 2])
 def test_accuracy_picture_of_few_rows(tmp_path, rows):
     assert plot_accuracy(tmp_path / 'a.png', rows)

@@ -217,8 +217,8 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    _check_output(args.output, None, args.overwrite, flag='OUT')
     net, generator, state = load_checkpoint(args.checkpoint, use_ema=not args.no_ema)
-    _check_output(args.output, None, args.overwrite)
     save_pretrained(
         args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
         data_config=resolve_data_config(state['args'], model=net))
@@ -287,17 +287,17 @@ def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any
     return _loader(saved, DatasetView(images, order[:count]))
 
 
-def _check_output(output: Path, source: Path | None, overwrite: bool) -> None:
+def _check_output(output: Path, source: Path | None, overwrite: bool, flag: str = '--output') -> None:
     """Refuse to write over anything but, when told so, another model."""
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
         return
     if not output.is_dir():
-        raise ValueError(f'--output {output} is a file; give a directory')
+        raise ValueError(f'{flag} {output} is a file; give a directory')
     if source is not None and output.samefile(source):
-        raise ValueError(f'--output {output} is the supernet itself; give another directory')
+        raise ValueError(f'{flag} {output} is the supernet itself; give another directory')
     try:
         SavedModel(output)
     except ValueError:
-        raise ValueError(f'--output {output} is not empty and holds no model; give another directory') from None
+        raise ValueError(f'{flag} {output} is not empty and holds no model; give another directory') from None
     if not overwrite:
-        raise ValueError(f'--output {output} holds a model already; add --overwrite to replace it')
+        raise ValueError(f'{flag} {output} holds a model already; add --overwrite to replace it')

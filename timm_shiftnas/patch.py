@@ -19,14 +19,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import types
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import timm
 import torch
 import yaml
+from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -36,11 +39,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .complexity import parse_count
 from .generator import ArchitectureGenerator
 from .sampling import BudgetGroups
-from .task import ShiftNASConfig, ShiftNASTask
+from .task import Batch, ShiftNASConfig, ShiftNASTask
 
 __all__ = ['Settings', 'StockTask', 'create_task']
 
 PREFIX = 'SHIFTNAS_'
+# fields of ShiftNASConfig that nobody sets: the first is found out, the others weigh a teacher that no script gives us
+UNSET = ('accum_steps', 'task_loss_weight', 'distill_loss_weight', 'temperature')
+KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', types.NoneType: 'null'}
 # of what this module relies on, the parameters in the versions of timm that it knows
 KNOWN = {
     'ClassificationTask.__init__': 'self model criterion criterion_kwargs device dtype verbose',
@@ -65,7 +71,7 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a loop does not say, beside the fields of `ShiftNASConfig` (all but `accum_steps`, which is found out).
+    """What a loop does not say, beside the fields of `ShiftNASConfig` (all but those in `UNSET`).
 
     `total_updates` and `warmup_updates` are for the loop's author to give: no task is told how long it will last.
     Without the first, the temperature stays at its first value; without the second, warm-up is a tenth of the first.
@@ -83,68 +89,109 @@ class Settings:
     generator_fit_steps: int = 1000
     shift_images: int = 32
 
+    def __post_init__(self) -> None:
+        for name, least in (('shift_images', 1), ('generator_fit_steps', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least {least}')
+
     @classmethod
-    def of(cls, **given: Any) -> Settings:
+    def of(cls, given: Mapping[str, Any]) -> Settings:
         """Settings by name, checked.
 
         Raises:
-            ValueError: If a name is unknown or a value is of another kind than its default.
+            ValueError: If a name is unknown or a value is of another kind.
         """
-        fields = {field.name: field for field in dataclasses.fields(ShiftNASConfig) if field.name != 'accum_steps'}
-        own = {field.name: field for field in dataclasses.fields(cls) if field.name != 'config'}
+        theirs, own = get_type_hints(ShiftNASConfig), get_type_hints(cls)
+        kinds = {name: kind for name, kind in {**theirs, **own}.items() if name not in ('config', *UNSET)}
         checked = {}
         for name, value in given.items():
-            field = fields.get(name) or own.get(name)
-            if field is None:
+            if name not in kinds:
                 raise ValueError(
-                    f'ShiftNAS has no setting {name!r}; choose from {", ".join(sorted([*fields, *own]))}')
-            checked[name] = _checked(name, value, field.default)
+                    f'ShiftNAS has no setting {name!r} ({PREFIX}{str(name).upper()} in the environment); choose from '
+                    f'{", ".join(sorted(kinds))}')
+            try:
+                checked[name] = _of_kind(value, kinds[name])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f'the ShiftNAS setting {name}={value!r} must be {_describe(kinds[name])}; the default is '
+                    f'{getattr(cls if name in own else ShiftNASConfig, name)}') from None
         if 'total_updates' not in checked:
             first = checked.get('tau', ShiftNASConfig.tau)[0]
             checked['tau'] = (first, first)
         checked.setdefault('warmup_updates', checked.get('total_updates', 0) // 10)
         config = ShiftNASConfig(
-            accum_steps=None, **{name: value for name, value in checked.items() if name in fields})
+            accum_steps=None, **{name: value for name, value in checked.items() if name in theirs})
         return cls(config, **{name: value for name, value in checked.items() if name in own})
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Settings of `SHIFTNAS_NAME` variables over those of the YAML file that `SHIFTNAS_CONFIG` names.
 
+        Values are YAML too. An empty variable is as one that is not there.
+
         Raises:
-            ValueError: If there is no such file, or as `of`.
+            ValueError: If there is no such file, a text is not YAML, or as `of`.
         """
         environment = os.environ if environment is None else environment
-        given: dict[str, Any] = {}
+        given: dict[Any, Any] = {}
         if path := environment.get(f'{PREFIX}CONFIG'):
             try:
-                given = yaml.safe_load(Path(path).read_text()) or {}
-            except (OSError, yaml.YAMLError) as error:
+                read = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise ValueError(f'{PREFIX}CONFIG: cannot read {path!r}: {" ".join(str(error).split())}') from None
-            if not isinstance(given, dict):
+            if not isinstance(read, dict | None):
                 raise ValueError(f'{PREFIX}CONFIG: {path!r} must hold "name: value" lines, such as "shift: none"')
+            given.update(read or {})
         for name, text in environment.items():
-            if name.startswith(PREFIX) and name != f'{PREFIX}CONFIG':
-                given[name.removeprefix(PREFIX).lower()] = yaml.safe_load(text)
-        return cls.of(**given)
+            if name.startswith(PREFIX) and name != f'{PREFIX}CONFIG' and text:
+                try:
+                    given[name.removeprefix(PREFIX).lower()] = yaml.safe_load(text)
+                except yaml.YAMLError:
+                    raise ValueError(
+                        f'{name}={text!r} cannot be read; give one value, as in YAML: none, 0.5, true, [1, 0.3]'
+                    ) from None
+        return cls.of(given)
 
 
-def _checked(name: str, value: Any, default: Any) -> Any:
-    """A setting as its default is: numbers as numbers, lists as tuples."""
-    if isinstance(value, (list, tuple)):
-        return tuple(float(item) for item in value)
-    wanted = {bool: bool, int: int, float: (int, float), str: str}.get(type(default), object)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        if isinstance(default, float) and isinstance(value, str):  # YAML reads 1e-3 as a string
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        raise ValueError(f'the ShiftNAS setting {name}={value!r} must be of the kind of its default, {default!r}')
+def _of_kind(value: Any, kind: Any) -> Any:
+    """A value as the kind of its setting: whole numbers as numbers, lists as tuples.
+
+    Raises:
+        TypeError, ValueError: If it is of another kind.
+    """
+    if isinstance(kind, types.UnionType):
+        for option in get_args(kind):
+            with suppress(TypeError, ValueError):
+                return _of_kind(value, option)
+        raise TypeError
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or (... not in get_args(kind) and len(value) != len(get_args(kind))):
+            raise TypeError
+        return tuple(_of_kind(item, float) for item in value)
+    if kind is float and type(value) in (int, str):  # YAML reads 1e-3 as a string
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
     return value
 
 
+def _describe(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return ' or '.join(_describe(option) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        return 'numbers in brackets' if ... in get_args(kind) else 'two numbers in brackets'
+    return KINDS[kind]
+
+
 # -- the task ----------------------------------------------------------------------------------------------------------
+
+
+class HeldOut:
+    """The images of the last shift, as `ShiftNASTask` asks for them."""
+    batches: tuple[Batch, Batch] | None = None
+
+    def __call__(self, number: int) -> tuple[Batch, Batch]:
+        return self.batches
 
 
 class StockTask(ShiftNASTask):
@@ -173,23 +220,42 @@ class StockTask(ShiftNASTask):
             model, criterion, criterion_kwargs, config=config,
             generator=ArchitectureGenerator(space, seed=config.seed),
             groups=BudgetGroups.of_space(space, width=width, count=settings.num_groups),
-            shift_batches=lambda number: self._carved, device=device, dtype=dtype, verbose=verbose)
+            shift_batches=HeldOut(), device=device, dtype=dtype, verbose=verbose)
+        if isinstance(self.criterion, JsdCrossEntropy):
+            raise ValueError(
+                'JsdCrossEntropy compares the splits of a batch, and ShiftNAS takes parts of a batch; leave out '
+                '--jsd-loss')
         self._fitted = False
-        self._carved: Any = None
-        # a loop does not tell when its optimizer has stepped; a scaler that leaves a step out leaves an update out
-        own, task = {id(p) for p in model.parameters()}, weakref.ref(self)
+        self._follow_optimizers()
+
+    def _follow_optimizers(self) -> None:
+        """End an update when an optimizer of these weights has stepped: loops do not tell.
+
+        A scaler that leaves a step out leaves the update out too; of steps within a step, or of two optimizers that
+        share the weights, the first counts. What is told here keeps no task alive.
+        """
+        task = weakref.ref(self)
 
         def stepped(optimizer: Optimizer, *_: Any) -> None:
+            found = task()
+            if found is None or not found._micro:
+                return
+            own = {id(p) for p in found.trainable_module.parameters()}
             if any(id(p) in own for group in optimizer.param_groups for p in group['params']):
-                task().end_update()
+                found.end_update()
 
         weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_optimizers()  # a copy has steps of its own
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """As `ShiftNASTask.forward`, of the images that are not held out."""
         if not self._fitted:
             self.generator.fit(steps=self.settings.generator_fit_steps, seed=self.config.seed, progress=self.verbose)
             self._fitted = True
+            self._share_generator()
         if self._shift_is_due:
             input, target = self._hold_out(input, target)
         return super().forward(input, target)
@@ -202,24 +268,34 @@ class StockTask(ShiftNASTask):
                 f'a batch of {len(input)} images is too small to hold {count} out for a shift; set '
                 f'{PREFIX}SHIFT_IMAGES={len(input) // 2 * self.ranks.size} or less')
 
-        def everywhere(tensor: Tensor) -> Tensor:  # all processes score groups on the same images
-            return torch.cat(self.ranks.gather(tensor.cpu())) if self.ranks.size > 1 else tensor
+        def everywhere(tensor: Tensor) -> Tensor:
+            """All processes score groups on the same images, in the order that samplers deal them out in."""
+            if self.ranks.size == 1:
+                return tensor.detach().clone()
+            return torch.stack(self.ranks.gather(tensor.detach().cpu()), 1).flatten(0, 1)
 
         parts = slice(None, count), slice(-count, None)
-        self._carved = tuple(
-            (everywhere(input[part].detach().clone()), everywhere(target[part].clone())) for part in parts)
+        self._shift_batches.batches = tuple((everywhere(input[part]), everywhere(target[part])) for part in parts)
         return input[:-count], target[:-count]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """As `ShiftNASTask.get_task_state`; a scaler may have left out the step before."""
+        state = super().get_task_state(module, ema)
+        return dict(state, micro=self._micro, fitted=self._fitted) if state else {}
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
-        """As `ShiftNASTask.load_task_state`; a loaded generator needs no fit."""
+        """As `ShiftNASTask.load_task_state`."""
         super().load_task_state(state, strict, module, ema)
-        self._fitted = self._fitted or bool(state and not ema)
+        if state and not ema:  # `train.py` fits before it makes its task, and saves after a step
+            self._micro, self._fitted = state.get('micro', 0), state.get('fitted', True)
 
 
 def create_task(model: nn.Module, criterion: Any = None, *, criterion_kwargs: dict[str, Any] | None = None,
                 device: torch.device | None = None, verbose: bool = False, **settings: Any) -> StockTask:
     """A task for a loop of one's own: `task(images, targets)['loss']`, backward, and the optimizer's step.
+
+    An optimizer that is none of torch's `Optimizer` must be followed by `task.end_update()`.
 
     Args:
         model: A supernet.
@@ -235,7 +311,7 @@ def create_task(model: nn.Module, criterion: Any = None, *, criterion_kwargs: di
     if not _is_supernet(model):
         raise ValueError(f'{type(model).__name__} is not a supernet; make one such as shiftformer_supernet')
     return StockTask(
-        model, criterion, criterion_kwargs, device=device, verbose=verbose, settings=Settings.of(**settings))
+        model, criterion, criterion_kwargs, device=device, verbose=verbose, settings=Settings.of(settings))
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
@@ -253,8 +329,8 @@ def _dispatch(cls: type[TrainingTask], *args: Any, **kwargs: Any) -> TrainingTas
     if cls is ClassificationTask:
         return object.__new__(StockTask)
     raise ValueError(
-        f'{cls.__name__} does not train supernets: leave out the flags that ask for it (distillation, multi-label); '
-        'train.py of timm_shiftnas distils by --kd-model and --inplace-distillation')
+        f'{cls.__name__} does not train supernets: leave out the flags that ask for it (distillation, multi-label), or '
+        'derive your own task from timm_shiftnas.patch.StockTask; train.py of timm_shiftnas distils by --kd-model')
 
 
 def _install() -> None:
@@ -272,7 +348,7 @@ def _install() -> None:
             raise ImportError(
                 f'timm_shiftnas.patch does not know timm {timm.__version__}: {name} takes ({found or "it is gone"}) '
                 f'and not ({known}); train with train.py of timm_shiftnas, or with timm 1.0.31')
-    if TrainingTask.__new__ is not object.__new__ or ClassificationTask.__new__ is not object.__new__:
+    if any(cls.__new__ is not object.__new__ and cls.__new__.__module__ != __name__ for cls in classes.values()):
         raise ImportError(
             f'timm_shiftnas.patch does not know timm {timm.__version__}, whose tasks have a __new__ already; train '
             'with train.py of timm_shiftnas, or with timm 1.0.31')

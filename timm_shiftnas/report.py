@@ -20,6 +20,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .complexity import format_count
 from .files import whole_file
 
@@ -92,13 +94,11 @@ def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequen
     scale, unit = _unit(max(row['macs'] for row in [*rows, *(baseline or [])]))
     _draw_subnets(ax, baseline or [], scale, GREY, GREY, 'baseline')
     ends = _draw_subnets(ax, rows, scale, BLUE, ORANGE, 'subnets for a budget')
-    placing = {
-        'smallest': dict(xytext=(-7, -20), horizontalalignment='left'),
-        'largest': dict(xytext=(7, 10), horizontalalignment='right'),
-    }
-    for name, point in ends:
-        ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', **placing[name])
     ax.margins(x=0.05, y=0.12)
+    for name, point in ends:
+        side = 'right' if name == 'largest' else 'left'
+        ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
+                    xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
     ax.set_xlabel(f'{unit} per image')
     ax.set_ylabel('top-1 accuracy (%)')
     ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
@@ -106,7 +106,8 @@ def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequen
     ax.set_axisbelow(True)
     ax.spines[['top', 'right']].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc='lower right', frameon=False)
+        falls = max(rows, key=lambda row: row['macs'])['top1'] < min(rows, key=lambda row: row['macs'])['top1']
+        ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
     _save(figure, path)
     return True
 
@@ -179,6 +180,27 @@ def _draw_subnets(
     for name, point in ends:
         ax.plot(*point, markers[name], color=end_colour, markersize=10, zorder=3)
     return ends
+
+
+def _label_height(ax: Any, point: tuple[float, float], side: str) -> int:
+    """How far above a point, in typographical points, its label meets least of what is drawn already.
+
+    Args:
+        ax: Axes of a whole figure, with limits that stay as they are.
+        point: In data.
+        side: The side of the label that is at the point.
+    """
+    (x, y), pixel = point, 100 / 72
+    wide, high = (float(np.ptp(limits)) for limits in (ax.get_xlim(), ax.get_ylim()))
+    places = np.linspace(x - wide / 7, x, 200) if side == 'right' else np.linspace(x, x + wide / 7, 200)
+    rises = [np.interp(places, *line.get_data(), left=np.nan, right=np.nan) - y for line in ax.get_lines()]
+    rises = [rise * 470 / high / pixel for rise in rises]  # 470 pixels are the height of these axes
+
+    def met(height: int) -> int:
+        return sum(int(((height - 7 < rise) & (rise < height + 14)).sum()) for rise in rises)
+
+    heights = (10, -20, -34, 24) if side == 'right' else (-20, 10, 24, -34)
+    return min(heights, key=met)
 
 
 def _draw_heat_map(

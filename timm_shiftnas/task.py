@@ -244,13 +244,24 @@ class ShiftNASTask(ClassificationTask):
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> ShiftNASTask:
         """As timm's; archs leave weights without a gradient, which DDP must be told."""
         self.ranks = Ranks.current(self.device)
-        # equal already, unless the machines round differently
-        self.generator.load_state_dict(self.ranks.gather(self.generator.state_dict())[0])
+        self._share_generator()
         self.trainable_module = EveryArch(self.trainable_module)
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
 
+    def _share_generator(self) -> None:
+        """One generator for all processes; theirs are equal already, unless the machines round differently."""
+        self.generator.load_state_dict(self.ranks.gather(self.generator.state_dict())[0])
+
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
-        """As timm's, for sizes that change: a graph serves all widths of a depth."""
+        """As timm's, for sizes that change: one graph serves all widths of a depth.
+
+        Raises:
+            ValueError: If the supernet is a CNN: every combination of kernel sizes would be a graph of its own.
+        """
+        if any(choice.name == 'kernel_size' for choice in self.space.choices):
+            raise ValueError(
+                'a supernet with elastic kernel sizes has more graphs than can be compiled; train without '
+                '--torchcompile, and compile the subnets that are extracted from it')
         return super().compile(backend, mode, **dict(dict(dynamic=True), **compile_kwargs))
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
