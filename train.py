@@ -50,7 +50,7 @@ from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 
 from timm_shiftnas import report
-from timm_shiftnas.calibration import BatchNormCalibration, bn_statistics, has_batch_norm
+from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
 from timm_shiftnas.checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
 from timm_shiftnas.complexity import format_count, macs, parse_count
 from timm_shiftnas.distributed import Ranks
@@ -198,9 +198,6 @@ class Trainer:
         self.autocast = partial(
             torch.autocast, self.device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
         self.scaler = LossScaler(self.device.type) if args.amp and args.amp_dtype == 'float16' else None
-        # what a forward pass writes, to be put back where its update is left out
-        self.statistics = list(bn_statistics(self.net).values()) if args.skip_nonfinite else []
-        self.good_statistics = [buffer.clone() for buffer in self.statistics]
         self.output = Path(ranks.gather(self.output_dir())[0])  # by the clock of the first process
         if args.resume == 'auto':
             newest = newest_checkpoint(self.output) if ranks.primary else None
@@ -420,7 +417,6 @@ class Trainer:
         else:
             scaler.step(self.optimizer)
             scaler.update()
-        self.good_statistics = [buffer.clone() for buffer in self.statistics]
 
     def leave_out(self, epoch: int, update: int, values: list[float]) -> None:
         """Go on without an update, or stop where too many are lost: weights are those before it either way.
@@ -437,8 +433,6 @@ class Trainer:
             raise ValueError(
                 f'{what} in {where} is not finite{kept}; lower --lr, clip with --clip-grad 1, or tolerate some in a '
                 'row with --skip-nonfinite 10')
-        for buffer, good in zip(self.statistics, self.good_statistics):
-            buffer.copy_(good)
         _logger.warning(f'{where} is left out: {what} is not finite ({self.nonfinite} in a row)')
 
     def end_epoch(self, epoch: int, metrics: dict[str, float], results: dict[str, float] | None) -> None:

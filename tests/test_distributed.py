@@ -73,6 +73,10 @@ def main(folder):
     dist.init_process_group('gloo')
     ranks = Ranks.current()
     results = {name: train(variant, ranks, distributed=True) for name, variant in VARIANTS.items()}
+    mean, total = torch.tensor([1., 3.]) * ranks.rank, torch.ones(2, 2, dtype=torch.float64)
+    ranks.mean_([mean])
+    ranks.sum_([total[0], total[1:]])
+    results['exchanged'] = [mean, total]
     torch.save(results, Path(folder) / f'{ranks.rank}.pt')
     dist.destroy_process_group()
 
@@ -118,6 +122,12 @@ def test_two_processes_with_half_the_batch_are_one_with_all_of_it(two, name):
     assert all(torch.equal(two[0][name]['generator'][key], two[1][name]['generator'][key])
                for key in two[0][name]['generator'])
     assert two[0][name]['history'] == two[1][name]['history']
+
+
+def test_what_is_exchanged(two):
+    for result in two:
+        mean, total = result['exchanged']
+        assert mean.tolist() == [.5, 1.5] and total.tolist() == [[2., 2.], [2., 2.]]
 
 
 def test_archs_per_process(two):

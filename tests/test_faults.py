@@ -116,6 +116,22 @@ def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(whole, tmp_pa
     assert not list((tmp_path / 'run').glob('*recovery*')) and not list((tmp_path / 'run').glob('*tmp*'))
 
 
+def test_going_on_from_the_last_batch(tmp_path):
+    """No batch after it is there to set the random states in passing."""
+    flags = [*FAST, '--epochs', '1', '--val-interval', '9', '--drop-path', '.3', '--reprob', '.5',
+             '--output', str(tmp_path)]
+    assert train.main([*flags, '--experiment', 'whole']) == 0
+    trainer = train.Trainer(train.parse_args([*flags, '--experiment', 'run']))
+    trainer.task.generator.fit(steps=20, seed=42, progress=False)
+    left = iter([*[False] * 8, True])
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
+    with pytest.raises(train.Terminated):
+        trainer.train_epoch(0)
+    assert trainer.task.loop_state['batch'] == trainer.batches - 1 == 9
+    assert train.main([*flags, '--experiment', 'run', '--resume', 'auto']) == 0
+    same(*(load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('whole', 'run')))
+
+
 def test_a_corrupt_checkpoint_is_passed_over(whole, tmp_path, caplog):
     run = tmp_path / 'run'
     run.mkdir()

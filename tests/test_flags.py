@@ -6,8 +6,8 @@ from timm_shiftnas.flags import build_parser, parse_args, training_facts
 
 ROOT = Path(__file__).parents[1]
 OURS = {  # flags that timm's script does not have, outside the group of ShiftNAS' own
-    '--traceback', '--help', '-h', '--config', '-c', '--glyph-images', '--glyph-difficulty', '--glyph-pixels', '--workers',
-    '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite', '--kd-model-path', '--dr',
+    '--traceback', '--help', '-h', '--config', '-c', '--glyph-images', '--glyph-difficulty', '--glyph-pixels',
+    '--workers', '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite', '--kd-model-path', '--dr',
     '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model'}
 
 
@@ -41,6 +41,7 @@ def test_a_config_of_every_flag_gives_its_values_back(tmp_path):
 
 
 def test_the_command_on_a_card_says_how_many_processes():
-    args = parse_args(['--data-dir', '/secret', '--experiment', 'e', '--resume', 'auto', '--lr', '1', '--arch-per-rank'])
+    args = parse_args([
+        '--data-dir', '/secret', '--experiment', 'e', '--resume', 'auto', '--lr', '1', '--arch-per-rank'])
     command = training_facts(args, processes=4)['command']
     assert command == 'torchrun --nproc-per-node=4 train.py --arch-per-rank --lr 1'

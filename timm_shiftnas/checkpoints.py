@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ class Checkpoints:
 
 def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """Where to go on: the epoch, and how many of its batches have been trained on."""
-    loop = checkpoint.get('task_state', {}).get('loop') or {}
+    loop = (checkpoint.get('task_state') or {}).get('loop') or {}
     if 'epoch' in loop:
         return loop['epoch'], loop['batch']
     return checkpoint.get('epoch', -1) + 1, 0  # of another loop: what it saves are ends of epochs
@@ -148,7 +149,8 @@ def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
 
 
 def _flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return dict(vars(checkpoint['args'])) if 'args' in checkpoint else {}
+    flags = checkpoint.get('args') or {}
+    return dict(vars(flags) if isinstance(flags, Namespace) else flags)
 
 
 def _read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'cannot read the checkpoint {str(path)!r} ({str(error).splitlines()[0]}); {hint}') from None
     if not is_whole_zip(path):
         raise ValueError(f'the checkpoint {str(path)!r} is corrupt: parts have not the checksum they had; {hint}')
-    if not isinstance(checkpoint, dict) or 'micro_step' not in checkpoint.get('task_state', {}):
+    if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
         raise ValueError(
             f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
     return checkpoint

@@ -218,6 +218,7 @@ class ShiftNASTask(ClassificationTask):
         self.network = dict(
             architecture=net.pretrained_cfg['architecture'],
             model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
+        self._at_once = False  # all archs of a step in one forward call
         self.ranks = Ranks()
         self.loop_state: dict[str, Any] = {}
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
@@ -245,7 +246,7 @@ class ShiftNASTask(ClassificationTask):
         """As timm's; archs leave weights without a gradient, which DDP must be told."""
         self.ranks = Ranks.current(self.device)
         self._share_generator()
-        self.trainable_module = EveryArch(self.trainable_module)
+        self.trainable_module, self._at_once = EveryArch(self.trainable_module), True
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
 
     def _share_generator(self) -> None:
@@ -293,7 +294,7 @@ class ShiftNASTask(ClassificationTask):
                 self._micro_step = self._update * self.config.accum_steps
 
     def _run(self, input: Tensor, archs: tuple[Arch, ...]) -> list[Tensor]:
-        if isinstance(self.trainable_module, nn.parallel.DistributedDataParallel):
+        if self._at_once:
             return self.trainable_module(input, archs)
         return [self.trainable_module(input, arch) for arch in archs]
 
