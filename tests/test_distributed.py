@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from timm_shiftnas.data import create_dataset
 from timm_shiftnas.distributed import Ranks
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.sampling import BudgetGroups
@@ -204,11 +205,17 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
 
 
 def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
-    """Images and subnets are shared, 180 of them unevenly; with BatchNorm statistics, and a search."""
+    """Images, an odd number of them, and subnets are shared; with BatchNorm statistics, and a search."""
     sys.path.insert(0, str(ROOT))
     import train as script
-    flags = [*FAST, '--model', 'test_shiftmobilenet_supernet', '--shift', 'none', '--sampler', 'uniform',
-             '--epochs', '1', '--search-samples', '3', '-b', '64', '-vb', '51', '--bn-images', '60',
+    digits = create_dataset('sklearn/digits', None, 'validation')
+    for number in range(341):
+        image, target = digits[number]
+        folder = tmp_path / 'data' / ('train' if number < 300 else 'validation') / str(target % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f'{number}.png')
+    flags = [*FAST, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet', '--shift', 'none', '--sampler', 'uniform',
+             '--epochs', '1', '--search-samples', '3', '-b', '64', '-vb', '16', '--bn-images', '60',
              '--output', str(tmp_path)]
     assert script.main(flags) == 0
     alone, stats = table(tmp_path), (tmp_path / 'run' / 'model' / 'bn_stats.safetensors').read_bytes()
