@@ -217,14 +217,15 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
         from timm_shiftnas.calibration import BatchNormCalibration, has_batch_norm
         from timm_shiftnas.evaluation import evaluate_budgets
         from timm_shiftnas.sampling import BudgetGroups
-        from train import create_calibration_loader, create_loaders, open_data, parse_args
+        from timm_shiftnas.flags import parse_args
+        from timm_shiftnas.loading import create_calibration_loader, create_loaders, open_data
 
         args = parse_args(run.command())
         net, generator = timm_shiftnas.load_supernet(folder / 'model')
         args.num_classes = net.num_classes
         device = torch.device('cpu')
         data, config = open_data(args), resolve_input_data_config(net, vars(args))
-        loader, calibration = create_loaders(args, data, config, device)[1], None
+        loader, calibration = create_loaders(args, data, config, device).validation, None
         if has_batch_norm(net):
             calibration = BatchNormCalibration(create_calibration_loader(args, data, config, device), args.bn_images)
         budgets = BudgetGroups.of_space(net.space, count=GROUPS)

@@ -27,21 +27,23 @@ import runs
 import timm_shiftnas
 from timm_shiftnas.calibration import has_batch_norm
 from timm_shiftnas.evaluation import evaluate
+from timm_shiftnas.flags import parse_args
+from timm_shiftnas.loading import Loaders, create_loaders, open_data, seed_process
 from timm_shiftnas.sampling import BudgetGroups
-from train import create_loaders, create_supernet, open_data, parse_args, scaled_lr, seed_epoch
+from train import create_supernet, scaled_lr
 
 
-def train(net: torch.nn.Module, loaders, args: argparse.Namespace, device: torch.device) -> None:
+def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, device: torch.device) -> None:
     """As `train.py` trains a supernet, less the choice of archs; images and augmentation are those of its seed."""
     task = ClassificationTask(net, criterion_kwargs=dict(loss_type='ce', smoothing=args.smoothing), device=device,
                               verbose=False)
     optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=args))
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loaders[0]))
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loaders.train))
     for epoch in range(epochs):
         scheduler.step(epoch)
-        seed_epoch(args.seed, epoch)
         net.train()
-        for images, targets in loaders[0]:
+        for number, (images, targets) in enumerate(loaders.train.epoch(epoch)):
+            seed_process(args.seed, f'step/{epoch}/0', number)
             task(images, targets)['loss'].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -81,12 +83,12 @@ def main() -> None:
         random_seed(args.seed)
         loaders = create_loaders(args, data, config, device)
         plain = timm_shiftnas.extract(net, arch).to(device)
-        inherited = evaluate(plain, loaders[1], device)[0]
+        inherited = evaluate(plain, loaders.validation, device)[0]
         if own.from_scratch:
             plain = timm_shiftnas.extract(create_supernet(args, device), arch)
         train(plain, loaders, args, device)
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
-                            top1=evaluate(plain, loaders[1], device)[0]))
+                            top1=evaluate(plain, loaders.validation, device)[0]))
         logging.getLogger('train').info(f'{json.dumps(results[-1])}')
         runs.write(own.results_file, json.dumps(results))
 

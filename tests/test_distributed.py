@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_runs import FAST, ROOT, load
+from small_runs import train as script
 
 from timm_shiftnas.data import create_dataset
 from timm_shiftnas.distributed import Ranks
@@ -21,7 +22,6 @@ from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.sampling import BudgetGroups
 from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
 
-ROOT = Path(__file__).parents[1]
 IMAGES, UPDATES = 16, 5
 VARIANTS = {
     # depths differ between the micro-batches of an update, so that its last one leaves blocks without gradients
@@ -150,15 +150,8 @@ def test_archs_per_process(two):
 
 # -- train.py ----------------------------------------------------------------------------------------------------------
 
-FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '--opt', 'sgd', '--lr', '.05',
-        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
-        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0', '--device', 'cpu',
-        '--generator-images', '16', '--aa', 'rand-m5-n1', '--experiment', 'run', '--recovery-interval', '4']
-
-
-def load(path):
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, weights_only=True)
+FLAGS = [*FAST, '--opt', 'sgd', '--lr', '.05', '--device', 'cpu', '--aa', 'rand-m5-n1', '--experiment', 'run',
+         '--recovery-interval', '4']
 
 
 def table(path):
@@ -170,9 +163,7 @@ def table(path):
 
 def test_training_by_two_processes_and_going_on_with_one(tmp_path):
     """Augmented images included; a process is killed, all end, and another number of them goes on."""
-    sys.path.insert(0, str(ROOT))
-    import train as script
-    process = torchrun(ROOT / 'train.py', *FAST, '-b', '64', '--epochs', '40', '--output', tmp_path, cwd=tmp_path)
+    process = torchrun(ROOT / 'train.py', *FLAGS, '-b', '64', '--epochs', '40', '--output', tmp_path, cwd=tmp_path)
     run = tmp_path / 'run'
     while process.poll() is None and not list(run.glob('recovery-1-*')):
         time.sleep(.02)
@@ -183,7 +174,7 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode != 0 and not any(Path(f'/proc/{pid}').exists() for pid in workers), err
 
-    go_on = [*FAST, '--epochs', '2', '--output', str(tmp_path), '--resume']
+    go_on = [*FLAGS, '--epochs', '2', '--output', str(tmp_path), '--resume']
     middle = str(sorted(run.glob('recovery-1-*'))[-1])
     assert script.main([*go_on, middle, '-b', '128']) == 2  # in the middle of an epoch of two processes
     end = str(run / 'checkpoint-0.pth.tar')
@@ -193,7 +184,7 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
     assert re.search('2 processes, 128 images per batch', err)
     two, rows = load(run / 'last.pth.tar'), table(tmp_path)
 
-    whole = [*FAST, '--epochs', '2', '-b', '128', '--output', str(tmp_path / 'one')]
+    whole = [*FLAGS, '--epochs', '2', '-b', '128', '--output', str(tmp_path / 'one')]
     assert script.main(whole) == 0
     one = load(tmp_path / 'one' / 'run' / 'last.pth.tar')
     close(two['state_dict'], one['state_dict'])
@@ -206,15 +197,13 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
 
 def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
     """Images, an odd number of them, and subnets are shared; with BatchNorm statistics, and a search."""
-    sys.path.insert(0, str(ROOT))
-    import train as script
     digits = create_dataset('sklearn/digits', None, 'validation')
     for number in range(341):
         image, target = digits[number]
         folder = tmp_path / 'data' / ('train' if number < 300 else 'validation') / str(target % 3)
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f'{number}.png')
-    flags = [*FAST, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet', '--shift', 'none', '--sampler', 'uniform',
+    flags = [*FLAGS, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet', '--shift', 'none', '--sampler', 'uniform',
              '--epochs', '1', '--search-samples', '3', '-b', '64', '-vb', '16', '--bn-images', '60',
              '--output', str(tmp_path)]
     assert script.main(flags) == 0

@@ -8,24 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from small_runs import FAST, ROOT, load, same, train
 from timm.utils import CheckpointSaver
 
 from timm_shiftnas.checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-
-FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
-        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
-        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
-        '--generator-images', '16', '--log-interval', '5']
 # everything that is random or remembers something
 RICH = [*FAST, '--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
         '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25',
@@ -49,27 +41,6 @@ def wait_for(process, pattern, folder):
             return found[0]
         time.sleep(.01)
     raise AssertionError(process.communicate()[1])
-
-
-def load(path):
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, weights_only=True)
-
-
-def same(a, b, where=''):
-    """Equal bit for bit, nested containers included."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            same(a[key], b[key], f'{where}/{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f'{where}/{i}')
-    else:
-        assert a == b, where
 
 
 def summary(folder):

@@ -15,23 +15,14 @@ import sys
 import tarfile
 import termios
 import time
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from small_runs import FAST, ROOT, load, same, train
 
 import timm_shiftnas as tsn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-
-FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
-        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
-        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
-        '--generator-images', '16', '--log-interval', '5']
 
 
 def run(tmp_path, *flags):
@@ -47,28 +38,6 @@ def finished(tmp_path_factory):
              '--reprob', '0.25', '--aa', 'rand-m5-n1']
     assert run(path, *flags) == 0
     return path / 'run', flags
-
-
-def load(path):
-    from argparse import Namespace
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, weights_only=True)
-
-
-def same(a, b, where=''):
-    """Equal bit for bit, nested containers included."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            same(a[key], b[key], f'{where}/{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f'{where}/{i}')
-    else:
-        assert a == b, where
 
 
 def test_writes_what_it_promises(finished):
