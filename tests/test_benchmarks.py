@@ -87,8 +87,8 @@ def test_comparison_as_users_run_it(tmp_path):
             '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match', 'images', '--output',
             str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
     argv += ['--reference', 'uniform', '--train-flags=--generator-fit-steps 20 --search-samples 2']
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env={
-        **os.environ, 'OMP_NUM_THREADS': '1', 'XDG_CACHE_HOME': str(tmp_path)})
+    done = subprocess.run(
+        argv, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     assert '2 runs, 0 of them done' in done.stderr and '| grad_norm | 1 |' in done.stdout
     names = {path.name for path in (tmp_path / 'results').iterdir()}
@@ -112,7 +112,7 @@ def test_subnets_trained_alone(tmp_path):
     (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
     argv = [sys.executable, str(ROOT / 'benchmarks' / 'train_subnet.py'), '--supernet', str(tmp_path / 'model'),
             '--archs', str(tmp_path / 'archs.json'), '--results-file', str(tmp_path / 'out' / 'subnets.json'),
-            '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '--workers', '0', '--epochs', '5',
+            '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '--workers', '0', '--epochs', '3',
             '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug']
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
