@@ -8,7 +8,8 @@ Every `--val-interval` epochs and at the end it evaluates the smallest and the l
 group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`, `shift.csv`, `accuracy.png`, `shift.png`,
 checkpoints, and `model/`, which `timm_shiftnas.from_pretrained` and `timm.create_model('local-dir:...')` load.
 
-Exit codes: 0, done; 2, an error, told in one line; 130, interrupted; 143, terminated after a checkpoint was written.
+Exit codes: 0, done; 2, an error, told in one line; 130, interrupted; 143, terminated after a checkpoint was written
+(torchrun's own is 1 whenever its processes' are not 0).
 """
 from __future__ import annotations
 
@@ -224,7 +225,9 @@ class Trainer:
         self.step_scheduler(self.start[0], self.start[1] // args.grad_accum_steps if args.sched_on_updates else 0)
 
         self.nonfinite = 0  # updates in a row that were left out
-        self.terminated = self.may_stop_here = False
+        self.signalled = False  # SIGTERM has come to this process
+        self.stopping = False  # it has come to one of them, and all know
+        self.may_stop_here = False
         self.checkpoints = self.tracker = None
         if ranks.primary:
             self.open_output()
@@ -257,7 +260,7 @@ class Trainer:
         # another split, or other images, would put some into the held-out part that the weights have been trained on;
         # another optimizer has another state
         names = ['seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels']
-        for name in names if self.args.no_resume_opt else [*names, 'opt']:
+        for name in names if self.args.no_resume_opt else [*names, 'opt', 'layer_decay']:
             if name in saved and saved[name] != getattr(self.args, name):
                 raise ValueError(
                     f'the checkpoint was trained with {name}={saved[name]} and not {getattr(self.args, name)}; resume '
@@ -299,7 +302,8 @@ class Trainer:
             metrics = self.train_epoch(epoch, batch if epoch == first else 0)
             results = None
             if epoch + 1 == self.epochs or (epoch + 1) % args.val_interval == 0:
-                if args.recovery_interval:  # an evaluation is long enough to be killed in
+                # an evaluation is long enough to be killed in, and another process may be killed alone
+                if args.recovery_interval or self.ranks.size > 1:
                     self.save_recovery(epoch, self.batches, metrics)
                 try:
                     results = self.evaluate(epoch)
@@ -364,9 +368,9 @@ class Trainer:
                     torchvision.utils.save_image(
                         input, self.output / f'train-batch-{epoch}-{batch}.jpg', padding=0, normalize=True)
                 due = args.recovery_interval and update % args.recovery_interval == 0 and batch + 1 < self.batches
-                if due or self.terminated:
+                if due or self.stopping:
                     self.save_recovery(epoch, batch + 1, dict(loss_sum=losses.sum, count=losses.count))
-                if self.terminated:
+                if self.stopping:
                     raise Terminated
         return dict(
             loss=losses.avg, loss_sum=losses.sum, count=losses.count, seconds=time.perf_counter() - started)
@@ -390,9 +394,9 @@ class Trainer:
         if finite and self.scaler is None:  # a loss scaler finds the largest scale by just that
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-        told = torch.tensor([not finite, self.terminated, *values], dtype=torch.float64)
-        self.ranks.sum_([told])  # all go on, or all stop
-        nonfinite, self.terminated = bool(told[0]), bool(told[1])
+        told = torch.tensor([not finite, self.signalled, *values], dtype=torch.float64)
+        self.ranks.sum_([told])  # all go on, or all stop after the same update
+        nonfinite, self.stopping = bool(told[0]), bool(told[1])
         self.task.end_update()
         if nonfinite:
             self.leave_out(epoch, update, values)
@@ -470,7 +474,7 @@ class Trainer:
     def on_terminate(self, *_: Any) -> None:
         """SIGTERM: stop after the update that is under way, or at once where the weights do not change."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one is meant
-        self.terminated = True
+        self.signalled = True
         if self.may_stop_here:
             raise Terminated
 
@@ -504,6 +508,8 @@ class Trainer:
         """Table, CSV, pictures and model directory of this epoch; accuracies for the summary."""
         args, task = self.args, self.task
         self.may_stop_here = True  # nothing is written, and no weight changes
+        if self.signalled:
+            raise Terminated
         net = self.evaluated_net()
         options = dict(
             device=self.device, autocast=self.autocast(), channels_last=args.channels_last, ranks=self.ranks)

@@ -94,7 +94,7 @@ def test_going_on_from_the_last_batch(tmp_path):
     assert train.main([*flags, '--experiment', 'whole']) == 0
     trainer = train.Trainer(train.parse_args([*flags, '--experiment', 'run']))
     trainer.task.generator.fit(steps=20, seed=42, progress=False)
-    left = iter([*[False] * 8, True])
+    left = iter([*[False] * 7, True, False])  # after the step of an update: the next one is the last
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
     with pytest.raises(train.Terminated):
         trainer.train_epoch(0)
@@ -109,6 +109,8 @@ def test_a_corrupt_checkpoint_is_passed_over(whole, tmp_path, caplog):
     for name in ('checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar'):
         (run / name).write_bytes((whole / name).read_bytes())
     assert newest_checkpoint(run) == run / 'last.pth.tar'
+    os.utime(run / 'last.pth.tar', (1, 1))  # of a longer run, before
+    assert newest_checkpoint(run) == run / 'checkpoint-1.pth.tar'
     data = bytearray((whole / 'last.pth.tar').read_bytes())
     data[len(data) // 2] ^= 1  # torch.load would not notice
     (run / 'last.pth.tar').write_bytes(data)

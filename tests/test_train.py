@@ -157,7 +157,7 @@ def test_streamed_dataset(shards, tmp_path):
     whole = tmp_path / 'run'
     assert load(whole / 'last.pth.tar')['task_state']['update'] == 12
     trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
-    left = iter([False, False, True])  # SIGTERM comes during the third update
+    left = iter([False, True, False])  # SIGTERM comes after the step of the second update: the third is the last
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
     with pytest.raises(train.Terminated):
         trainer.train_epoch(1)

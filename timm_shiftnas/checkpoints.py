@@ -94,14 +94,14 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Of the checkpoints in a folder, the one that is furthest in training and whole; others are told in the log."""
+    """Of the checkpoints in a folder, the last one written that is whole; others are told in the log."""
     found = []
     for path in Path(folder).glob(f'*{SUFFIX}'):
         if path.name in (f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}'):
             continue
         try:
-            # equally far ones are links to one file, or written one after the other
-            found.append((*position(load_checkpoint_metadata(str(path))), path.stat().st_mtime, path))
+            # by time: a folder may hold a longer run from before
+            found.append((path.stat().st_mtime, *position(load_checkpoint_metadata(str(path))), path))
         except Exception as error:  # what a broken file makes torch raise: RuntimeError, EOFError, KeyError, ...
             _logger.warning(f'cannot read the checkpoint {path} ({" ".join(str(error).split())[:120]})')
     for *_, path in sorted(found, reverse=True):
