@@ -27,6 +27,7 @@ import math
 import shlex
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -57,7 +58,7 @@ from timm_shiftnas.complexity import format_count, macs, parse_count
 from timm_shiftnas.distributed import Ranks
 from timm_shiftnas.evaluation import evaluate_budgets, search_archs
 from timm_shiftnas.files import whole_file
-from timm_shiftnas.flags import parse_args, training_facts
+from timm_shiftnas.flags import in_flags, parse_args, training_facts
 from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.hub import save_pretrained
 from timm_shiftnas.loading import (
@@ -84,9 +85,10 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module
     given = dict(
         num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size,
         global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else None
+    overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else {}
+    overlay.update(args.pretrained_cfg_overlay)
     net = timm.create_model(
-        args.model, pretrained=args.pretrained or bool(args.pretrained_path), pretrained_cfg_overlay=overlay,
+        args.model, pretrained=args.pretrained or bool(args.pretrained_path), pretrained_cfg_overlay=overlay or None,
         checkpoint_path=args.initial_checkpoint or None, **dict(given, **args.model_kwargs))
     if not hasattr(net, 'space'):
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
@@ -110,22 +112,28 @@ def create_task(args: argparse.Namespace, net: nn.Module, shift_batches: ShiftBa
     distill_weight = args.distill_loss_weight
     if distill_weight is None:
         distill_weight = 1. if args.task_loss_weight is None else 1. - weight
-    task_config = ShiftNASConfig(
-        sampler=args.sampler, archs_per_step=args.archs_per_step, sandwich=args.sandwich,
-        inplace_distillation=args.inplace_distillation, arch_per_rank=args.arch_per_rank, task_loss_weight=weight,
-        distill_loss_weight=distill_weight, temperature=args.kd_temperature,
-        group_weights=args.group_weights and tuple(args.group_weights),
-        warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
-        total_updates=args.epochs * updates_per_epoch, shift=args.shift, shift_interval=args.shift_interval,
-        shift_lr=args.shift_lr, shift_momentum=args.shift_momentum, shift_floor=args.shift_floor,
-        generator_interval=args.generator_interval, generator_images=args.generator_images,
-        generator_lr=args.generator_lr, resource_weight=args.resource_weight, resource_batch=args.resource_batch,
-        tau=tuple(args.tau), accum_steps=args.grad_accum_steps, seed=args.seed)
+    try:
+        task_config = ShiftNASConfig(
+            sampler=args.sampler, archs_per_step=args.archs_per_step, sandwich=args.sandwich,
+            inplace_distillation=args.inplace_distillation, arch_per_rank=args.arch_per_rank, task_loss_weight=weight,
+            distill_loss_weight=distill_weight, temperature=args.kd_temperature,
+            group_weights=args.group_weights and tuple(args.group_weights),
+            warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
+            total_updates=args.epochs * updates_per_epoch, shift=args.shift, shift_interval=args.shift_interval,
+            shift_lr=args.shift_lr, shift_momentum=args.shift_momentum, shift_floor=args.shift_floor,
+            generator_interval=args.generator_interval, generator_images=args.generator_images,
+            generator_lr=args.generator_lr, resource_weight=args.resource_weight, resource_batch=args.resource_batch,
+            tau=tuple(args.tau), accum_steps=args.grad_accum_steps, seed=args.seed)
+    except ValueError as error:
+        raise ValueError(in_flags(str(error))) from None
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    criterion = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixing)
-    if args.bce_loss:
+    loss = args.loss or ('bce' if args.bce_loss else 'ce')
+    criterion = dict(
+        loss_type=loss, smoothing=args.smoothing, soft_targets=mixing, asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg, poly_epsilon=args.poly_epsilon)
+    if loss == 'bce':
         criterion.update(
-            bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+            bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.loss_pos_weight)
     generator = ArchitectureGenerator(space, seed=args.seed)
     low, high = groups.edges[0], groups.edges[-1]
     _logger.info(
@@ -137,12 +145,27 @@ def create_task(args: argparse.Namespace, net: nn.Module, shift_batches: ShiftBa
         shift_batches=shift_batches, teacher=teacher, device=device)
 
 
+def create_optimizer(args: argparse.Namespace, net: nn.Module) -> torch.optim.Optimizer:
+    try:
+        optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:  # as each one checks them
+        raise ValueError(
+            f'--opt {args.opt} does not take its settings ({" ".join(str(error).split())}); look at --opt-kwargs, '
+            '--opt-betas and --opt-eps') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ValueError(f'--opt {args.opt} needs second derivatives, which are not taken here; give one such as adamw')
+    return optimizer
+
+
 def scaled_lr(args: argparse.Namespace, processes: int = 1) -> float:
     """--lr, or --lr-base scaled to the global batch size as timm does."""
     if args.lr is not None:
         return args.lr
     ratio = args.batch_size * args.grad_accum_steps * processes / args.lr_base_size
     return args.lr_base * (math.sqrt(ratio) if args.lr_base_scale == 'sqrt' else ratio)
+
+
+LEAST_SCALE = 2. ** -14  # of float16 losses: it begins at 2 ** 16 and is halved by every update that overflows
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -161,15 +184,19 @@ class Trainer:
     """One run: everything it owns, `fit` over epochs, `train_epoch` over batches, `step` for an update."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.given_lr = args, args.lr
         for name in args.device_modules:
-            import_module(name)
+            try:
+                import_module(name)
+            except ImportError as error:
+                raise ImportError(f'--device-modules {name}: {error}') from error
         if args.device.startswith('cuda') and not torch.cuda.is_available():
             raise ValueError(f'--device {args.device}: torch sees no such device here; give --device cpu')
         self.device = torch.device(init_distributed_device_so(args.device, args.dist_backend)['device'])
         self.ranks = ranks = Ranks.current(self.device)
-        if not ranks.primary:
+        if not ranks.primary:  # what all have to say, one says
             logging.getLogger().setLevel(logging.WARNING)
+            warnings.simplefilter('ignore')
         random_seed(args.seed)
 
         data = open_data(args)
@@ -195,7 +222,7 @@ class Trainer:
         self.shift_batches = ShiftBatches(args, data, config) if learned else None
 
         self.task = create_task(args, self.net, self.shift_batches, self.updates_per_epoch, config, self.device)
-        self.optimizer = create_optimizer_v2(self.net, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        self.optimizer = create_optimizer(args, self.net)
         self.autocast = partial(
             torch.autocast, self.device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
         self.scaler = LossScaler(self.device.type) if args.amp and args.amp_dtype == 'float16' else None
@@ -207,6 +234,8 @@ class Trainer:
             args.resume = str(newest or '')
         self.start = self.resume() if args.resume else (0, 0)
         if args.start_epoch is not None:
+            if args.start_epoch >= args.epochs:
+                raise ValueError(f'--start-epoch {args.start_epoch} must be less than --epochs, which is {args.epochs}')
             self.start = (args.start_epoch, 0)
         if args.model_ema:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
@@ -240,16 +269,21 @@ class Trainer:
 
     def open_output(self) -> None:
         args = self.args
-        get_outdir(str(self.output))
+        try:
+            get_outdir(str(self.output))
+        except OSError as error:
+            raise OSError(
+                f'--output {args.output}: cannot make the folder {self.output} ({error.strerror}); give a place where '
+                'files can be written') from None
         saver = CheckpointSaver(
             self.net, self.optimizer, args=args, amp_scaler=self.scaler, task=self.task,
             checkpoint_dir=str(self.output), recovery_dir=str(self.output), max_history=args.checkpoint_hist)
         if args.resume and Path(args.resume).resolve().parent == self.output.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
-        self.checkpoints = Checkpoints(saver)
+        self.checkpoints = Checkpoints(saver, since=None if args.resume else time.time())
         trim_summary(str(self.output / 'summary.csv'), self.start[0])
         with whole_file(self.output / 'args.yaml') as path:
-            path.write_text(yaml.safe_dump(vars(args), sort_keys=False))
+            path.write_text(yaml.safe_dump(dict(vars(args), lr=self.given_lr), sort_keys=False))
         self.tracker = Tracker(
             self.output, vars(args), tensorboard=args.log_tensorboard, wandb=args.log_wandb,
             project=args.wandb_project, tags=args.wandb_tags, resume_id=args.wandb_resume_id)
@@ -280,6 +314,8 @@ class Trainer:
 
     def step_scheduler(self, epoch: int, update: int, metric: float | None = None) -> None:
         """Bring the learning rate to an epoch (update 0) or, with --sched-on-updates, to an update of it."""
+        if self.scheduler is None:
+            return
         if self.args.sched_on_updates:
             self.scheduler.step_update(epoch * self.updates_per_epoch + update)
         elif update == 0:
@@ -290,8 +326,10 @@ class Trainer:
         signal.signal(signal.SIGTERM, self.on_terminate)
         if not args.resume:
             _logger.info(f'fitting the generator to the budgets ({args.generator_fit_steps} steps, no images)')
+            self.may_stop_here = True  # nothing is lost
             self.task.generator.fit(
                 steps=args.generator_fit_steps, seed=args.seed, progress=self.ranks.primary)
+            self.may_stop_here = False
         first, batch = self.start
         if first >= self.epochs:
             _logger.info(f'{first} of {self.epochs} epochs are done already: evaluating only')
@@ -318,7 +356,6 @@ class Trainer:
 
     def finish(self) -> None:
         args = self.args
-        self.tracker.close()
         if self.checkpoints.failure is not None:
             raise OSError(
                 f'the training is done, but its last checkpoint could not be written ({self.checkpoints.failure}); '
@@ -362,7 +399,7 @@ class Trainer:
             pending.append(loss.detach())
             if ends_update:
                 update = batch // accum + 1
-                self.step(epoch, update, torch.stack(pending).tolist(), losses)
+                self.step(epoch, update, torch.stack(pending), losses)
                 pending.clear()
                 if args.save_images and update % args.log_interval == 0 and self.ranks.primary:
                     torchvision.utils.save_image(
@@ -387,22 +424,23 @@ class Trainer:
     def scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def step(self, epoch: int, update: int, values: list[float], losses: AverageMeter) -> None:
+    def step(self, epoch: int, update: int, micro_losses: Tensor, losses: AverageMeter) -> None:
         """The optimizer's step, if nothing that led to it is infinite or NaN in any process."""
         args = self.args
-        finite = all(math.isfinite(value) for value in values)
-        if finite and self.scaler is None:  # a loss scaler finds the largest scale by just that
+        finite = micro_losses.isfinite().all()
+        if self.scaler is None:  # a loss scaler finds the largest scale by just that
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-        told = torch.tensor([not finite, self.signalled, *values], dtype=torch.float64)
+            finite &= torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        told = torch.cat([torch.stack([~finite, finite.new_tensor(self.signalled)]), micro_losses]).float()
         self.ranks.sum_([told])  # all go on, or all stop after the same update
-        nonfinite, self.stopping = bool(told[0]), bool(told[1])
+        nonfinite, stopping, *values = told.tolist()  # the one time that a device is waited for
+        self.stopping = bool(stopping)
         self.task.end_update()
         if nonfinite:
-            self.leave_out(epoch, update, values)
+            self.leave_out(epoch, update, micro_losses.tolist())
         else:
             self.nonfinite = 0
-            for value in told[2:].tolist():
+            for value in values:
                 losses.update(value / self.ranks.size, args.batch_size)
             self.step_optimizer()
             self.task.update_ema(step=epoch * self.updates_per_epoch + update)
@@ -410,6 +448,11 @@ class Trainer:
         self.step_scheduler(epoch, update)
 
     def step_optimizer(self) -> None:
+        """Clip and step.
+
+        Raises:
+            ValueError: If a loss scaler has found no scale at which gradients are finite.
+        """
         args, scaler = self.args, self.scaler
         if args.clip_grad is not None:
             if scaler is not None:
@@ -418,9 +461,12 @@ class Trainer:
             dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
         if scaler is None:
             self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
+            return
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() < LEAST_SCALE:
+            raise ValueError(
+                'no scale of the loss gives finite gradients in float16; train with --amp-dtype bfloat16, or lower --lr')
 
     def leave_out(self, epoch: int, update: int, values: list[float]) -> None:
         """Go on without an update, or stop where too many are lost: weights are those before it either way.
@@ -432,7 +478,7 @@ class Trainer:
         what = f'the loss {values[-1]}' if not math.isfinite(values[-1]) else 'a gradient'
         where = f'update {update} of epoch {epoch + 1}'
         if self.nonfinite > self.args.skip_nonfinite:
-            newest = newest_checkpoint(self.output) if self.ranks.primary else None
+            newest = self.checkpoints.newest() if self.ranks.primary else None
             kept = f'; {newest} is from before' if newest else ''
             raise ValueError(
                 f'{what} in {where} is not finite{kept}; lower --lr, clip with --clip-grad 1, or tolerate some in a '
@@ -564,36 +610,45 @@ class Trainer:
         return None if calibration is None else {arch: calibration.statistics[arch] for arch in archs}
 
 
+def is_connection_lost(error: Exception) -> bool:
+    """Whether a process that this one waited for is gone: gloo has no error class of its own."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and 'gloo/' in str(error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; the exit codes are in the docstring of this file."""
     args = parse_args(argv)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files after every epoch
-    trainer, before = None, signal.getsignal(signal.SIGTERM)
+    trainer, before, code = None, signal.getsignal(signal.SIGTERM), 2
     try:
         trainer = Trainer(args)
         trainer.fit()
         if trainer.ranks.size > 1:
             dist.destroy_process_group()
-        return 0
+        code = 0
     except Terminated:
         name = f'{shlex.quote(trainer.output.name)} --output {shlex.quote(str(trainer.output.parent))}'
         print(f'train.py: terminated; continue with --resume auto --experiment {name}', file=sys.stderr)
-        return 128 + signal.SIGTERM
+        code = 128 + signal.SIGTERM
     except KeyboardInterrupt:
         last = trainer and trainer.output / 'last.pth.tar'
         hint = f'; continue with --resume {last}' if last and last.exists() else ''
         print(f'train.py: interrupted{hint}', file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
         if args.traceback:
             raise
         expected = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
         hint = '' if expected else f'{type(error).__name__} (--traceback shows where): '
         rank = f' (process {trainer.ranks.rank})' if trainer and trainer.ranks.size > 1 else ''
+        if rank and is_connection_lost(error):
+            hint = 'another process has ended, whose own line says why: '
         print(f'train.py: error{rank}: {hint}{" ".join(str(error).split())}', file=sys.stderr)
-        return 2
     finally:
+        if trainer is not None and trainer.tracker is not None:
+            trainer.tracker.close(code)
         signal.signal(signal.SIGTERM, before)
+    return code
 
 
 if __name__ == '__main__':

@@ -171,7 +171,7 @@ def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callab
 
     def generator() -> None:
         with bench.autocast():
-            task._update_generator(images[:config.generator_images], targets[:config.generator_images])
+            task._update_generator(images, targets)
 
     def draw() -> None:
         task._archs.clear()
@@ -194,7 +194,7 @@ def step(bench: Bench) -> None:
     times = bench.interleave(parts)
     base = median(times['uniform step'])
     print(f'{bench.args.model}, batch {size}, {len(task.groups)} groups, generator on '
-          f'{min(config.generator_images, size)} images, shift {config.shift} on {count}')
+          f'{config.generator_images or min(size // 8, 32)} images, shift {config.shift} on {count}')
     shares = {name: ratio(times, name, 'uniform step') / interval for name, interval in every.items()}
     for name, interval in every.items():
         print(f'{name:17s} {median(times[name]):9.4f} s, every {interval:3d} updates: '
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--shift', default='hypergradient', choices=('hypergradient', 'grad_norm', 'variation', 'none'))
     parser.add_argument('--shift-batch-size', type=int, default=32)
-    parser.add_argument('--generator-images', type=int, default=ShiftNASConfig.generator_images)
+    parser.add_argument('--generator-images', type=int)
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', default='cpu')

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from small_runs import FAST, ROOT, load, same, train
 from timm.utils import CheckpointSaver
 
@@ -209,7 +208,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
     def update(poison):
         loss = trainer.task(images * poison, targets)['loss']
         loss.backward()
-        trainer.step(0, 1, [loss.item()], train.AverageMeter())
+        trainer.step(0, 1, loss.detach()[None], train.AverageMeter())
 
     update(1.)
     before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
@@ -224,7 +223,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
                                                       before['conv_stem.weight'], next(trainer.net.parameters()))
     for p in trainer.net.parameters():  # a finite loss, but not its gradient
         p.grad = torch.full_like(p, torch.inf)
-    trainer.step(0, 1, [1.], train.AverageMeter())
+    trainer.step(0, 1, torch.ones(1), train.AverageMeter())
     assert trainer.nonfinite == 1
     update(float('nan'))
     with pytest.raises(ValueError, match='the loss nan in update 1 of epoch 1 is not finite'):
@@ -234,27 +233,17 @@ def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
 # -- images and workers ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for split in ('train', 'validation'):
-        for label in 'ab':
-            path = tmp_path / 'data' / split / label
-            path.mkdir(parents=True)
-            for i in range(12):
-                Image.new('RGB', (32, 32), (i * 20, 0, 0)).save(path / f'{i}.png')
-    return ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '8', '--shift', 'none',
-            '--output', str(tmp_path)]
-
-
 def test_broken_images_are_skipped(folder, tmp_path, caplog):
-    broken = tmp_path / 'data' / 'train' / 'a' / '3.png'
+    flags = [*FAST, '--dataset', '', '--data-dir', str(folder), '-b', '8', '--shift', 'none', '--output', str(tmp_path),
+             '--epochs', '1', '--skip-broken-images']
+    broken = folder / 'train' / 'a' / '3.png'
     broken.write_bytes(b'no image')
-    (tmp_path / 'data' / 'validation' / 'b' / '11.png').write_bytes(b'')
-    assert train.main([*FAST, *folder, '--epochs', '1', '--skip-broken-images', '--no-aug']) == 0
+    (folder / 'validation' / 'b' / '11.png').write_bytes(b'')
+    assert train.main([*flags, '--no-aug']) == 0
     assert [text for text in caplog.messages if str(broken) in text and 'the next image takes its place' in text]
-    for path in (tmp_path / 'data' / 'train').glob('*/*.png'):
+    for path in (folder / 'train').glob('*/*.png'):
         path.write_bytes(b'')
-    assert train.main([*FAST, *folder, '--epochs', '1', '--skip-broken-images']) == 2  # no accident
+    assert train.main(flags) == 2  # no accident
 
 
 def test_a_dead_worker_ends_the_run(tmp_path):

@@ -2,13 +2,33 @@
 import re
 from pathlib import Path
 
-from timm_shiftnas.flags import build_parser, parse_args, training_facts
+import pytest
+
+from timm_shiftnas.flags import build_parser, in_flags, parse_args, training_facts
+from timm_shiftnas.task import ShiftNASConfig
 
 ROOT = Path(__file__).parents[1]
 OURS = {  # flags that timm's script does not have, outside the group of ShiftNAS' own
     '--traceback', '--help', '-h', '--config', '-c', '--glyph-images', '--glyph-difficulty', '--glyph-pixels',
     '--workers', '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite', '--kd-model-path', '--dr',
     '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model'}
+WRONG = {  # flags, and what their error says
+    '--smoothing 1.5': "--smoothing: '1.5' must be a number from 0 to 1",
+    '--clip-grad 0': "--clip-grad: '0' must be a number above 0",
+    '--lr nan': "--lr: 'nan' must be a number of 0 or more",
+    '--lr inf': "--lr: 'inf' must be",
+    '--epochs 1.5': "--epochs: '1.5' must be a whole number of 1 or more",
+    '--workers -1': "--workers: '-1' must be a whole number of 0 or more",
+    '--crop-pct 0': "'0' must be a number above 0 and up to 1",
+    '--opt adamx': "no optimizer 'adamx'; choose one such as adamax, adam",
+    '--sched foo': "invalid choice: 'foo' (choose from",
+    '--aa rand-x9': "'rand-x9' is no policy of timm",
+    '--device foo': "no device 'foo'; give cpu, cuda",
+    '--input-img-mode XX': "'XX' is no mode of PIL images",
+    '--clip-mode agc': '--clip-mode agc needs --clip-grad X',
+    '--sched plateau --sched-on-updates': 'leave out --sched-on-updates',
+    '--class-map /nosuch': "--class-map: there is no file '/nosuch'",
+}
 
 
 def test_the_table_names_every_flag_of_timm_that_is_here():
@@ -25,7 +45,7 @@ def test_the_table_names_every_flag_of_timm_that_is_here():
                and not any(name.endswith('*') and flag.startswith(name[:-1]) for name in named)}
     assert not unnamed
     left = set(re.findall(r'`(--?[a-z-]+)', '\n'.join(line for line in refused.splitlines() if line.startswith('| `'))))
-    assert '--sync-bn' in left and not {name for name in left & there if name not in ('--drop-path', '--amp')}
+    assert '--sync-bn' in left and not {name for name in left & there if name not in ('--drop-path', '--amp', '--loss', '--opt')}
 
 
 def test_a_config_of_every_flag_gives_its_values_back(tmp_path):
@@ -45,3 +65,31 @@ def test_the_command_on_a_card_says_how_many_processes():
         '--data-dir', '/secret', '--experiment', 'e', '--resume', 'auto', '--lr', '1', '--arch-per-rank'])
     command = training_facts(args, processes=4)['command']
     assert command == 'torchrun --nproc-per-node=4 train.py --arch-per-rank --lr 1'
+
+
+@pytest.mark.parametrize('flags', WRONG)
+def test_values_out_of_range(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(flags.split())
+    assert end.value.code == 2 and WRONG[flags] in capsys.readouterr().err
+
+
+def test_values_in_range():
+    args = parse_args([
+        '--opt', 'lookahead_AdamW', '--aa', 'rand-m9-mstd0.5-inc1', '--lr', '0', '--smoothing', '1', '--crop-pct', '1',
+        '--seed', str(2 ** 32 - 1), '--input-img-mode', 'RGBA', '--decay-milestones', '3', '5'])
+    assert args.opt == 'lookahead_AdamW' and args.decay_milestones == [3, 5] and args.lr == 0
+
+
+def test_errors_of_the_settings_name_flags():
+    messages = []
+    for wrong in (dict(sandwich=True), dict(inplace_distillation=True), dict(temperature=0.),
+                  dict(group_weights=(1., 2.), shift='variation'), dict(shift_interval=0)):
+        with pytest.raises(ValueError) as error:
+            ShiftNASConfig(**wrong)
+        messages.append(in_flags(str(error.value)))
+    assert messages[0].startswith('--archs-per-step 1 leaves a sandwich without filling')
+    assert messages[1].endswith('give --sandwich too, and --archs-per-step 4')
+    assert messages[2].startswith('--kd-temperature 0.0 must be positive')
+    assert messages[3].startswith('--group-weights 1.0 2.0 fix P, which needs --sampler shiftnas and --shift none')
+    assert messages[4] == '--shift-interval 0 must be at least 1'

@@ -19,7 +19,7 @@ import time
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from small_runs import FAST, ROOT, load, same, train
 
 import timm_shiftnas as tsn
@@ -208,17 +208,6 @@ def test_a_teacher_and_a_device_module(tmp_path, capsys):
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for split in ('train', 'validation'):
-        for label in 'ab':
-            path = tmp_path / 'data' / split / label
-            path.mkdir(parents=True)
-            for i in range(8):
-                Image.new('RGB', (32, 32), (i * 20, 0, 0)).save(path / f'{i}.png')
-    return tmp_path / 'data'
-
-
 def one_line_error(capsys, *flags):
     code = train.main([*FAST, *flags])
     lines = [line for line in capsys.readouterr().err.splitlines() if 'error' in line or 'Traceback' in line]
@@ -242,7 +231,7 @@ def test_different_classes(capsys, folder):
 
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_broken_image(capsys, folder, workers, tmp_path):
-    for i in range(8):
+    for i in range(12):
         (folder / 'train' / 'a' / f'{i}.png').write_bytes(b'no image')
     line = one_line_error(capsys, '--dataset', '', '--data-dir', str(folder), '-b', '8', '-j', workers,
                           '--shift', 'none', '--output', str(tmp_path))
@@ -253,7 +242,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model', 'resnet18'], 'shiftformer_tiny_supernet'),
     (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
     (['--num-classes', '3'], '10 classes'),
-    (['--num-groups', '0'], '1 to 1000'),
+    (['--num-groups', '1001'], '1 to 1000'),
     (['--group-width', 'abc'], "'1.4G'"),
     (['--held-out', '0.9'], '0.5'),
     (['--batch-size', '100000'], 'lower it'),
@@ -262,9 +251,16 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--dataset', 'sklearn/nope'], 'sklearn/digits'),
     (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
-    (['--device', 'nonsense'], 'nonsense'),
+    (['--in-chans', '5'], 'RGB have 3'),
+    (['--opt-betas', '0.9'], '--opt adamw'),
+    (['--opt', 'adahessian'], 'second derivatives'),
+    (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
+    (['--start-epoch', '3', '--epochs', '3'], '--start-epoch 3'),
+    (['--sandwich'], '--archs-per-step 1'),
+    (['--device-modules', 'nonsense'], '--device-modules nonsense'),
+    (['--dataset', 'wds/nowhere'], 'wds/nowhere'),
+    (['--output', '/proc/nowhere'], '--output /proc/nowhere'),
     (['--held-out', '0'], '(0, 0.5]'),
-    (['--opt', 'nonsense'], 'nonsense'),
 ])
 def test_wrong_flags(capsys, flags, words, tmp_path):
     assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
@@ -371,7 +367,6 @@ def warnings_of(caplog, *flags):
 
 
 def test_policies_that_pillow_refuses(caplog):
-    from PIL import Image, ImageOps
     try:
         refused = not ImageOps.posterize(Image.new('L', (1, 1)), 0)
     except ValueError:

@@ -35,13 +35,14 @@ class Checkpoints:
 
     Args:
         saver: timm's saver, with the run's folder.
+        since: Time (of `time.time`) of the run's beginning: what is older is another run's. `None` for one that goes on.
 
     Attributes:
         failure: What kept the last try from being written, or `None`.
     """
 
-    def __init__(self, saver: CheckpointSaver) -> None:
-        self.saver = saver
+    def __init__(self, saver: CheckpointSaver, since: float | None = None) -> None:
+        self.saver, self.since = saver, since
         self.folder = Path(saver.checkpoint_dir)
         self.failure: Exception | None = None
         found = sorted(self.folder.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
@@ -59,6 +60,10 @@ class Checkpoints:
         with self._trying():
             self.saver.save_recovery(epoch, update)
 
+    def newest(self) -> Path | None:
+        """The last whole checkpoint of this run."""
+        return newest_checkpoint(self.folder, self.since)
+
     def finish(self) -> None:
         """Remove the recovery files of a run that is done."""
         for path in (self.saver.prev_recovery_file, self.saver.curr_recovery_file):
@@ -74,7 +79,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch's writer has errors of its own kind
             self.failure = error
             self._remove_temporaries()
-            newest = newest_checkpoint(self.folder)
+            newest = self.newest()
             kept = f'{newest} is kept' if newest else 'there is none yet'
             _logger.error(
                 f'cannot write a checkpoint ({" ".join(str(error).split())[:200]}); {kept}. The training goes on; make '
@@ -93,11 +98,18 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return checkpoint.get('epoch', -1) + 1, 0  # of another loop: what it saves are ends of epochs
 
 
-def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Of the checkpoints in a folder, the last one written that is whole; others are told in the log."""
+def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> Path | None:
+    """Of the checkpoints in a folder, the last one written that is whole; others are told in the log.
+
+    Args:
+        folder: The folder of a run.
+        since: Leave out what was written before this time.
+    """
     found = []
     for path in Path(folder).glob(f'*{SUFFIX}'):
         if path.name in (f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}'):
+            continue
+        if since is not None and path.stat().st_mtime < since:
             continue
         try:
             # by time: a folder may hold a longer run from before

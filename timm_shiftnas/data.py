@@ -96,7 +96,7 @@ def create_dataset(
             kwargs = {'cache_tarfiles': False, **kwargs}
     try:
         dataset = timm.data.create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, RuntimeError, ValueError, OSError, tarfile.TarError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError, OSError, tarfile.TarError) as error:
         called = ' in '.join(repr(part) for part in (name, root) if part)
         raise ValueError(f'cannot open dataset {called}: {_one_line(error)}') from error
     if not is_files:
@@ -210,8 +210,8 @@ class Digits(PixelImages):
 
 def _check_root(name: str, root: str | None) -> None:
     if not root:
-        wanted = f'dataset {name!r} is a folder of images' if name else 'a folder of images'
-        raise ValueError(f"{wanted} needs the path of its data folder; without one, use the dataset 'sklearn/digits'")
+        wanted = f'the dataset {name!r}, a folder of images,' if name else 'a folder of images'
+        raise ValueError(f"{wanted} needs the path of that folder; without one, use the dataset 'sklearn/digits'")
     if not os.path.exists(root):
         raise ValueError(f'the data folder {root!r} does not exist; give a folder that holds SPLIT/CLASS/IMAGE files')
     if os.path.isfile(root) and not root.endswith('.tar'):

@@ -2,21 +2,112 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
+import re
 import shlex
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
+from PIL import Image
+from timm.data import create_transform
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
 from . import __version__
 from .hub import check_repo_id
 from .task import ShiftNASConfig
 
-__all__ = ['build_parser', 'parse_args', 'training_facts']
+__all__ = ['build_parser', 'in_flags', 'parse_args', 'training_facts']
+
+
+# -- kinds of values ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """Numbers of a range, as argparse's `type`.
+
+    Args:
+        least, most: The range.
+        above: Without `least` itself.
+        whole: Integers.
+    """
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least):
+            return value
+        raise argparse.ArgumentTypeError(f'{text!r} must be {self}')
+
+    def __str__(self) -> str:
+        kind = 'a whole number' if self.whole else 'a number'
+        if self.least == -math.inf:
+            return kind
+        low = f'above {self.least}' if self.above else f'of {self.least} or more'
+        if self.most == math.inf:
+            return f'{kind} {low}'
+        return f'{kind} {low} and up to {self.most}' if self.above else f'{kind} from {self.least} to {self.most}'
+
+
+COUNT, NATURAL = Number(1, whole=True), Number(0, whole=True)
+SHARE, NOT_NEGATIVE, POSITIVE = Number(0, 1), Number(0), Number(0, above=True)
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+
+
+def optimizer(text: str) -> str:
+    """A name that timm makes an optimizer of."""
+    known = list_optimizers()
+    if text.lower().removeprefix('lookahead_') in known:
+        return text
+    near = difflib.get_close_matches(text.lower(), known) or ['adamw', 'lamb', 'muon', 'sgd']
+    raise argparse.ArgumentTypeError(
+        f'timm has no optimizer {text!r}; choose one such as {", ".join(near)} (timm.optim.list_optimizers() has all)')
+
+
+def auto_augment(text: str) -> str:
+    """A policy that timm can read."""
+    try:
+        create_transform(32, is_training=True, auto_augment=text or None)
+    except Exception as error:  # what its parsing comes to: AssertionError, ValueError, IndexError, ...
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no policy of timm ({error}); give one such as rand-m9-mstd0.5-inc1-mmax9, original, v0, 3a '
+            'or augmix-m3-w3') from None
+    return text
+
+
+def image_mode(text: str) -> str:
+    """A mode of PIL images."""
+    try:
+        Image.new(text, (1, 1))
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f'{text!r} is no mode of PIL images; give RGB, L, RGBA or CMYK') from None
+    return text
+
+
+def device(text: str) -> str:
+    """A device that torch knows by name; whether it is here is another question."""
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f'torch knows no device {text!r}; give cpu, cuda or cuda:0') from None
+    return text
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,19 +125,19 @@ def build_parser() -> argparse.ArgumentParser:
     add('--dataset', default='', metavar='NAME', help="dataset type and name as in timm, 'sklearn/digits' or 'glyphs'")
     add('--train-split', default='train', metavar='NAME')
     add('--val-split', default='validation', metavar='NAME')
-    add('--train-num-samples', type=int, metavar='N', help='images of a training set that is streamed (wds/)')
-    add('--val-num-samples', type=int, metavar='N', help='images of a validation set that is streamed')
-    add('--epoch-repeats', type=float, default=0., metavar='N', help='times that an epoch reads a streamed set')
+    add('--train-num-samples', type=COUNT, metavar='N', help='images of a training set that is streamed (wds/)')
+    add('--val-num-samples', type=COUNT, metavar='N', help='images of a validation set that is streamed')
+    add('--epoch-repeats', type=NOT_NEGATIVE, default=0., metavar='N', help='times that an epoch reads a streamed set')
     add('--dataset-download', action='store_true', help='allow the download of torch/ and hfds/ datasets')
     add('--dataset-trust-remote-code', action='store_true', help='allow hfds/ datasets to run code of their own')
     add('--input-key', metavar='NAME', help='key of the image in hfds/ and wds/ datasets')
     add('--target-key', metavar='NAME', help='key of the target')
     add('--class-map', default='', metavar='FILE', help='class to index mapping file')
-    add('--glyph-images', type=int, default=12_000, metavar='N', help='training images of --dataset glyphs')
-    add('--glyph-difficulty', type=float, default=0.5, metavar='X', help='from 0 (upright, clean) to 1')
-    add('--glyph-pixels', type=int, default=32, metavar='N', help='height and width that glyphs are rendered at')
-    add('--input-img-mode', metavar='MODE', help='PIL mode of the images (RGB, or L for one channel)')
-    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('--glyph-images', type=COUNT, default=12_000, metavar='N', help='training images of --dataset glyphs')
+    add('--glyph-difficulty', type=SHARE, default=0.5, metavar='X', help='from 0 (upright, clean) to 1')
+    add('--glyph-pixels', type=COUNT, default=32, metavar='N', help='height and width that glyphs are rendered at')
+    add('--input-img-mode', type=image_mode, metavar='MODE', help='PIL mode of the images (RGB, or L for one channel)')
+    add('-j', '--workers', type=NATURAL, default=4, metavar='N', help='data loading processes')
     add('--skip-broken-images', action='store_true',
         help='in the place of an image that cannot be read, take the next one, with a warning')
     add('--pin-mem', action='store_true', help='pin CPU memory in the data loaders')
@@ -57,33 +148,36 @@ def build_parser() -> argparse.ArgumentParser:
     add('--model', default='shiftformer_tiny_supernet', metavar='NAME', help='a supernet of timm_shiftnas')
     add('--pretrained', action='store_true', help='start from the published weights of the model')
     add('--pretrained-path', metavar='FILE', help='start from these weights, adapted as published ones are')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+        help='entries of the pretrained configuration to replace')
     add('--initial-checkpoint', default='', metavar='FILE', help='start from this checkpoint, taken as it is')
     add('--resume', default='', metavar='FILE',
         help="go on from a checkpoint, in the middle of an epoch too; 'auto': from the newest of --experiment, if any")
     add('--no-resume-opt', action='store_true', help='do not resume the optimizer')
-    add('--num-classes', type=int, metavar='N', help='classes (default: as many as the dataset has)')
+    add('--num-classes', type=COUNT, metavar='N', help='classes (default: as many as the dataset has)')
     add('--gp', metavar='POOL', help='global pooling of the model')
-    add('--img-size', type=int, metavar='N', help='image size (default: the model\'s)')
-    add('--in-chans', type=int, metavar='N', help='image channels (default: 3)')
-    add('--input-size', nargs=3, type=int, metavar='N', help='channels, height and width')
-    add('--crop-pct', type=float, metavar='X', help='share of the resized image that evaluation crops')
-    add('--mean', type=float, nargs='+', metavar='X')
-    add('--std', type=float, nargs='+', metavar='X')
-    add('--interpolation', default='', metavar='NAME', help='resize interpolation of evaluation')
-    add('-b', '--batch-size', type=int, default=128, metavar='N')
-    add('-vb', '--validation-batch-size', type=int, metavar='N')
-    add('--grad-accum-steps', type=int, default=1, metavar='N', help='micro-batches per update')
+    add('--img-size', type=COUNT, metavar='N', help='image size (default: the model\'s)')
+    add('--in-chans', type=COUNT, metavar='N', help='image channels (default: 3)')
+    add('--input-size', nargs=3, type=COUNT, metavar='N', help='channels, height and width')
+    add('--crop-pct', type=Number(0, 1, above=True), metavar='X',
+        help='share of the resized image that evaluation crops')
+    add('--mean', type=NOT_NEGATIVE, nargs='+', metavar='X')
+    add('--std', type=POSITIVE, nargs='+', metavar='X')
+    add('--interpolation', choices=INTERPOLATIONS, help='resize interpolation of evaluation')
+    add('-b', '--batch-size', type=COUNT, default=128, metavar='N')
+    add('-vb', '--validation-batch-size', type=COUNT, metavar='N')
+    add('--grad-accum-steps', type=COUNT, default=1, metavar='N', help='micro-batches per update')
     add('--grad-checkpointing', action='store_true')
     add('--channels-last', action='store_true')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further model arguments')
-    add('--drop', type=float, default=0., metavar='P', help='dropout before the classifier')
-    add('--drop-path', type=float, metavar='P', help='drop path')
-    add('--head-init-scale', type=float, metavar='X', help='factor of the initial classifier weights')
-    add('--head-init-bias', type=float, metavar='X', help='initial classifier bias')
+    add('--drop', type=SHARE, default=0., metavar='P', help='dropout before the classifier')
+    add('--drop-path', type=SHARE, metavar='P', help='drop path')
+    add('--head-init-scale', type=Number(), metavar='X', help='factor of the initial classifier weights')
+    add('--head-init-bias', type=Number(), metavar='X', help='initial classifier bias')
 
     group = parser.add_argument_group('device and processes')
     add = group.add_argument
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--device-modules', nargs='+', default=[], metavar='NAME', help='Python modules to import for the device')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'))
@@ -94,80 +188,89 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('optimizer')
     add = group.add_argument
-    add('--opt', default='adamw', metavar='NAME', help='any of timm.optim')
-    add('--opt-eps', type=float, metavar='X')
-    add('--opt-betas', type=float, nargs='+', metavar='X')
-    add('--momentum', type=float, default=0.9, metavar='X')
-    add('--weight-decay', type=float, default=0.05, metavar='X')
-    add('--clip-grad', type=float, metavar='X')
+    add('--opt', type=optimizer, default='adamw', metavar='NAME', help='any of timm.optim')
+    add('--opt-eps', type=NOT_NEGATIVE, metavar='X')
+    add('--opt-betas', type=SHARE, nargs='+', metavar='X')
+    add('--momentum', type=SHARE, default=0.9, metavar='X')
+    add('--weight-decay', type=NOT_NEGATIVE, default=0.05, metavar='X')
+    add('--clip-grad', type=POSITIVE, metavar='X')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
-    add('--layer-decay', type=float, metavar='X')
-    add('--layer-decay-min-scale', type=float, metavar='X')
-    add('--layer-decay-no-opt-scale', type=float, metavar='X')
+    add('--layer-decay', type=POSITIVE, metavar='X')
+    add('--layer-decay-min-scale', type=NOT_NEGATIVE, metavar='X')
+    add('--layer-decay-no-opt-scale', type=NOT_NEGATIVE, metavar='X')
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V')
 
     group = parser.add_argument_group('learning rate')
     add = group.add_argument
-    add('--lr', type=float, metavar='LR', help='overrides --lr-base')
-    add('--lr-base', type=float, default=5e-4, metavar='LR', help='lr = lr-base * global batch size / lr-base-size')
-    add('--lr-base-size', type=int, default=512, metavar='N')
-    add('--lr-base-scale', default='linear', choices=('linear', 'sqrt'))
-    add('--sched', default='cosine', metavar='NAME')
+    add('--lr', type=NOT_NEGATIVE, metavar='LR', help='overrides --lr-base')
+    add('--lr-base', type=POSITIVE, default=5e-4, metavar='LR', help='lr = lr-base * global batch size / lr-base-size')
+    add('--lr-base-size', type=COUNT, default=512, metavar='N')
+    add('--lr-base-scale', default='linear', choices=('linear', 'sqrt'),
+        help='how the learning rate grows with the batch')
+    add('--sched', default='cosine', choices=SCHEDULES)
     add('--sched-on-updates', action='store_true')
-    add('--epochs', type=int, default=300, metavar='N')
-    add('--start-epoch', type=int, metavar='N')
-    add('--warmup-epochs', type=int, default=5, metavar='N')
-    add('--warmup-lr', type=float, default=1e-6, metavar='LR')
+    add('--epochs', type=COUNT, default=300, metavar='N')
+    add('--start-epoch', type=NATURAL, metavar='N')
+    add('--warmup-epochs', type=NATURAL, default=5, metavar='N')
+    add('--warmup-lr', type=NOT_NEGATIVE, default=1e-6, metavar='LR')
     add('--warmup-prefix', action='store_true')
-    add('--min-lr', type=float, default=0., metavar='LR')
-    add('--cooldown-epochs', type=int, default=0, metavar='N')
-    add('--patience-epochs', type=int, default=10, metavar='N')
-    add('--decay-epochs', type=float, default=90, metavar='N')
-    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
-    add('--decay-rate', '--dr', type=float, default=0.1, metavar='X')
-    add('--lr-noise', type=float, nargs='+', metavar='X')
-    add('--lr-noise-pct', type=float, default=0.67, metavar='X')
-    add('--lr-noise-std', type=float, default=1.0, metavar='X')
-    add('--lr-cycle-mul', type=float, default=1.0, metavar='X')
-    add('--lr-cycle-decay', type=float, default=0.5, metavar='X')
-    add('--lr-cycle-limit', type=int, default=1, metavar='N')
-    add('--lr-k-decay', type=float, default=1.0, metavar='X')
+    add('--min-lr', type=NOT_NEGATIVE, default=0., metavar='LR')
+    add('--cooldown-epochs', type=NATURAL, default=0, metavar='N')
+    add('--patience-epochs', type=NATURAL, default=10, metavar='N')
+    add('--decay-epochs', type=POSITIVE, metavar='N',
+        help='epochs between two decays of the step schedule (default: 90), or of the last phase of wsd and rsqrt')
+    add('--lr-decay-fn', choices=('linear', '1-sqrt', 'cosine', 'power', 'exp'), help='of wsd and rsqrt')
+    add('--lr-stable-timescale', type=POSITIVE, metavar='N', help='epochs; of rsqrt')
+    add('--decay-milestones', type=NATURAL, nargs='+', default=[90, 180, 270], metavar='N')
+    add('--decay-rate', '--dr', type=NOT_NEGATIVE, default=0.1, metavar='X')
+    add('--lr-noise', type=SHARE, nargs='+', metavar='X')
+    add('--lr-noise-pct', type=SHARE, default=0.67, metavar='X')
+    add('--lr-noise-std', type=NOT_NEGATIVE, default=1.0, metavar='X')
+    add('--lr-cycle-mul', type=POSITIVE, default=1.0, metavar='X')
+    add('--lr-cycle-decay', type=NOT_NEGATIVE, default=0.5, metavar='X')
+    add('--lr-cycle-limit', type=COUNT, default=1, metavar='N')
+    add('--lr-k-decay', type=POSITIVE, default=1.0, metavar='X')
 
     group = parser.add_argument_group('augmentation and regularisation')
     add = group.add_argument
     add('--no-aug', action='store_true')
-    add('--train-crop-mode', metavar='NAME')
-    add('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X')
-    add('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X')
-    add('--hflip', type=float, default=0.5, metavar='P')
-    add('--vflip', type=float, default=0., metavar='P')
-    add('--color-jitter', type=float, default=0.4, metavar='X')
-    add('--color-jitter-prob', type=float, metavar='P')
-    add('--grayscale-prob', type=float, default=0., metavar='P')
-    add('--gaussian-blur-prob', type=float, default=0., metavar='P')
-    add('--aa', metavar='NAME', help='auto-augment policy')
-    add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (several processes only)')
-    add('--reprob', type=float, default=0., metavar='P', help='random erasing')
-    add('--remode', default='pixel', metavar='NAME')
-    add('--recount', type=int, default=1, metavar='N')
-    add('--train-interpolation', default='random', metavar='NAME')
-    add('--mixup', type=float, default=0., metavar='X')
-    add('--cutmix', type=float, default=0., metavar='X')
-    add('--cutmix-minmax', type=float, nargs='+', metavar='X')
-    add('--mixup-prob', type=float, default=1., metavar='P')
-    add('--mixup-switch-prob', type=float, default=0.5, metavar='P')
-    add('--mixup-mode', default='batch', metavar='NAME')
-    add('--mixup-off-epoch', type=int, default=0, metavar='N')
-    add('--smoothing', type=float, default=0.1, metavar='X')
-    add('--bce-loss', action='store_true')
+    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'))
+    add('--scale', type=POSITIVE, nargs=2, default=[0.08, 1.0], metavar='X')
+    add('--ratio', type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], metavar='X')
+    add('--hflip', type=SHARE, default=0.5, metavar='P')
+    add('--vflip', type=SHARE, default=0., metavar='P')
+    add('--color-jitter', type=NOT_NEGATIVE, default=0.4, metavar='X')
+    add('--color-jitter-prob', type=SHARE, metavar='P')
+    add('--grayscale-prob', type=SHARE, default=0., metavar='P')
+    add('--gaussian-blur-prob', type=SHARE, default=0., metavar='P')
+    add('--aa', type=auto_augment, metavar='NAME', help='auto-augment policy')
+    add('--aug-repeats', type=NOT_NEGATIVE, default=0, metavar='N',
+        help='repeated augmentation (several processes only)')
+    add('--reprob', type=SHARE, default=0., metavar='P', help='random erasing')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
+    add('--recount', type=COUNT, default=1, metavar='N')
+    add('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS))
+    add('--mixup', type=NOT_NEGATIVE, default=0., metavar='X')
+    add('--cutmix', type=NOT_NEGATIVE, default=0., metavar='X')
+    add('--cutmix-minmax', type=SHARE, nargs='+', metavar='X')
+    add('--mixup-prob', type=SHARE, default=1., metavar='P')
+    add('--mixup-switch-prob', type=SHARE, default=0.5, metavar='P')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+    add('--mixup-off-epoch', type=NATURAL, default=0, metavar='N')
+    add('--smoothing', type=SHARE, default=0.1, metavar='X')
+    add('--loss', choices=('ce', 'bce', 'asl', 'poly'), help='default: ce')
+    add('--asl-gamma-pos', type=NOT_NEGATIVE, default=1., metavar='X')
+    add('--asl-gamma-neg', type=NOT_NEGATIVE, default=4., metavar='X')
+    add('--poly-epsilon', type=Number(), default=2., metavar='X')
+    add('--bce-loss', action='store_true', help='the same as --loss bce')
     add('--bce-sum', action='store_true')
-    add('--bce-target-thresh', type=float, metavar='X')
-    add('--bce-pos-weight', type=float, metavar='X')
+    add('--bce-target-thresh', type=SHARE, metavar='X')
+    add('--loss-pos-weight', '--bce-pos-weight', type=POSITIVE, metavar='X')
 
     group = parser.add_argument_group('weight averaging')
     add = group.add_argument
     add('--model-ema', action='store_true', help='evaluate and save an exponential moving average of the weights')
-    add('--model-ema-decay', type=float, default=0.9998, metavar='X')
+    add('--model-ema-decay', type=SHARE, default=0.9998, metavar='X')
     add('--model-ema-warmup', action='store_true')
     add('--model-ema-force-cpu', action='store_true')
 
@@ -175,29 +278,29 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--kd-model', '--kd-model-name', metavar='NAME', help='teacher: a model of timm with pretrained weights')
     add('--kd-model-path', metavar='FILE', help='weights of the teacher, in the place of published ones')
-    add('--task-loss-weight', type=float, metavar='X', help='weight of the targets (default: 1)')
-    add('--distill-loss-weight', type=float, metavar='X',
+    add('--task-loss-weight', type=NOT_NEGATIVE, metavar='X', help='weight of the targets (default: 1)')
+    add('--distill-loss-weight', type=NOT_NEGATIVE, metavar='X',
         help='weight of the teacher (default: 1, or 1 minus a given --task-loss-weight)')
-    add('--kd-temperature', type=float, default=ShiftNASConfig.temperature, metavar='X')
+    add('--kd-temperature', type=POSITIVE, default=ShiftNASConfig.temperature, metavar='X')
 
     group = parser.add_argument_group('run')
     add = group.add_argument
-    add('--seed', type=int, default=42, metavar='N')
-    add('--log-interval', type=int, default=50, metavar='N', help='updates between two lines, off a terminal')
+    add('--seed', type=Number(0, 2 ** 32 - 1, whole=True), default=42, metavar='N')
+    add('--log-interval', type=COUNT, default=50, metavar='N', help='updates between two lines, off a terminal')
     add('--log-tensorboard', action='store_true', help='write TensorBoard events beside the checkpoints')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', metavar='NAME')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG')
     add('--wandb-resume-id', default='', metavar='ID', help='of the run to go on with')
     add('--save-images', action='store_true', help='save the images of a batch at every --log-interval')
-    add('--val-interval', type=int, default=10, metavar='N', help='epochs between two evaluations')
+    add('--val-interval', type=COUNT, default=10, metavar='N', help='epochs between two evaluations')
     add('--eval-metric', default='top1', choices=('top1', 'top1_smallest', 'top1_largest'),
         help='what ranks checkpoints: the mean over budget groups (default), or an end of the range')
-    add('--recovery-interval', type=int, default=0, metavar='N',
+    add('--recovery-interval', type=NATURAL, default=0, metavar='N',
         help='updates between two checkpoints in the middle of an epoch (default: none)')
-    add('--skip-nonfinite', type=int, default=0, metavar='N',
+    add('--skip-nonfinite', type=NATURAL, default=0, metavar='N',
         help='leave out up to N updates in a row whose loss or gradient is not finite (default: stop at the first)')
-    add('--checkpoint-hist', type=int, default=3, metavar='N', help='checkpoints to keep')
+    add('--checkpoint-hist', type=COUNT, default=3, metavar='N', help='checkpoints to keep')
     add('--output', default='./output', metavar='DIR')
     add('--experiment', default='', metavar='NAME', help='folder of this run (default: time and model)')
 
@@ -211,38 +314,43 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     config = ShiftNASConfig
     add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot baseline')
-    add('--archs-per-step', type=int, default=config.archs_per_step, metavar='N', help='archs trained by one batch')
+    add('--archs-per-step', type=COUNT, default=config.archs_per_step, metavar='N', help='archs trained by one batch')
     add('--sandwich', action='store_true', help='two of them are the largest and the smallest arch')
     add('--inplace-distillation', action='store_true',
         help='with --sandwich: the other archs learn from the probabilities of the largest')
     add('--arch-per-rank', action='store_true', help='every process trains archs of its own')
-    add('--search-samples', type=int, default=25, metavar='N', help='archs searched per budget with --sampler uniform')
+    add('--search-samples', type=COUNT, default=25, metavar='N',
+        help='archs searched per budget with --sampler uniform')
     add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
         help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
     add('--shift', default=config.shift, choices=('hypergradient', 'grad_norm', 'variation', 'none'),
         help='signal of the probability shift; none keeps P even over the groups (default)')
-    add('--group-weights', type=float, nargs='+', metavar='W',
+    add('--group-weights', type=NOT_NEGATIVE, nargs='+', metavar='W',
         help='with --shift none: how often each group is trained, one weight for each (default: all alike)')
-    add('--shift-warmup-epochs', type=float, metavar='N', help='epochs before the shift begins (default: a tenth)')
-    add('--shift-interval', type=int, default=config.shift_interval, metavar='N', help='updates between two shifts')
-    add('--shift-batch-size', type=int, default=32, metavar='N', help='training, and held-out, images of a shift')
-    add('--shift-lr', type=float, default=config.shift_lr, metavar='X')
-    add('--shift-momentum', type=float, default=config.shift_momentum, metavar='X')
-    add('--shift-floor', type=float, default=config.shift_floor, metavar='X', help='share of P spread evenly')
-    add('--held-out', type=float, metavar='X',
+    add('--shift-warmup-epochs', type=NOT_NEGATIVE, metavar='N',
+        help='epochs before the shift begins (default: a tenth)')
+    add('--shift-interval', type=COUNT, default=config.shift_interval, metavar='N', help='updates between two shifts')
+    add('--shift-batch-size', type=COUNT, default=32, metavar='N', help='training, and held-out, images of a shift')
+    add('--shift-lr', type=NOT_NEGATIVE, default=config.shift_lr, metavar='X')
+    add('--shift-momentum', type=SHARE, default=config.shift_momentum, metavar='X')
+    add('--shift-floor', type=SHARE, default=config.shift_floor, metavar='X', help='share of P spread evenly')
+    add('--held-out', type=SHARE, metavar='X',
         help='share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)')
     add('--group-width', metavar='MACS', help="width of a budget group (default: '0.1G', or 8 groups if more)")
-    add('--num-groups', type=int, metavar='N', help='number of budget groups instead')
-    add('--generator-fit-steps', type=int, default=1000, metavar='N', help='steps on the resource term before training')
-    add('--generator-interval', type=int, default=config.generator_interval, metavar='N',
+    add('--num-groups', type=COUNT, metavar='N', help='number of budget groups instead')
+    add('--generator-fit-steps', type=COUNT, default=1000, metavar='N',
+        help='steps on the resource term before training')
+    add('--generator-interval', type=NATURAL, default=config.generator_interval, metavar='N',
         help='updates between two steps of the generator; 0 leaves it as it was fitted')
-    add('--generator-images', type=int, default=config.generator_images, metavar='N')
-    add('--generator-lr', type=float, default=config.generator_lr, metavar='LR')
-    add('--resource-weight', type=float, default=config.resource_weight, metavar='X', help='lambda')
-    add('--resource-batch', type=int, default=config.resource_batch, metavar='N', help='budgets in the resource term')
-    add('--bn-images', type=int, default=2000, metavar='N',
+    add('--generator-images', type=COUNT, metavar='N',
+        help='images of the generator\'s step (default: an eighth of the batch, at most 32)')
+    add('--generator-lr', type=NOT_NEGATIVE, default=config.generator_lr, metavar='LR')
+    add('--resource-weight', type=NOT_NEGATIVE, default=config.resource_weight, metavar='X', help='lambda')
+    add('--resource-batch', type=COUNT, default=config.resource_batch, metavar='N', help='budgets in the resource term')
+    add('--bn-images', type=COUNT, default=2000, metavar='N',
         help='training images that the BatchNorm statistics of a subnet are taken from')
-    add('--tau', type=float, nargs=2, default=list(config.tau), metavar='X', help='Gumbel temperature, first and last')
+    add('--tau', type=POSITIVE, nargs=2, default=list(config.tau), metavar='X',
+        help='Gumbel temperature, first and last')
     return parser
 
 
@@ -255,18 +363,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         argv = [*_read_config(parser, known.config), f'--config={known.config}', *argv]
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
-    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist',
-                 'search_samples', 'generator_fit_steps', 'bn_images'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
-    for name in ('recovery_interval', 'skip_nonfinite', 'workers'):
-        if getattr(args, name) < 0:
-            parser.error(f'--{name.replace("_", "-")} must be 0 or more, got {getattr(args, name)}')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment NAME, so that the folder of the run is the same every time')
     if args.kd_model_path and not args.kd_model:
         parser.error('--kd-model-path needs --kd-model NAME, the model that the weights are of')
-    for name in ('initial_checkpoint', 'pretrained_path', 'kd_model_path'):
+    if args.clip_mode != 'norm' and args.clip_grad is None:
+        parser.error(f'--clip-mode {args.clip_mode} needs --clip-grad X, such as 0.01 for agc')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        parser.error('--sched plateau looks at an accuracy, which updates have none of; leave out --sched-on-updates')
+    for name in ('initial_checkpoint', 'pretrained_path', 'kd_model_path', 'class_map'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.error(f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}')
     if args.push_to_hub:
@@ -275,6 +380,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(f'--push-to-hub: {error}')
     return args
+
+
+def in_flags(message: str) -> str:
+    """An error about fields of `ShiftNASConfig`, with the flags of `train.py` in their place."""
+    names = {field.name: f'--{field.name.replace("_", "-")}' for field in fields(ShiftNASConfig)}
+    names.update(temperature='--kd-temperature', accum_steps='--grad-accum-steps')
+
+    def flag(match: re.Match) -> str:
+        name, value = match['name'], match['value']
+        if name not in names or not (value or '_' in name):  # a word such as 'shift'
+            return match[0]
+        if value in (None, '=True'):
+            return names[name]
+        return ' '.join([names[name], *re.findall(r'[\w.-]+', value)])
+
+    return re.sub(r"\b(?P<name>[a-z_]+)\b(?P<value>=[\w-][\w.-]*\b|='\w*'|=\([^)]*\))?", flag, message)
 
 
 def training_facts(args: argparse.Namespace, processes: int = 1) -> dict[str, Any]:

@@ -54,7 +54,13 @@ def open_data(args: argparse.Namespace) -> Data:
     Raises:
         ValueError: If they cannot be opened, do not fit together, or are too small.
     """
-    mode = args.input_img_mode or ('L' if (args.in_chans or (args.input_size or [3])[0]) == 1 else 'RGB')
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
+    if (bands := len(Image.new(mode, (1, 1)).getbands())) != channels:
+        flag = '--input-size' if args.input_size else '--in-chans'
+        raise ValueError(
+            f'{flag} asks for {channels} channels, and images of the mode {mode} have {bands}; change it, or give an '
+            '--input-img-mode with as many: L (1), RGB (3), RGBA (4)')
     keys = {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
     open_split = partial(
         create_dataset, args.dataset, args.data_dir, class_map=args.class_map, download=args.dataset_download,

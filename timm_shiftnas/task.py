@@ -66,7 +66,8 @@ class ShiftNASConfig:
         shift_floor: Share of probability spread evenly over the groups.
         shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
         generator_interval: Updates between two steps of the generator; 0 leaves it as it was fitted.
-        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes.
+        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes; `None` is a
+            eighth of them, and no more than 32: a masked network costs what the full one does.
         generator_lr: Learning rate of the generator (Adam).
         resource_weight: Weight of the resource term beside the task loss (lambda).
         resource_batch: Budgets in the resource term.
@@ -93,7 +94,7 @@ class ShiftNASConfig:
     shift_floor: float = 0.2
     shift_epsilon: float = 1e-3
     generator_interval: int = 10
-    generator_images: int = 32
+    generator_images: int | None = None
     generator_lr: float = 1e-3
     resource_weight: float = 1000.
     resource_batch: int = 64
@@ -145,8 +146,11 @@ class Teacher:
         try:
             self.teacher = DistillationTeacher(
                 model, num_classes=net.num_classes, in_chans=net.in_chans, pretrained_path=path, device=device)
-        except RuntimeError as error:  # unknown names, weights of another shape
-            raise ValueError(f'cannot create the teacher {model!r}: {" ".join(str(error).split())}') from None
+        except Exception as error:  # unknown names, files that hold no weights (whatever torch makes of them), ...
+            what = f'{model!r}' if path is None else f'{model!r} with the weights in {path!r}'
+            raise ValueError(
+                f'cannot create the teacher {what} ({" ".join(str(error).split())[:300]}); give a model of '
+                'timm.list_models(pretrained=True), or a file of its weights') from None
         self.teacher.to(device).requires_grad_(False)
         self.mean, self.std = (
             torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
@@ -342,8 +346,7 @@ class ShiftNASTask(ClassificationTask):
         if config.sampler == 'uniform':
             return
         if config.generator_interval and update % config.generator_interval == 0:
-            images = -(-config.generator_images // self.ranks.size)
-            self._update_generator(input[:images], target[:images])
+            self._update_generator(input, target)
             self._archs.clear()
         if self._shift_is_due:
             self._update_shift()
@@ -360,6 +363,8 @@ class ShiftNASTask(ClassificationTask):
     def _update_generator(self, input: Tensor, target: Tensor) -> None:
         """One step on task loss + lambda * resource term, with gradients of the generator alone."""
         config, generator, net = self.config, self.generator, unwrap_model(self.trainable_module)
+        images = config.generator_images or min(self.ranks.size * len(input) // 8, 32)
+        part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm takes no single image
         noise = stream(config.seed, 'generator', self.update)
         share = min(self.update / config.total_updates, 1.)
         tau = config.tau[0] + (config.tau[1] - config.tau[0]) * share
@@ -372,7 +377,7 @@ class ShiftNASTask(ClassificationTask):
             rollout = generator(budgets, noise=noise, tau=tau)
             masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
             with frozen(net), full_precision(self.device):  # no loss scaling here, as float16 would need
-                task_loss = self.criterion(net(input, masks), target)
+                task_loss = self.criterion(net(input[part], masks), target[part])
             resource = generator.resource_loss(budgets, rollout.one_hots)
             loss = task_loss.cpu() + config.resource_weight * resource
             parameters = list(generator.parameters())

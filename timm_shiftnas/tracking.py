@@ -1,11 +1,15 @@
 """Watching a run: TensorBoard and Weights & Biases, as far as they are asked for."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 __all__ = ['Tracker']
+
+_logger = logging.getLogger('train')
 
 
 class Tracker:
@@ -24,6 +28,7 @@ class Tracker:
     def __init__(self, folder: Path, config: Mapping[str, Any], *, tensorboard: bool = False, wandb: bool = False,
                  project: str | None = None, tags: Sequence[str] = (), resume_id: str = '') -> None:
         self._events = self._run = None
+        self._failed = False
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -41,15 +46,27 @@ class Tracker:
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
         """Figures at an optimizer update."""
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, update)
-        if self._run is not None:
-            self._run.log({**values, 'update': update})
+        with self._trying():
+            if self._events is not None:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, update)
+            if self._run is not None:
+                self._run.log({**values, 'update': update})
 
-    def close(self) -> None:
-        """Write what is not written yet."""
-        if self._events is not None:
-            self._events.close()
-        if self._run is not None:
-            self._run.finish()
+    def close(self, exit_code: int = 0) -> None:
+        """Write what is not written yet, and how the run ended."""
+        with self._trying():
+            if self._events is not None:
+                self._events.close()
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Nobody watches a run at the price of the run: a full disk costs figures, and is told once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                _logger.error(f'cannot log to a tracker ({error}); the training goes on')
+            self._failed = True
