@@ -29,7 +29,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -326,10 +326,9 @@ class Trainer:
         signal.signal(signal.SIGTERM, self.on_terminate)
         if not args.resume:
             _logger.info(f'fitting the generator to the budgets ({args.generator_fit_steps} steps, no images)')
-            self.may_stop_here = True  # nothing is lost
-            self.task.generator.fit(
-                steps=args.generator_fit_steps, seed=args.seed, progress=self.ranks.primary)
-            self.may_stop_here = False
+            with self.stopping_at_once():
+                self.task.generator.fit(
+                    steps=args.generator_fit_steps, seed=args.seed, progress=self.ranks.primary)
         first, batch = self.start
         if first >= self.epochs:
             _logger.info(f'{first} of {self.epochs} epochs are done already: evaluating only')
@@ -524,6 +523,15 @@ class Trainer:
         if self.may_stop_here:
             raise Terminated
 
+    @contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Where nothing is written and no weight changes."""
+        self.may_stop_here = True
+        if self.signalled:
+            raise Terminated
+        yield
+        self.may_stop_here = False
+
     def progress(self, epoch: int, start: int, losses: AverageMeter) -> Iterator:
         """The batches of an epoch, with rate and time left: a bar on a terminal, else a line now and then."""
         title, started, total = f'epoch {epoch + 1}/{self.epochs}', time.monotonic(), self.batches
@@ -553,22 +561,20 @@ class Trainer:
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Table, CSV, pictures and model directory of this epoch; accuracies for the summary."""
         args, task = self.args, self.task
-        self.may_stop_here = True  # nothing is written, and no weight changes
-        if self.signalled:
-            raise Terminated
         net = self.evaluated_net()
         options = dict(
             device=self.device, autocast=self.autocast(), channels_last=args.channels_last, ranks=self.ranks)
         if self.calibration_loader is not None:
             options['calibration'] = BatchNormCalibration(self.calibration_loader, args.bn_images)
-        if args.sampler == 'uniform':
-            searched = archs = search_archs(
-                net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
-                seed=args.seed, **options)
-        else:
-            searched, archs = None, task.generator.propose_many(task.groups.budgets)
-        rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
-        self.may_stop_here = False
+        searched = None
+        with self.stopping_at_once():
+            if args.sampler == 'uniform':
+                searched = archs = search_archs(
+                    net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
+                    seed=args.seed, **options)
+            else:
+                archs = task.generator.propose_many(task.groups.budgets)
+            rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
         if self.ranks.primary:
             print(report.format_table(rows), flush=True)
             try:

@@ -4,15 +4,22 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from timm.utils import setup_default_logging
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402, F401
+import train  # noqa: E402
 
 FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
         '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
         '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
         '--generator-images', '16', '--log-interval', '5']
+
+
+def run_script(argv):
+    """What `python train.py` does."""
+    setup_default_logging()
+    return train.main(argv)
 
 
 def load(path):

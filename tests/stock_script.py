@@ -6,7 +6,6 @@ Rendered squares of two sizes are what it trains on; no file is read.
 """
 import argparse
 import importlib
-import os
 from contextlib import nullcontext
 from functools import partial
 
@@ -19,7 +18,9 @@ from timm.task import (
     ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask, load_task_ema_checkpoint,
     resume_task_checkpoint,
 )
-from timm.utils import CheckpointSaver, NativeScaler, ParseKwargs, init_distributed_device, random_seed
+from timm.utils import (
+    CheckpointSaver, NativeScaler, ParseKwargs, dispatch_clip_grad, distribute_bn, init_distributed_device, random_seed,
+)
 
 parser = argparse.ArgumentParser()
 add = parser.add_argument
@@ -90,9 +91,14 @@ def main(argv=None):
         if args.resume:
             load_task_ema_checkpoint(task, args.resume)
     if args.torchcompile:
-        eval_model = task.compile(backend=args.torchcompile, mode=None)
+        task.compile(backend=args.torchcompile, mode=None)
+        model, eval_model = task.get_trainable_module(), task.get_eval_model()
+        if task.has_ema():
+            task.compile_ema(backend=args.torchcompile, mode=None)
     if args.distributed:
-        task.prepare_distributed(device_ids=None, broadcast_buffers=True)
+        task.prepare_distributed(device_ids=[device], broadcast_buffers=True)
+        model = task.get_trainable_module()
+    evaluator = task.create_evaluator(max_samples=args.batch_size * args.world_size)
     saver = None
     if args.rank == 0 and args.output:
         saver = CheckpointSaver(
@@ -108,47 +114,48 @@ def main(argv=None):
             if mixup_fn:
                 random_seed(number, args.rank)
                 input, target = mixup_fn(input, target)
-            last = (number + 1) % args.grad_accum_steps == 0
+            last = (number + 1) % args.grad_accum_steps == 0 or number + 1 == args.batches
+            left = args.batches % args.grad_accum_steps
+            accum_steps = args.grad_accum_steps if number < args.batches - left else left
             with task.no_sync() if args.distributed and not last else nullcontext():
                 with amp_autocast():
                     result = task(input, target)
                     loss = result['loss']
-                if args.grad_accum_steps > 1:
-                    loss /= args.grad_accum_steps
+                if accum_steps > 1:
+                    loss /= accum_steps
                 if loss_scaler is not None:
                     loss_scaler(loss, optimizer, clip_grad=1., clip_mode='norm',
                                 parameters=task.get_clip_parameters(), need_update=last)
                 else:
                     loss.backward()
                     if last:
+                        dispatch_clip_grad(task.get_clip_parameters(exclude_head=False), value=10., mode='norm')
                         optimizer.step()
             total += loss.item()
             if not last:
                 continue
             optimizer.zero_grad()
             task.update_ema(step=epoch * args.batches + number)
-        model_to_validate = task.get_eval_model(ema=True) if args.model_ema else eval_model
-        model_to_validate.eval()
-        evaluator = task.create_evaluator()
-        with torch.inference_mode():
-            input, target = batch_of(args, 99, 0)
-            evaluator.update(model_to_validate(input), target)
+            if saver is not None:
+                saver.save_recovery(epoch, batch_idx=number)
+        if args.distributed:
+            distribute_bn(model, args.world_size, True)
+        for model_to_validate in [eval_model, *([task.get_eval_model(ema=True)] if args.model_ema else [])]:
+            evaluator.reset()
+            model_to_validate.eval()
+            with torch.inference_mode(), amp_autocast():
+                input, target = batch_of(args, 99, 0)
+                evaluator.update(model_to_validate(input), target)
+            metrics = evaluator.compute(distributed=args.distributed)
         if args.rank == 0:
-            print(f'epoch {epoch} loss {total:.4f} top1 {evaluator.compute()["top1"]:.1f}', flush=True)
+            print(f'epoch {epoch} loss {total:.4f} top1 {metrics["top1"]:.1f}', flush=True)
         if saver is not None:
-            saver.save_checkpoint(epoch, metric=evaluator.compute()['top1'])
+            saver.save_checkpoint(epoch, metric=metrics['top1'])
     if args.dump:
         torch.save(task.get_checkpoint_state(), f'{args.dump}/rank-{args.rank}.pt')
+    if args.distributed:
+        torch.distributed.destroy_process_group()
     print(f'{type(task).__name__} rank {args.rank} done', flush=True)
-
-
-def run(argv, environment, log):
-    """A process of its own for those who have imported this file: all that it says goes to a file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    main(argv)
 
 
 if __name__ == '__main__':

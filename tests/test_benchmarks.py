@@ -2,20 +2,19 @@
 import csv
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from processes import call, run_file
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'benchmarks'))
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
 import ranking  # noqa: E402
 import runs  # noqa: E402
@@ -76,21 +75,18 @@ def test_commands_run_once_and_failures_are_told(tmp_path):
     ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup; leave it out'),
 ])
 def test_mistakes_are_told_before_anything_is_trained(script, flags, message, tmp_path):
-    argv = [sys.executable, str(ROOT / 'benchmarks' / f'{script}.py'), *flags]
-    argv += [] if script == 'speed' else ['--output', str(tmp_path / 'runs')]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and not (tmp_path / 'runs').exists()
+    flags = flags if script == 'speed' else [*flags, '--output', tmp_path / 'runs']
+    code, _, err = call(run_file, BENCHMARKS / f'{script}.py', *flags, folder=tmp_path)
+    assert code == 2 and message in err and not (tmp_path / 'runs').exists()
 
 
 def test_comparison_as_users_run_it(tmp_path):
-    argv = [sys.executable, str(ROOT / 'benchmarks' / 'compare_samplers.py'), '--task', 'digits', '--epochs', '1',
-            '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match', 'images', '--output',
-            str(tmp_path / 'runs'), '--results', str(tmp_path / 'results')]
-    argv += ['--reference', 'uniform', '--train-flags=--generator-fit-steps 20 --search-samples 2']
-    done = subprocess.run(
-        argv, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    assert '2 runs, 0 of them done' in done.stderr and '| grad_norm | 1 |' in done.stdout
+    flags = ['--task', 'digits', '--epochs', '1', '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match',
+             'images', '--output', tmp_path / 'runs', '--results', tmp_path / 'results', '--reference', 'uniform',
+             '--train-flags=--generator-fit-steps 20 --search-samples 2']
+    code, out, err = call(run_file, BENCHMARKS / 'compare_samplers.py', *flags, folder=tmp_path)
+    assert code == 0, err
+    assert '2 runs, 0 of them done' in err and '| grad_norm | 1 |' in out
     names = {path.name for path in (tmp_path / 'results').iterdir()}
     assert names == {'samplers_digits.csv', 'samplers_digits.md', 'samplers_digits.png', 'shift_digits.png'}
     rows = list(csv.DictReader((tmp_path / 'results' / 'samplers_digits.csv').open()))
@@ -110,12 +106,12 @@ def test_subnets_trained_alone(tmp_path):
     tsn.save_pretrained(tmp_path / 'model', net, tsn.ArchitectureGenerator(net.space).fit(5, progress=False))
     archs = [net.space.sample(torch.Generator().manual_seed(1))]
     (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
-    argv = [sys.executable, str(ROOT / 'benchmarks' / 'train_subnet.py'), '--supernet', str(tmp_path / 'model'),
-            '--archs', str(tmp_path / 'archs.json'), '--results-file', str(tmp_path / 'out' / 'subnets.json'),
-            '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '--workers', '0', '--epochs', '3',
-            '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug']
-    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
+    flags = ['--supernet', tmp_path / 'model', '--archs', tmp_path / 'archs.json', '--results-file',
+             tmp_path / 'out' / 'subnets.json', '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet',
+             '--workers', '0', '--epochs', '3', '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2',
+             '--warmup-epochs', '0', '--no-aug']
+    code, _, err = call(run_file, BENCHMARKS / 'train_subnet.py', *flags, folder=tmp_path)
+    assert code == 0, err
     results = json.loads((tmp_path / 'out' / 'subnets.json').read_text())
     images, targets = StepBatches(
         create_dataset('sklearn/digits', None, 'validation'), 360, 0,
@@ -127,12 +123,11 @@ def test_subnets_trained_alone(tmp_path):
         assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10  # it has learned
 
 
-def test_speed_prints_a_ratio_for_every_arch():
-    argv = [sys.executable, str(ROOT / 'benchmarks' / 'speed.py'), 'supernet', '--model', 'test_shiftformer_supernet',
-            '--rounds', '1', '--batch-size', '4']
-    done = subprocess.run(argv, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ['smallest', 'sampled', 'largest'], done.stderr
+def test_speed_prints_a_ratio_for_every_arch(tmp_path):
+    flags = ['supernet', '--model', 'test_shiftformer_supernet', '--rounds', '1', '--batch-size', '4']
+    _, out, err = call(run_file, BENCHMARKS / 'speed.py', *flags, folder=tmp_path)
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ['smallest', 'sampled', 'largest'], err
     for line in lines:
         words = line.split()
         value = {name: float(words[words.index(name) + 1]) for name in ('supernet', 'extracted', 'ratio')}

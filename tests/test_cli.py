@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+import stock_script
 import timm
 import torch
+from processes import call
 
 from timm_shiftnas import extract
 from timm_shiftnas.cli import main
@@ -184,10 +185,11 @@ def test_extract_from_a_subnet(capsys, net, tmp_path):
 def checkpoint(tmp_path_factory):
     """What timm's script leaves of a supernet, with an average of the weights."""
     folder = tmp_path_factory.mktemp('script')
-    subprocess.run(
-        [sys.executable, Path(__file__).with_name('stock_script.py'), '--device-modules', 'timm_shiftnas.patch',
-         '--model', 'test_shiftformer_supernet', '--batches', '4', '--model-ema', '--output', folder],
-        env=os.environ | dict(SHIFTNAS_GENERATOR_FIT_STEPS='20', SHIFTNAS_NUM_GROUPS='2'), check=True)
+    argv = ['--device-modules', 'timm_shiftnas.patch', '--model', 'test_shiftformer_supernet', '--batches', '4',
+            '--model-ema', '--output', str(folder)]
+    environment = dict(SHIFTNAS_GENERATOR_FIT_STEPS='20', SHIFTNAS_NUM_GROUPS='2')
+    code, _, err = call(stock_script.main, argv, folder=folder, environment=environment)
+    assert code == 0, err
     return folder / 'last.pth.tar'
 
 

@@ -1,7 +1,6 @@
 """Several processes: the same gradients, archs, generator, P and tables as one, and an end when one of them dies."""
 import csv
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_runs import FAST, ROOT, load
+from processes import ranks
+from small_runs import FAST, ROOT, load, run_script
 from small_runs import train as script
 
 from timm_shiftnas.data import create_dataset
@@ -39,7 +39,7 @@ def batch(number, count=IMAGES):
     return torch.randn(count, 3, 32, 32, generator=noise), torch.randint(10, (count,), generator=noise)
 
 
-def train(variant, ranks, distributed):
+def train(variant, group, distributed):
     """A few updates by plain SGD: gradients of each, archs of each micro-batch, and what was learned."""
     config = dict(variant)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def train(variant, ranks, distributed):
     gradients, archs, number = [], [], 0
     for _ in range(UPDATES):
         for micro in range(config.accum_steps):
-            images, targets = (ranks.share(part) for part in batch(number))
+            images, targets = (group.share(part) for part in batch(number))
             number += 1
             with task.no_sync() if micro + 1 < config.accum_steps else torch.enable_grad():
                 result = task(images, targets)
@@ -72,13 +72,13 @@ def train(variant, ranks, distributed):
 def main(folder):
     """One of the processes."""
     dist.init_process_group('gloo')
-    ranks = Ranks.current()
-    results = {name: train(variant, ranks, distributed=True) for name, variant in VARIANTS.items()}
-    mean, total = torch.tensor([1., 3.]) * ranks.rank, torch.ones(2, 2, dtype=torch.float64)
-    ranks.mean_([mean])
-    ranks.sum_([total[0], total[1:]])
+    group = Ranks.current()
+    results = {name: train(variant, group, distributed=True) for name, variant in VARIANTS.items()}
+    mean, total = torch.tensor([1., 3.]) * group.rank, torch.ones(2, 2, dtype=torch.float64)
+    group.mean_([mean])
+    group.sum_([total[0], total[1:]])
     results['exchanged'] = [mean, total]
-    torch.save(results, Path(folder) / f'{ranks.rank}.pt')
+    torch.save(results, Path(folder) / f'{group.rank}.pt')
     dist.destroy_process_group()
 
 
@@ -92,9 +92,9 @@ def torchrun(*flags, processes=2, **kwargs):
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     path = tmp_path_factory.mktemp('two')
-    process = torchrun(__file__, path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    for process in ranks(2, main, path, folder=path):
+        code, text = process.wait(300)
+        assert code == 0, text
     return [torch.load(path / f'{rank}.pt', weights_only=True) for rank in (0, 1)]
 
 
@@ -173,15 +173,16 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
     os.kill(int(workers[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=90)
     assert process.returncode != 0 and not any(Path(f'/proc/{pid}').exists() for pid in workers), err
+    assert 'train.py: error (process 0): another process has ended' in err or 'Signal 15' in err, err
 
     go_on = [*FLAGS, '--epochs', '2', '--output', str(tmp_path), '--resume']
     middle = str(sorted(run.glob('recovery-1-*'))[-1])
     assert script.main([*go_on, middle, '-b', '128']) == 2  # in the middle of an epoch of two processes
     end = str(run / 'checkpoint-0.pth.tar')
-    done = torchrun(ROOT / 'train.py', *go_on, end, '-b', '64', cwd=tmp_path)
-    out, err = done.communicate(timeout=120)
-    assert done.returncode == 0 and out.count('largest') == 1, err  # one of them reports
-    assert re.search('2 processes, 128 images per batch', err)
+    reports = [job.wait() for job in ranks(2, run_script, [*go_on, end, '-b', '64'], folder=tmp_path)]
+    assert [code for code, _ in reports] == [0, 0], reports
+    assert ['largest' in text for _, text in reports] == [True, False]  # one of them reports
+    assert ['2 processes, 128 images per batch' in text for _, text in reports] == [True, False]
     two, rows = load(run / 'last.pth.tar'), table(tmp_path)
 
     whole = [*FLAGS, '--epochs', '2', '-b', '128', '--output', str(tmp_path / 'one')]
@@ -203,19 +204,15 @@ def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
         folder = tmp_path / 'data' / ('train' if number < 300 else 'validation') / str(target % 3)
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f'{number}.png')
-    flags = [*FLAGS, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet', '--shift', 'none', '--sampler', 'uniform',
-             '--epochs', '1', '--search-samples', '3', '-b', '64', '-vb', '16', '--bn-images', '60',
-             '--output', str(tmp_path)]
+    flags = [*FLAGS, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet',
+             '--shift', 'none', '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3', '-b', '64',
+             '-vb', '16', '--bn-images', '60', '--output', str(tmp_path)]
     assert script.main(flags) == 0
     alone, stats = table(tmp_path), (tmp_path / 'run' / 'model' / 'bn_stats.safetensors').read_bytes()
     (tmp_path / 'run' / 'budgets.csv').unlink()
-    process = torchrun(
-        ROOT / 'train.py', *flags, '--resume', tmp_path / 'run' / 'last.pth.tar', cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    resume = [*flags, '--resume', str(tmp_path / 'run' / 'last.pth.tar')]
+    for process in ranks(2, run_script, resume, folder=tmp_path):
+        code, text = process.wait()
+        assert code == 0, text
     assert table(tmp_path) == alone
     assert (tmp_path / 'run' / 'model' / 'bn_stats.safetensors').read_bytes() == stats
-
-
-if __name__ == '__main__':
-    main(sys.argv[1])

@@ -1,18 +1,19 @@
 """What happens to trainings: kills, full disks, broken files, losses that are not finite; with real processes."""
 import csv
+import logging
 import os
 import random
 import re
 import resource
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import FAST, ROOT, load, same, train
+from processes import Job
+from small_runs import FAST, load, run_script, same, train
 from timm.utils import CheckpointSaver
 
 from timm_shiftnas.checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
@@ -24,22 +25,18 @@ RICH = [*FAST, '--epochs', '3', '--val-interval', '9', '-j', '2', '--mixup', '0.
         '--sched-on-updates']
 
 
-def command(tmp_path, *flags):
-    return [sys.executable, ROOT / 'train.py', *flags, '--output', tmp_path]
-
-
-def start(tmp_path, *flags, **kwargs):
-    return subprocess.Popen(
-        command(tmp_path, *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path, **kwargs)
+def start(tmp_path, *flags):
+    number = len(list(tmp_path.glob('*.txt')))
+    return Job(run_script, [*flags, '--output', str(tmp_path)], out='/dev/null', err=tmp_path / f'{number}.txt')
 
 
 def wait_for(process, pattern, folder):
     """Until a file appears; the process must live."""
-    while process.poll() is None:
+    while process.alive:
         if found := sorted(folder.glob(pattern)):
             return found[0]
         time.sleep(.01)
-    raise AssertionError(process.communicate()[1])
+    raise AssertionError(process.wait())
 
 
 def summary(folder):
@@ -63,13 +60,14 @@ def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(whole, tmp_pa
     wait_for(process, 'recovery-0-*', tmp_path / 'run')
     time.sleep(moment.random() * 1.5)
     process.kill()
-    assert 'starting anew' in process.communicate()[1]
+    code, err = process.wait()
+    assert code == -signal.SIGKILL and 'starting anew' in err
 
     process = start(tmp_path, *flags)
     wait_for(process, 'recovery-1-*', tmp_path / 'run')
     process.terminate()
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, err
+    code, err = process.wait()
+    assert code == 143, err
     assert err.splitlines()[-1].startswith('train.py: terminated; continue with --resume auto --experiment run')
     assert re.search(r'going on from .*recovery-0-', err), err
 
@@ -84,6 +82,24 @@ def test_killed_and_terminated_runs_end_as_if_nothing_had_happened(whole, tmp_pa
         assert (whole / name).read_text() == (tmp_path / 'run' / name).read_text()
     assert summary(whole) == summary(tmp_path / 'run')  # the mean loss of the broken epochs, too
     assert not list((tmp_path / 'run').glob('*recovery*')) and not list((tmp_path / 'run').glob('*tmp*'))
+
+
+@pytest.mark.parametrize('delay', [0, .5])
+def test_sigterm_while_the_generator_is_fitted(tmp_path, capsys, caplog, delay):
+    caplog.set_level('INFO')
+
+    class Sender(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith('fitting the generator'):
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    sender = Sender()
+    logging.getLogger('train').addHandler(sender)
+    try:
+        assert train.main([*FAST, '--generator-fit-steps', '20000', '--output', str(tmp_path)]) == 143
+    finally:
+        logging.getLogger('train').removeHandler(sender)
+    assert 'train.py: terminated; continue with --resume auto' in capsys.readouterr().err
 
 
 def test_going_on_from_the_last_batch(tmp_path):
@@ -174,6 +190,8 @@ def test_room_on_the_disk_again(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ['recovery-0-5.pth.tar']
     checkpoints.save_recovery(0, 9)
     assert checkpoints.failure is None and newest_checkpoint(tmp_path).exists()
+    assert checkpoints.newest() == newest_checkpoint(tmp_path)
+    assert Checkpoints(saver, since=time.time() + 60).newest() is None  # all is another run's
     again = Checkpoints(saver)
     again.save_recovery(1, 2)
     again.save_recovery(1, 4)
@@ -230,6 +248,20 @@ def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
         update(float('nan'))
 
 
+def test_float16_without_a_scale_that_serves(tmp_path):
+    """Updates that overflow halve the scale of the loss, as they should; but not forever."""
+    trainer = train.Trainer(train.parse_args([
+        *FAST, '--amp', '--amp-dtype', 'float16', '--shift', 'none', '--output', str(tmp_path)]))
+    before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    with pytest.raises(ValueError, match='no scale of the loss.*bfloat16') as error:
+        for updates in range(100):
+            loss = trainer.net(torch.randn(2, 3, 32, 32)).sum() * 1e38
+            trainer.scaled(loss * 1e38).backward()
+            trainer.step(0, 1, torch.ones(1), train.AverageMeter())
+    assert updates == 30 and error.value.__cause__ is None  # from 2 ** 16 to less than 2 ** -14
+    same(before, trainer.net.state_dict())
+
+
 # -- images and workers ------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +283,10 @@ def test_a_dead_worker_ends_the_run(tmp_path):
     wait_for(process, 'last*', tmp_path / 'run')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
     workers = []
-    while not workers and process.poll() is None:
+    while not workers and process.alive:
         workers = [int(pid) for pid in children.read_text().split()
                    if b'resource_tracker' not in Path(f'/proc/{pid}/cmdline').read_bytes()]
     os.kill(workers[-1], signal.SIGKILL)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and 'Traceback' not in err, err
+    code, err = process.wait()
+    assert code == 2 and 'Traceback' not in err, err
     assert err.splitlines()[-1].startswith('train.py: error: DataLoader worker') and '--workers' in err.splitlines()[-1]

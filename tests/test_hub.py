@@ -5,15 +5,13 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from processes import Job, call, run_code
 from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 
@@ -344,7 +342,8 @@ def test_timm_loads_the_subnet_in_a_fresh_process(saved_subnet, net, mixed, tmp_
         "net = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()\n"
         "save_file({'y': net(load_file(sys.argv[2])['x']).detach()}, sys.argv[3])\n")
     safetensors.torch.save_file({'x': images(net)}, tmp_path / 'x')
-    subprocess.run([sys.executable, '-c', code, saved_subnet, tmp_path / 'x', tmp_path / 'y'], check=True)
+    done, _, err = call(run_code, code, saved_subnet, tmp_path / 'x', tmp_path / 'y', folder=tmp_path)
+    assert done == 0, err
     found = safetensors.torch.load_file(tmp_path / 'y')['y']
     torch.testing.assert_close(found, logits(net, mixed), rtol=0, atol=1e-5)
 
@@ -660,15 +659,15 @@ def test_a_killed_save_leaves_the_old_model_whole(folder, net, generator):
         'net, generator = load_supernet(sys.argv[1])\n'
         'torch.nn.init.zeros_(net.head.weight)\n'
         'save_pretrained(sys.argv[1], net, generator)\n')
-    child = subprocess.Popen([sys.executable, '-c', code, folder])
+    child = Job(run_code, code, folder, out='/dev/null')
     try:
         while not (folder / f'.{GENERATOR}.tmp').exists():
-            assert child.poll() is None
+            assert child.alive
             time.sleep(.01)
         assert from_pretrained(folder, flops='2M').arch is not None
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.process.join()
     assert torch.equal(logits(load_supernet(folder)[0]), logits(net))
     assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()), logits(net))
     os.unlink(folder / f'.{CONFIG}.tmp')

@@ -2,17 +2,15 @@
 import argparse
 import copy
 import gc
-import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stock_script
 import timm
 import torch
+from processes import Job, call, ranks, run_code
+from timm.data import Mixup
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask
@@ -25,7 +23,6 @@ from timm_shiftnas.generator import ArchitectureGenerator
 from timm_shiftnas.sampling import BudgetGroups
 from timm_shiftnas.task import ShiftNASConfig, ShiftNASTask
 
-TESTS = Path(__file__).parent
 PATCH = ['--device-modules', 'timm_shiftnas.patch']
 SUPERNET = [*PATCH, '--model', 'test_shiftformer_supernet']
 SETTINGS = dict(
@@ -36,21 +33,13 @@ ENVIRONMENT = {f'SHIFTNAS_{name.upper()}': str(value) for name, value in SETTING
 
 @pytest.fixture(scope='module')
 def script(tmp_path_factory):
-    """Runs the script in a process of its own; returns its exit code and all that it printed.
-
-    The processes are forked off one that has imported torch and timm, but nothing of ours.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch', 'torch._dynamo', 'torchvision', 'timm', 'timm.data', 'timm.task'])
+    """Runs the script in a process of its own; returns its exit code and all that it printed."""
     folder = tmp_path_factory.mktemp('logs')
 
     def run(*argv, **environment):
         log = folder / f'{len(list(folder.iterdir()))}.txt'
-        process = context.Process(
-            target=stock_script.run, args=([str(arg) for arg in argv], ENVIRONMENT | environment, log))
-        process.start()
-        process.join(120)
-        return process.exitcode, log.read_text()
+        argv = [str(arg) for arg in argv]
+        return Job(stock_script.main, argv, out=log, environment=ENVIRONMENT | environment).wait()
 
     return run
 
@@ -96,7 +85,7 @@ def test_other_models_train_as_without_the_patch(script):
 # an epoch ends with archs in store, between two steps of the generator
 EVERY_THIRD = dict(SHIFTNAS_GENERATOR_INTERVAL='3')
 EVERYTHING = [
-    *'--epochs 3 --batches 10 --grad-accum-steps 2 --amp --amp-dtype bfloat16'.split(),
+    *'--epochs 3 --batches 9 --grad-accum-steps 2 --amp --amp-dtype bfloat16'.split(),
     *'--model-ema --mixup .5 --opt adamw'.split()]
 
 
@@ -113,7 +102,7 @@ def test_a_supernet_trains_with_everything_on(everything):
     first, last = (load(folder / f'checkpoint-{epoch}.pth.tar') for epoch in (0, 2))
     before, after = first['task_state'], last['task_state']
     assert (before['update'], after['update']) == (5, 15) == (steps(first), steps(last))
-    assert after['micro_step'] == 30  # two micro-batches each
+    assert after['micro_step'] == 27  # two micro-batches each, but for the last of an epoch
     # P is uniform as long as the noise is unknown, and moves with each shift then
     assert [update for update, _ in after['history']] == [0, 2, 4, 6, 8, 10, 12, 14]
     assert after['history'][0][1] == after['history'][1][1] == [.25] * 4
@@ -147,10 +136,9 @@ def alone(script, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
-    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-            TESTS / 'stock_script.py', *SUPERNET, '--batches', '6', '--batch-size', '16', '--dump', tmp_path]
-    run = subprocess.run(argv, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0 and run.stdout.count('StockTask rank') == 2, run.stderr
+    argv = [*SUPERNET, '--batches', '6', '--batch-size', '16', '--dump', str(tmp_path)]
+    for job in ranks(2, stock_script.main, argv, folder=tmp_path, environment=ENVIRONMENT):
+        done(job.wait())
     first, second = (load(tmp_path / f'rank-{rank}.pt') for rank in range(2))
     assert same(first, second)
     one, _ = alone
@@ -160,10 +148,10 @@ def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
     assert (state['update'], state['archs']) == (expected['update'], expected['archs'])
     for name, value in expected['generator'].items():
         assert torch.allclose(state['generator'][name], value, rtol=0, atol=1e-6), name
-    # the scores are differences of losses; P itself is at its bounds after so steep a shift
-    assert torch.allclose(state['shift']['mean'], expected['shift']['mean'], rtol=0, atol=2e-4)
-    assert expected['shift']['mean'].abs().max() > .01
-    assert state['shift']['theta'].tolist() == expected['shift']['theta'].tolist() != [0] * 4
+    # the scores are differences of losses, and P is steep in them
+    for name, tolerance in (('mean', 2e-4), ('theta', 2e-3)):
+        assert torch.allclose(state['shift'][name], expected['shift'][name], rtol=0, atol=tolerance), name
+        assert expected['shift'][name].abs().max() > .01
 
 
 def test_a_compiled_supernet_trains_alike(script, tmp_path):
@@ -196,7 +184,7 @@ def test_distillation_and_multi_label_are_refused(script):
         assert code == 1 and 'ValueError: ' in text.splitlines()[-1] and 'does not train supernets' in text
 
 
-def test_a_timm_that_is_not_known_is_refused():
+def test_a_timm_that_is_not_known_is_refused(tmp_path):
     """Broken before the patch comes, in one process for all; the patch can be asked again when it is mended."""
     program = """
 import timm.task
@@ -222,9 +210,9 @@ assert TrainingTask.__new__ is object.__new__
 import importlib, timm_shiftnas.patch
 importlib.reload(timm_shiftnas.patch)  # which knows itself
 """
-    run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=100)
-    assert (run.returncode, run.stderr) == (0, '')
-    lines = run.stdout.splitlines()
+    code, out, err = call(run_code, program, folder=tmp_path)
+    assert (code, err) == (0, '')
+    lines = out.splitlines()
     known = f'timm_shiftnas.patch does not know timm {timm.__version__}'
     assert len(lines) == 4 and all(line.startswith(known) and line.endswith('with timm 1.0.31') for line in lines)
     assert 'ClassificationTask.forward takes (self input target weight) and not (self input target)' in lines[0]
@@ -288,7 +276,7 @@ def test_what_cannot_be_trained_is_refused(patch):
         patch.create_task(timm.create_model('test_vit'))
     with pytest.raises(ValueError, match="^shift='hypergradient' measures small differences.* or shift='none'$"):
         patch.create_task(supernet(torch.bfloat16), shift='hypergradient')
-    with pytest.raises(ValueError, match='leave out --jsd-loss'):
+    with pytest.raises(ValueError, match='leave out --jsd-loss or --loss jsd'):
         patch.create_task(supernet(), JsdCrossEntropy())
     task = make(patch, shift_images=10, shift_interval=1)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=.1)
@@ -296,6 +284,8 @@ def test_what_cannot_be_trained_is_refused(patch):
     optimizer.step()
     with pytest.raises(ValueError, match='a batch of 19 images is too small.* set SHIFTNAS_SHIFT_IMAGES=9 or less'):
         task(*batch(1, 19))
+    with pytest.raises(ValueError, match='not of dict; leave out --naflex-loader'):
+        task(dict(patches=torch.zeros(2, 4, 3)), torch.zeros(2))
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -388,12 +378,12 @@ def test_a_loop_of_ones_own_trains_as_the_task_driven_by_hand(patch):
         generator=ArchitectureGenerator(net.space, seed=0).fit(steps=10, seed=0, progress=False),
         groups=BudgetGroups.of_space(net.space, count=4),
         shift_batches=lambda n: tuple(
-            tuple(part[where] for part in batch(4 * n)) for where in (slice(0, 8), slice(-8, None))))
+            tuple(part[where] for part in batch(4 * n)) for where in (slice(0, 8), slice(12, 20))))
     optimizer = torch.optim.SGD(net.parameters(), lr=.05)
     for number, (loss, archs) in enumerate(seen):
         images, targets = batch(number)
         if number > 0 and number % 4 == 0:  # a shift: these are held out
-            images, targets = images[:-8], targets[:-8]
+            images, targets = (torch.cat([part[:12], part[20:]]) for part in (images, targets))
         result = hand(images, targets)
         assert result['archs'] == archs and result['loss'].item() == loss
         assert loss == cross_entropy(net(images, archs[0]), targets).item()
@@ -406,6 +396,25 @@ def test_a_loop_of_ones_own_trains_as_the_task_driven_by_hand(patch):
     mine, theirs = task.get_task_state(), hand.get_task_state()
     assert (mine.pop('micro'), mine.pop('fitted'), task.update) == (0, True, 8)
     assert same(mine, theirs) and mine['shift']['theta'].abs().max() > .1
+
+
+@pytest.mark.parametrize('size, held_out', [(32, 8), (31, 9)])
+@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
+def test_what_is_held_out_is_in_no_mixed_image_that_is_trained_on(patch, mode, size, held_out):
+    """Every image is a position of its own; of a mixed one, both sources can be seen."""
+    task = make(patch, shift_images=8, shift_interval=1)
+    images = torch.eye(size).view(size, 1, 1, size).repeat(1, 1, size, 1)
+    if size % 2 == 0:  # timm mixes pairs
+        images, _ = Mixup(mixup_alpha=1., cutmix_alpha=0., mode=mode, num_classes=2)(images, torch.zeros(size).long())
+        assert max(len(sources(image[None])) for image in images) == 2
+    trained, _ = task._hold_out(images, torch.zeros(size))
+    (scored, _), (kept, _) = task._shift_batches.batches
+    assert len(kept) == held_out and len(scored) == 8 and len(trained) == size - held_out
+    assert sources(kept) == set(range(size)) - sources(trained) and sources(scored) <= sources(trained)
+
+
+def sources(images):
+    return set(images.sum((0, 1, 2)).nonzero().flatten().tolist())
 
 
 def test_updates_are_the_steps_of_optimizers_of_these_weights(patch):
@@ -474,7 +483,8 @@ def test_a_step_that_was_left_out_is_resumed_from(patch):
 
 def test_the_five_lines_of_the_readme(patch, tmp_path):
     """As they stand there, but for fewer steps of the generator; what they say to save is a checkpoint."""
-    lines = (TESTS.parent / 'README.md').read_text().split('own needs five lines')[1].split('```')[1].splitlines()[1:]
+    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    lines = readme.split('own needs five lines')[1].split('```')[1].splitlines()[1:]
     assert len(lines) == 5 and 'create_task(net, ' in lines[0]
     names = dict(timm_shiftnas=timm_shiftnas, torch=torch, net=supernet(), loader=[batch(n, 64) for n in range(4)])
     exec('\n'.join(lines).replace('(net, ', '(net, generator_fit_steps=10, '), names)

@@ -20,7 +20,8 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageOps
-from small_runs import FAST, ROOT, load, same, train
+from processes import Job
+from small_runs import FAST, ROOT, load, run_script, same, train
 
 import timm_shiftnas as tsn
 
@@ -64,6 +65,16 @@ def test_writes_what_it_promises(finished):
         assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
+def test_the_flags_of_a_run_scale_its_learning_rate_again(tmp_path):
+    """Not the rate, which is that of so many processes."""
+    given = [*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]
+    del given[given.index('--lr'):given.index('--lr') + 2]
+    trainer = train.Trainer(train.parse_args(given))
+    assert trainer.args.lr == trainer.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
+    again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
+    assert again.lr is None and train.scaled_lr(again, processes=2) == 2 * trainer.args.lr
+
+
 def test_the_model_directory_is_what_was_evaluated(finished):
     """Its subnet for a group's budget has the table's accuracy, and its weights are the averaged ones."""
     output, _ = finished
@@ -86,15 +97,16 @@ def test_a_terminal_gets_a_bar(tmp_path):
     """With rate and time left, on stderr; the table goes to stdout."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
-    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '1', '--output', tmp_path]
-    process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    argv = [*FAST, '--epochs', '1', '--output', str(tmp_path)]
+    process = Job(run_script, argv, out=tmp_path / 'out.txt', err=os.ttyname(terminal))
+    seen = os.read(ours, 4096)  # it has opened the terminal
     os.close(terminal)
-    seen = b''
     with contextlib.suppress(OSError):  # how Linux ends the stream
         while chunk := os.read(ours, 4096):
             seen += chunk
-    table, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and table.splitlines()[0].split()[:3] == ['name', 'budget', 'MACs']
+    process.process.join()
+    table = (tmp_path / 'out.txt').read_text()
+    assert process.process.exitcode == 0 and table.splitlines()[0].split()[:3] == ['name', 'budget', 'MACs']
     assert re.search(r'epoch 1/1: +\d+%.*\d+/\d+ \[\d+:\d+<\d+:\d+, .*batch', seen.decode(errors='replace')), seen
 
 

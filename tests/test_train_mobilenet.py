@@ -3,7 +3,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from processes import call, run_code
 from timm.data import resolve_data_config
 from timm.models.mobilenetv3 import MobileNetV3
 
@@ -222,7 +222,8 @@ assert not any(name.startswith('timm_shiftnas') for name in sys.modules)
 y = net.eval()(load_file({str(tmp_path / 'x.safetensors')!r})['x'])
 save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
 '''
-    subprocess.run([sys.executable, '-c', code], check=True)
+    done, _, err = call(run_code, code, folder=tmp_path)
+    assert done == 0, err
     assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))
 
 

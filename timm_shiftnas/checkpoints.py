@@ -35,7 +35,7 @@ class Checkpoints:
 
     Args:
         saver: timm's saver, with the run's folder.
-        since: Time (of `time.time`) of the run's beginning: what is older is another run's. `None` for one that goes on.
+        since: When the run began (`time.time()`): what is older is another run's. `None` for a run that goes on.
 
     Attributes:
         failure: What kept the last try from being written, or `None`.

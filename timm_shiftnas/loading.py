@@ -140,7 +140,8 @@ def create_loaders(
             num_classes=args.num_classes)
     if args.aug_repeats and ranks.size == 1:
         _logger.warning('--aug-repeats needs several processes; it is ignored in this one')
-    if (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa and not posterizes_to_nothing():
+    risky = (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa
+    if risky and ranks.primary and not posterizes_to_nothing():
         _logger.warning(
             f'--aa {args.aa}: sooner or later timm posterizes an image to 0 bits, which this Pillow refuses ("bits '
             'must be between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')

@@ -224,7 +224,7 @@ class StockTask(ShiftNASTask):
         if isinstance(self.criterion, JsdCrossEntropy):
             raise ValueError(
                 'JsdCrossEntropy compares the splits of a batch, and ShiftNAS takes parts of a batch; leave out '
-                '--jsd-loss')
+                '--jsd-loss or --loss jsd')
         self._fitted = False
         self._follow_optimizers()
 
@@ -252,6 +252,9 @@ class StockTask(ShiftNASTask):
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """As `ShiftNASTask.forward`, of the images that are not held out."""
+        if not isinstance(input, Tensor):
+            raise ValueError(
+                f'a supernet takes batches of images, not of {type(input).__name__}; leave out --naflex-loader')
         if not self._fitted:
             self.generator.fit(steps=self.settings.generator_fit_steps, seed=self.config.seed, progress=self.verbose)
             self._fitted = True
@@ -261,7 +264,11 @@ class StockTask(ShiftNASTask):
         return super().forward(input, target)
 
     def _hold_out(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Put images of this batch by for the shift: the first for training losses, the last for held-out ones."""
+        """Put images of this batch by for the shift: the first for training losses, those in the middle held out.
+
+        Mixup and cutmix of timm pair an image with the one as far from the other end of the batch: only the middle has
+        all of its images from itself.
+        """
         count = -(-self.settings.shift_images // self.ranks.size)
         if len(input) < 2 * count:
             raise ValueError(
@@ -274,9 +281,12 @@ class StockTask(ShiftNASTask):
                 return tensor.detach().clone()
             return torch.stack(self.ranks.gather(tensor.detach().cpu()), 1).flatten(0, 1)
 
-        parts = slice(None, count), slice(-count, None)
-        self._shift_batches.batches = tuple((everywhere(input[part]), everywhere(target[part])) for part in parts)
-        return input[:-count], target[:-count]
+        left = (len(input) - count) // 2
+        middle = slice(left, len(input) - left)
+        held_out = everywhere(input[middle]), everywhere(target[middle])
+        input, target = (torch.cat([tensor[:left], tensor[middle.stop:]]) for tensor in (input, target))
+        self._shift_batches.batches = (everywhere(input[:count]), everywhere(target[:count])), held_out
+        return input, target
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """As `ShiftNASTask.get_task_state`; a scaler may have left out the step before."""

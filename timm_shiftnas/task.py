@@ -247,10 +247,17 @@ class ShiftNASTask(ClassificationTask):
         return self._update
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> ShiftNASTask:
-        """As timm's; archs leave weights without a gradient, which DDP must be told."""
+        """As timm's; archs leave weights without a gradient, which DDP must be told.
+
+        Args:
+            device_ids: As DDP's; on the CPU, where DDP takes none, whatever a script gives.
+            **ddp_kwargs: As DDP's.
+        """
         self.ranks = Ranks.current(self.device)
         self._share_generator()
         self.trainable_module, self._at_once = EveryArch(self.trainable_module), True
+        if self.device.type == 'cpu':
+            device_ids = None
         return super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
 
     def _share_generator(self) -> None:
