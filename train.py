@@ -430,7 +430,7 @@ class Trainer:
         if self.scaler is None:  # a loss scaler finds the largest scale by just that
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             finite &= torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-        told = torch.cat([torch.stack([~finite, finite.new_tensor(self.signalled)]), micro_losses]).float()
+        told = torch.cat([torch.stack([~finite, torch.full_like(finite, self.signalled)]), micro_losses]).float()
         self.ranks.sum_([told])  # all go on, or all stop after the same update
         nonfinite, stopping, *values = told.tolist()  # the one time that a device is waited for
         self.stopping = bool(stopping)
