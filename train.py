@@ -162,7 +162,9 @@ def scaled_lr(args: argparse.Namespace, processes: int = 1) -> float:
     if args.lr is not None:
         return args.lr
     ratio = args.batch_size * args.grad_accum_steps * processes / args.lr_base_size
-    return args.lr_base * (math.sqrt(ratio) if args.lr_base_scale == 'sqrt' else ratio)
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    return args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
 LEAST_SCALE = 2. ** -14  # of float16 losses: it begins at 2 ** 16 and is halved by every update that overflows

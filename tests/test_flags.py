@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from small_runs import train
 
 from timm_shiftnas.flags import build_parser, in_flags, parse_args, training_facts
 from timm_shiftnas.task import ShiftNASConfig
@@ -59,6 +60,27 @@ def test_a_config_of_every_flag_gives_its_values_back(tmp_path):
     assert {**vars(again), 'config': None} == vars(args)
     (tmp_path / 'short.yaml').write_text('torchcompile: true\n')
     assert parse_args(['-c', str(tmp_path / 'short.yaml')]).torchcompile == 'inductor'
+
+
+def test_a_config_of_timms_own_script(tmp_path, capsys):
+    """What is off or empty in it may stand there."""
+    path = tmp_path / 'args.yaml'
+    path.write_text("aug_splits: 0\nbn_eps: null\nsplit_bn: false\ninterpolation: ''\nlr_base_scale: ''\nresume: ''\n")
+    args = parse_args(['-c', str(path)])
+    assert (args.interpolation, args.lr_base_scale) == ('', '')
+    path.write_text('dist_bn: reduce\n')
+    with pytest.raises(SystemExit):
+        parse_args(['-c', str(path)])
+    assert "there is no flag 'dist_bn' here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('opt, scale, ratio', [
+    ('adamw', '', 2), ('lookahead_lamb', '', 2), ('sgd', '', 4), ('adamw', 'linear', 4), ('sgd', 'sqrt', 2)])
+def test_learning_rates_grow_with_the_batch(opt, scale, ratio):
+    args = parse_args([
+        '--opt', opt, '--lr-base-scale', scale, '--lr-base', '0.5', '--lr-base-size', '64', '-b', '32',
+        '--grad-accum-steps', '4'])
+    assert train.scaled_lr(args, processes=2) == .5 * ratio
 
 
 def test_the_command_on_a_card_says_how_many_processes():

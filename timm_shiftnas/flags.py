@@ -64,7 +64,7 @@ class Number:
 
 COUNT, NATURAL = Number(1, whole=True), Number(0, whole=True)
 SHARE, NOT_NEGATIVE, POSITIVE = Number(0, 1), Number(0), Number(0, above=True)
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # '' is the model's
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
 
 
@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='share of the resized image that evaluation crops')
     add('--mean', type=NOT_NEGATIVE, nargs='+', metavar='X')
     add('--std', type=POSITIVE, nargs='+', metavar='X')
-    add('--interpolation', choices=INTERPOLATIONS, help='resize interpolation of evaluation')
+    add('--interpolation', default='', choices=INTERPOLATIONS, help='resize interpolation of evaluation')
     add('-b', '--batch-size', type=COUNT, default=128, metavar='N')
     add('-vb', '--validation-batch-size', type=COUNT, metavar='N')
     add('--grad-accum-steps', type=COUNT, default=1, metavar='N', help='micro-batches per update')
@@ -205,8 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--lr', type=NOT_NEGATIVE, metavar='LR', help='overrides --lr-base')
     add('--lr-base', type=POSITIVE, default=5e-4, metavar='LR', help='lr = lr-base * global batch size / lr-base-size')
     add('--lr-base-size', type=COUNT, default=512, metavar='N')
-    add('--lr-base-scale', default='linear', choices=('linear', 'sqrt'),
-        help='how the learning rate grows with the batch')
+    add('--lr-base-scale', default='linear', choices=('', 'linear', 'sqrt'),
+        help="how the learning rate grows with the batch; '': sqrt for Ada... and LAMB, else linear, as timm has it")
     add('--sched', default='cosine', choices=SCHEDULES)
     add('--sched-on-updates', action='store_true')
     add('--epochs', type=COUNT, default=300, metavar='N')
@@ -443,7 +443,11 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
     for name, value in values.items():
         dest = {'data': 'data_dir'}.get(name, str(name).replace('-', '_'))
         if dest not in actions:
-            parser.error(f'{path}: unknown flag {name!r}; see python train.py --help')
+            if value in (None, False, ''):  # a flag of timm that is not here, and not in use
+                continue
+            parser.error(
+                f"{path}: there is no flag {name!r} here (docs/training.md says which of timm's are left out, and why); "
+                'remove the line')
         flag = '--' + dest.replace('_', '-')
         if isinstance(actions[dest], argparse._StoreTrueAction):
             if not isinstance(value, bool):
