@@ -87,11 +87,21 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module
         global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
     overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else {}
     overlay.update(args.pretrained_cfg_overlay)
-    net = timm.create_model(
-        args.model, pretrained=args.pretrained or bool(args.pretrained_path), pretrained_cfg_overlay=overlay or None,
-        checkpoint_path=args.initial_checkpoint or None, **dict(given, **args.model_kwargs))
+    try:
+        net = timm.create_model(
+            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
+            pretrained_cfg_overlay=overlay or None, checkpoint_path=args.initial_checkpoint or None,
+            **dict(given, **args.model_kwargs))
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of arguments that it does not take, or of files that hold no weights of it
+        raise ValueError(
+            f'cannot create --model {args.model} ({" ".join(str(error).split())[:300]}); look at --model-kwargs, '
+            '--pretrained-cfg-overlay, --pretrained-path and --initial-checkpoint') from error
     if not hasattr(net, 'space'):
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
+    if args.gp == '':
+        raise ValueError("--gp '' leaves logits of every place in an image; leave it out, or give avg")
     with torch.no_grad():
         if args.head_init_scale is not None:
             net.get_classifier().weight.mul_(args.head_init_scale)
@@ -251,8 +261,13 @@ class Trainer:
             self.task.prepare_distributed(
                 device_ids=[self.device] if self.device.type == 'cuda' else None,
                 broadcast_buffers=not args.no_ddp_bb)
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        try:
+            self.scheduler, self.epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f'--sched {args.sched}: {error} Look at --epochs, --warmup-epochs, --decay-epochs and '
+                '--lr-stable-timescale') from None
         self.step_scheduler(self.start[0], self.start[1] // args.grad_accum_steps if args.sched_on_updates else 0)
 
         self.nonfinite = 0  # updates in a row that were left out
@@ -283,12 +298,12 @@ class Trainer:
         if args.resume and Path(args.resume).resolve().parent == self.output.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
         self.checkpoints = Checkpoints(saver, since=None if args.resume else time.time())
-        trim_summary(str(self.output / 'summary.csv'), self.start[0])
-        with whole_file(self.output / 'args.yaml') as path:
-            path.write_text(yaml.safe_dump(dict(vars(args), lr=self.given_lr), sort_keys=False))
         self.tracker = Tracker(
             self.output, vars(args), tensorboard=args.log_tensorboard, wandb=args.log_wandb,
             project=args.wandb_project, tags=args.wandb_tags, resume_id=args.wandb_resume_id)
+        trim_summary(str(self.output / 'summary.csv'), self.start[0])
+        with whole_file(self.output / 'args.yaml') as path:
+            path.write_text(yaml.safe_dump(dict(vars(args), lr=self.given_lr), sort_keys=False))
 
     def resume(self) -> tuple[int, int]:
         """Load a checkpoint; the epoch and the batch to go on with."""
@@ -296,11 +311,14 @@ class Trainer:
         # another split, or other images, would put some into the held-out part that the weights have been trained on;
         # another optimizer has another state
         names = ['seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels']
-        for name in names if self.args.no_resume_opt else [*names, 'opt', 'layer_decay']:
-            if name in saved and saved[name] != getattr(self.args, name):
+        for name in names if self.args.no_resume_opt else [*names, 'opt', 'layer_decay', 'weight_decay']:
+            before, now = saved.get(name), getattr(self.args, name)
+            # with and without decay, parameters are in other groups
+            same = bool(before) == bool(now) if name == 'weight_decay' else before == now
+            if name in saved and not same:
                 raise ValueError(
-                    f'the checkpoint was trained with {name}={saved[name]} and not {getattr(self.args, name)}; resume '
-                    f'with the flags of the run: -c {Path(self.args.resume).with_name("args.yaml")}')
+                    f'the checkpoint was trained with --{name.replace("_", "-")} {before} and not {now}; resume with '
+                    f'the flags of the run: -c {Path(self.args.resume).with_name("args.yaml")}')
         optimizer = None if self.args.no_resume_opt else self.optimizer
         epoch = resume_task_checkpoint(
             self.task, self.args.resume, optimizer=optimizer, loss_scaler=None if optimizer is None else self.scaler)
@@ -434,11 +452,11 @@ class Trainer:
             finite &= torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         told = torch.cat([torch.stack([~finite, torch.full_like(finite, self.signalled)]), micro_losses]).float()
         self.ranks.sum_([told])  # all go on, or all stop after the same update
-        nonfinite, stopping, *values = told.tolist()  # the one time that a device is waited for
+        nonfinite, stopping, *values = told.tolist()  # all that the device is waited for, without a loss scaler
         self.stopping = bool(stopping)
         self.task.end_update()
         if nonfinite:
-            self.leave_out(epoch, update, micro_losses.tolist())
+            self.leave_out(epoch, update, values)
         else:
             self.nonfinite = 0
             for value in values:
@@ -467,7 +485,7 @@ class Trainer:
         scaler.update()
         if scaler.get_scale() < LEAST_SCALE:
             raise ValueError(
-                'no scale of the loss gives finite gradients in float16; train with --amp-dtype bfloat16, or lower --lr')
+                'no scale of the loss gives finite gradients in float16; train with --amp-dtype bfloat16 or lower --lr')
 
     def leave_out(self, epoch: int, update: int, values: list[float]) -> None:
         """Go on without an update, or stop where too many are lost: weights are those before it either way.
@@ -476,7 +494,8 @@ class Trainer:
             ValueError: If there have been more in a row than --skip-nonfinite allows.
         """
         self.nonfinite += 1
-        what = f'the loss {values[-1]}' if not math.isfinite(values[-1]) else 'a gradient'
+        wrong = [value for value in values if not math.isfinite(value)]
+        what = f'the loss {wrong[0]}' if wrong else 'a gradient'
         where = f'update {update} of epoch {epoch + 1}'
         if self.nonfinite > self.args.skip_nonfinite:
             newest = self.checkpoints.newest() if self.ranks.primary else None

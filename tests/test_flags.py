@@ -14,13 +14,18 @@ OURS = {  # flags that timm's script does not have, outside the group of ShiftNA
     '--workers', '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite',
     '--kd-model-path', '--dr', '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model'}
 WRONG = {  # flags, and what their error says
-    '--smoothing 1.5': "--smoothing: '1.5' must be a number from 0 to 1",
+    '--reprob 1.5': "--reprob: '1.5' must be a number from 0 to 1",
     '--clip-grad 0': "--clip-grad: '0' must be a number above 0",
     '--lr nan': "--lr: 'nan' must be a number of 0 or more",
     '--lr inf': "--lr: 'inf' must be",
     '--epochs 1.5': "--epochs: '1.5' must be a whole number of 1 or more",
     '--workers -1': "--workers: '-1' must be a whole number of 0 or more",
-    '--crop-pct 0': "'0' must be a number above 0 and up to 1",
+    '--crop-pct 0': "'0' must be a number above 0",
+    '--smoothing 1': "'1' must be a number from 0 to less than 1",
+    '--cutmix-minmax 0.8 0.2': '--cutmix-minmax 0.8 0.2: give the smaller one first',
+    '--loss asl --mixup 0.2': 'leave out --mixup',
+    '--data-dir d --epochs 1 2': "'2' is no value of a flag, and the data is 'd' already",
+    '--task classification': 'unrecognized arguments: --task',  # and not the beginning of another flag
     '--opt adamx': "no optimizer 'adamx'; choose one such as adamax, adam",
     '--sched foo': "invalid choice: 'foo' (choose from",
     '--aa rand-x9': "'rand-x9' is no policy of timm",
@@ -68,10 +73,16 @@ def test_a_config_of_timms_own_script(tmp_path, capsys):
     path.write_text("aug_splits: 0\nbn_eps: null\nsplit_bn: false\ninterpolation: ''\nlr_base_scale: ''\nresume: ''\n")
     args = parse_args(['-c', str(path)])
     assert (args.interpolation, args.lr_base_scale) == ('', '')
-    path.write_text('dist_bn: reduce\n')
-    with pytest.raises(SystemExit):
-        parse_args(['-c', str(path)])
-    assert "there is no flag 'dist_bn' here" in capsys.readouterr().err
+    path.write_text('bce_pos_weight: 2.0\nkd_model_name: resnet18\ntorchcompile: false\nwarmup_epochs: 5.0\ndata_dir: d\n')
+    args = parse_args(['-c', str(path), 'DIR'])
+    assert (args.loss_pos_weight, args.kd_model, args.torchcompile, args.warmup_epochs) == (2, 'resnet18', None, 5)
+    assert args.data_dir == 'DIR'  # the command line wins
+    for text, words in (('dist_bn: reduce\ntta: 3\n', "there is no flag 'dist_bn', 'tta' here"),
+                        ('epochs: [1, 2]\n', 'epochs must be one value, not [1, 2]'), ('\udcff', 'cannot read the config')):
+        path.write_text(text, errors='surrogateescape')
+        with pytest.raises(SystemExit):
+            parse_args(['-c', str(path)])
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('opt, scale, ratio', [
@@ -99,9 +110,11 @@ def test_values_out_of_range(flags, capsys):
 
 def test_values_in_range():
     args = parse_args([
-        '--opt', 'lookahead_AdamW', '--aa', 'rand-m9-mstd0.5-inc1', '--lr', '0', '--smoothing', '1', '--crop-pct', '1',
+        '--opt', 'lookahead_AdamW', '--aa', 'rand-m9-mstd0.5-inc1', '--lr', '0', '--smoothing', '0', '--crop-pct', '1',
+        '--epochs', '1e2', '--scale', '0', '1',
         '--seed', str(2 ** 32 - 1), '--input-img-mode', 'RGBA', '--decay-milestones', '3', '5'])
     assert args.opt == 'lookahead_AdamW' and args.decay_milestones == [3, 5] and args.lr == 0
+    assert args.epochs == 100 and isinstance(args.epochs, int)
 
 
 def test_errors_of_the_settings_name_flags():

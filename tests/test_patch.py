@@ -284,6 +284,9 @@ def test_what_cannot_be_trained_is_refused(patch):
     optimizer.step()
     with pytest.raises(ValueError, match='a batch of 19 images is too small.* set SHIFTNAS_SHIFT_IMAGES=9 or less'):
         task(*batch(1, 19))
+    for size in (1, 2):
+        with pytest.raises(ValueError, match=f'a batch of {size} images is too small.*; make batches larger'):
+            task(*batch(1, size))
     with pytest.raises(ValueError, match='not of dict; leave out --naflex-loader'):
         task(dict(patches=torch.zeros(2, 4, 3)), torch.zeros(2))
 

@@ -312,13 +312,13 @@ def test_resume_with_another_split(capsys, finished, tmp_path):
     output, flags = finished
     resume = ['--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path)]
     line = one_line_error(capsys, *flags, *resume)
-    assert 'seed=42' in line and 'args.yaml' in line
+    assert '--seed 42 and not 7' in line and 'args.yaml' in line
 
 
 def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     output, flags = finished
     resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
-    assert 'opt=adamw' in one_line_error(capsys, *resume)
+    assert '--opt adamw and not sgd' in one_line_error(capsys, *resume)
     assert train.main([*FAST, *resume, '--experiment', 'run', '--epochs', '4', '--no-resume-opt']) == 0
     assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
 

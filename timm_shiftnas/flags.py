@@ -35,22 +35,25 @@ class Number:
 
     Args:
         least, most: The range.
-        above: Without `least` itself.
+        above, below: Without `least` itself, without `most` itself.
         whole: Integers.
     """
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
+    below: bool = False
     whole: bool = False
 
     def __call__(self, text: str) -> float:
         try:
-            value = int(text) if self.whole else float(text)
+            value = float(text)
         except ValueError:
             value = math.nan
-        if math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least):
-            return value
-        raise argparse.ArgumentTypeError(f'{text!r} must be {self}')
+        inside = self.least <= value <= self.most and not (
+            self.above and value == self.least or self.below and value == self.most)
+        if not math.isfinite(value) or not inside or self.whole and not value.is_integer():
+            raise argparse.ArgumentTypeError(f'{text!r} must be {self}')
+        return int(value) if self.whole else value
 
     def __str__(self) -> str:
         kind = 'a whole number' if self.whole else 'a number'
@@ -59,7 +62,8 @@ class Number:
         low = f'above {self.least}' if self.above else f'of {self.least} or more'
         if self.most == math.inf:
             return f'{kind} {low}'
-        return f'{kind} {low} and up to {self.most}' if self.above else f'{kind} from {self.least} to {self.most}'
+        return f'{kind} from {self.least} to less than {self.most}' if self.below else (
+            f'{kind} from {self.least} to {self.most}')
 
 
 COUNT, NATURAL = Number(1, whole=True), Number(0, whole=True)
@@ -113,7 +117,7 @@ def device(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The flags: timm's under timm's names and meanings (`docs/training.md` has the table), and ours."""
     parser = argparse.ArgumentParser(
-        description='Train a supernet with ShiftNAS, with the flags of timm\'s training script.')
+        description='Train a supernet with ShiftNAS, with the flags of timm\'s training script.', allow_abbrev=False)
     add = parser.add_argument
     add('-c', '--config', metavar='FILE', help='YAML file of defaults for these flags; flags on the command line win')
     add('--traceback', action='store_true', help='show the whole traceback of an error')
@@ -159,9 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
     add('--img-size', type=COUNT, metavar='N', help='image size (default: the model\'s)')
     add('--in-chans', type=COUNT, metavar='N', help='image channels (default: 3)')
     add('--input-size', nargs=3, type=COUNT, metavar='N', help='channels, height and width')
-    add('--crop-pct', type=Number(0, 1, above=True), metavar='X',
+    add('--crop-pct', type=POSITIVE, metavar='X',
         help='share of the resized image that evaluation crops')
-    add('--mean', type=NOT_NEGATIVE, nargs='+', metavar='X')
+    add('--mean', type=Number(), nargs='+', metavar='X')
     add('--std', type=POSITIVE, nargs='+', metavar='X')
     add('--interpolation', default='', choices=INTERPOLATIONS, help='resize interpolation of evaluation')
     add('-b', '--batch-size', type=COUNT, default=128, metavar='N')
@@ -235,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--no-aug', action='store_true')
     add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'))
-    add('--scale', type=POSITIVE, nargs=2, default=[0.08, 1.0], metavar='X')
+    add('--scale', type=NOT_NEGATIVE, nargs=2, default=[0.08, 1.0], metavar='X')
     add('--ratio', type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], metavar='X')
     add('--hflip', type=SHARE, default=0.5, metavar='P')
     add('--vflip', type=SHARE, default=0., metavar='P')
@@ -252,12 +256,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS))
     add('--mixup', type=NOT_NEGATIVE, default=0., metavar='X')
     add('--cutmix', type=NOT_NEGATIVE, default=0., metavar='X')
-    add('--cutmix-minmax', type=SHARE, nargs='+', metavar='X')
+    add('--cutmix-minmax', type=SHARE, nargs=2, metavar='X')
     add('--mixup-prob', type=SHARE, default=1., metavar='P')
     add('--mixup-switch-prob', type=SHARE, default=0.5, metavar='P')
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
     add('--mixup-off-epoch', type=NATURAL, default=0, metavar='N')
-    add('--smoothing', type=SHARE, default=0.1, metavar='X')
+    add('--smoothing', type=Number(0, 1, below=True), default=0.1, metavar='X')
     add('--loss', choices=('ce', 'bce', 'asl', 'poly'), help='default: ce')
     add('--asl-gamma-pos', type=NOT_NEGATIVE, default=1., metavar='X')
     add('--asl-gamma-neg', type=NOT_NEGATIVE, default=4., metavar='X')
@@ -343,7 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--generator-interval', type=NATURAL, default=config.generator_interval, metavar='N',
         help='updates between two steps of the generator; 0 leaves it as it was fitted')
     add('--generator-images', type=COUNT, metavar='N',
-        help='images of the generator\'s step (default: an eighth of the batch, at most 32)')
+        help='images of the generator\'s step (default: an eighth of the batch, 2 to 32)')
     add('--generator-lr', type=NOT_NEGATIVE, default=config.generator_lr, metavar='LR')
     add('--resource-weight', type=NOT_NEGATIVE, default=config.resource_weight, metavar='X', help='lambda')
     add('--resource-batch', type=COUNT, default=config.resource_batch, metavar='N', help='budgets in the resource term')
@@ -362,7 +366,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if known.config:
         argv = [*_read_config(parser, known.config), f'--config={known.config}', *argv]
     args = parser.parse_args(argv)
-    args.data_dir = args.data_dir or args.data
+    own = args.dataset == 'glyphs' or args.dataset.startswith('sklearn/')
+    if args.data and (known.data_dir or own):  # or an extra value of the flag before it would pass for a folder
+        parser.error(f'{args.data!r} is no value of a flag, and the data is {known.data_dir or args.dataset!r} already')
+    args.data_dir = args.data or args.data_dir
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high or high == 0:
+            parser.error(f'--{name.replace("_", "-")} {low} {high}: give the smaller one first, and a second above 0')
+    if args.loss == 'asl' and (args.mixup or args.cutmix or args.cutmix_minmax):
+        parser.error('--loss asl takes one class per image; leave out --mixup, --cutmix and --cutmix-minmax')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment NAME, so that the folder of the run is the same every time')
     if args.kd_model_path and not args.kd_model:
@@ -384,7 +397,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def in_flags(message: str) -> str:
     """An error about fields of `ShiftNASConfig`, with the flags of `train.py` in their place."""
-    names = {field.name: f'--{field.name.replace("_", "-")}' for field in fields(ShiftNASConfig)}
+    there = {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
+    names = {field.name: there[field.name] for field in fields(ShiftNASConfig) if field.name in there}
     names.update(temperature='--kd-temperature', accum_steps='--grad-accum-steps')
 
     def flag(match: re.Match) -> str:
@@ -433,28 +447,35 @@ def _is_path(value: Any) -> bool:
 def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """A YAML file of `flag: value` lines as command-line arguments, so that its values are checked as those are."""
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f'cannot read the config file: {" ".join(str(error).split())}')
     if not isinstance(values, dict):
         parser.error(f'{path}: it must hold "flag: value" lines; see python train.py --help')
     actions = {action.dest: action for action in parser._actions}
+    for action in parser._actions:
+        actions.update({option.lstrip('-').replace('-', '_'): action for option in action.option_strings})
+    names = {name: {'data': 'data_dir'}.get(name, str(name).replace('-', '_')) for name in values}
+    # a flag of timm that is not here may stand there if it is off
+    unknown = [name for name in values if names[name] not in actions and values[name] not in (None, False, '')]
+    if unknown:
+        parser.error(
+            f"{path}: there is no flag {', '.join(map(repr, unknown))} here (docs/training.md says which of timm's are "
+            'left out, and why); remove the lines')
     argv = []
     for name, value in values.items():
-        dest = {'data': 'data_dir'}.get(name, str(name).replace('-', '_'))
-        if dest not in actions:
-            if value in (None, False, ''):  # a flag of timm that is not here, and not in use
-                continue
-            parser.error(
-                f"{path}: there is no flag {name!r} here (docs/training.md says which of timm's are left out, and why); "
-                'remove the line')
+        if names[name] not in actions:
+            continue
+        dest = actions[names[name]].dest
         flag = '--' + dest.replace('_', '-')
         if isinstance(actions[dest], argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 parser.error(f'{path}: {name} must be true or false, not {value!r}')
             argv += [flag] * value
-        elif value is True and actions[dest].nargs == '?':
-            argv.append(flag)
+        elif isinstance(value, bool) and actions[dest].nargs == '?':
+            argv += [flag] * value
+        elif isinstance(value, list) and actions[dest].nargs is None:
+            parser.error(f'{path}: {name} must be one value, not {value}')
         elif isinstance(value, dict):
             argv += [flag, *(f'{k}={v}' for k, v in value.items())]
         elif isinstance(value, (list, tuple)):

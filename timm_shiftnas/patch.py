@@ -270,10 +270,11 @@ class StockTask(ShiftNASTask):
         all of its images from itself.
         """
         count = -(-self.settings.shift_images // self.ranks.size)
-        if len(input) < 2 * count:
-            raise ValueError(
-                f'a batch of {len(input)} images is too small to hold {count} out for a shift; set '
-                f'{PREFIX}SHIFT_IMAGES={len(input) // 2 * self.ranks.size} or less')
+        left = (len(input) - count) // 2
+        if left < 1 or 2 * left < count:
+            most = [n for n in range(1, len(input)) if 2 * ((len(input) - n) // 2) >= n]
+            hint = f'set {PREFIX}SHIFT_IMAGES={most[-1] * self.ranks.size} or less' if most else 'make batches larger'
+            raise ValueError(f'a batch of {len(input)} images is too small to hold {count} out for a shift; {hint}')
 
         def everywhere(tensor: Tensor) -> Tensor:
             """All processes score groups on the same images, in the order that samplers deal them out in."""
@@ -281,7 +282,6 @@ class StockTask(ShiftNASTask):
                 return tensor.detach().clone()
             return torch.stack(self.ranks.gather(tensor.detach().cpu()), 1).flatten(0, 1)
 
-        left = (len(input) - count) // 2
         middle = slice(left, len(input) - left)
         held_out = everywhere(input[middle]), everywhere(target[middle])
         input, target = (torch.cat([tensor[:left], tensor[middle.stop:]]) for tensor in (input, target))

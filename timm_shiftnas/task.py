@@ -66,8 +66,8 @@ class ShiftNASConfig:
         shift_floor: Share of probability spread evenly over the groups.
         shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
         generator_interval: Updates between two steps of the generator; 0 leaves it as it was fitted.
-        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes; `None` is a
-            eighth of them, and no more than 32: a masked network costs what the full one does.
+        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes; `None` is an
+            eighth of them, and no more than 32: a masked network costs what the full one does. At least two.
         generator_lr: Learning rate of the generator (Adam).
         resource_weight: Weight of the resource term beside the task loss (lambda).
         resource_batch: Budgets in the resource term.
@@ -103,7 +103,8 @@ class ShiftNASConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (('sampler', ('shiftnas', 'uniform')), ('warmup_sampler', ('generator', 'uniform'))):
+        for name, allowed in (('sampler', ('shiftnas', 'uniform')), ('warmup_sampler', ('generator', 'uniform')),
+                              ('shift', (*ESTIMATORS, 'none'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {allowed}')
         for name in ('archs_per_step', 'total_updates', 'shift_interval', 'generator_images', 'resource_batch',

@@ -23,6 +23,7 @@ class Tracker:
 
     Raises:
         ImportError: If a package that is asked for is not installed.
+        ValueError: If Weights & Biases refuses the run.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, tensorboard: bool = False, wandb: bool = False,
@@ -40,9 +41,14 @@ class Tracker:
                 import wandb as client
             except ImportError as error:
                 raise ImportError("--log-wandb: run pip install 'timm_shiftnas[tracking]'") from error
-            self._run = client.init(
-                project=project, name=folder.name, dir=str(folder), config=dict(config), tags=list(tags),
-                resume='must' if resume_id else None, id=resume_id or None)
+            try:
+                self._run = client.init(
+                    project=project, name=folder.name, dir=str(folder), config=dict(config), tags=list(tags),
+                    resume='must' if resume_id else None, id=resume_id or None)
+            except client.Error as error:
+                raise ValueError(
+                    f'--log-wandb: {" ".join(str(error).split())}; run wandb login, or set WANDB_MODE=offline'
+                ) from None
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
         """Figures at an optimizer update."""
