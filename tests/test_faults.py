@@ -244,8 +244,9 @@ def test_an_update_that_is_left_out_leaves_no_trace(tmp_path, model):
     trainer.step(0, 1, torch.ones(1), train.AverageMeter())
     assert trainer.nonfinite == 1
     update(float('nan'))
+    trainer.task(images, targets)['loss'].backward()
     with pytest.raises(ValueError, match='the loss nan in update 1 of epoch 1 is not finite'):
-        update(float('nan'))
+        trainer.step(0, 1, torch.tensor([float('nan'), 1.]), train.AverageMeter())
 
 
 def test_float16_without_a_scale_that_serves(tmp_path):

@@ -268,6 +268,10 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
     (['--start-epoch', '3', '--epochs', '3'], '--start-epoch 3'),
+    (['--gp', ''], 'leave it out, or give avg'),
+    (['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '4'], 'Look at --epochs, --warmup-epochs'),
+    (['--initial-checkpoint', __file__], '--initial-checkpoint'),
+    (['--kd-model', 'resnet18', '--kd-model-path', __file__], "'resnet18' with the weights"),
     (['--sandwich'], '--archs-per-step 1'),
     (['--device-modules', 'nonsense'], '--device-modules nonsense'),
     (['--dataset', 'wds/nowhere'], 'wds/nowhere'),
@@ -319,6 +323,7 @@ def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     output, flags = finished
     resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
     assert '--opt adamw and not sgd' in one_line_error(capsys, *resume)
+    assert '--weight-decay 0.05 and not 0.0' in one_line_error(capsys, *resume[:-4], '--weight-decay', '0')
     assert train.main([*FAST, *resume, '--experiment', 'run', '--epochs', '4', '--no-resume-opt']) == 0
     assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
 
