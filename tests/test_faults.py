@@ -96,7 +96,7 @@ def test_sigterm_while_the_generator_is_fitted(tmp_path, capsys, caplog, delay):
     sender = Sender()
     logging.getLogger('train').addHandler(sender)
     try:
-        assert train.main([*FAST, '--generator-fit-steps', '20000', '--output', str(tmp_path)]) == 143
+        assert train.main([*FAST, '--generator-fit-steps', '2000', '--epochs', '1', '--output', str(tmp_path)]) == 143
     finally:
         logging.getLogger('train').removeHandler(sender)
     assert 'train.py: terminated; continue with --resume auto' in capsys.readouterr().err
