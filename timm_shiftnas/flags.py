@@ -366,8 +366,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if known.config:
         argv = [*_read_config(parser, known.config), f'--config={known.config}', *argv]
     args = parser.parse_args(argv)
-    own = args.dataset == 'glyphs' or args.dataset.startswith('sklearn/')
-    if args.data and (known.data_dir or own):  # or an extra value of the flag before it would pass for a folder
+    without = args.dataset.startswith('sklearn/')  # a folder
+    if args.data and (known.data_dir or without):  # an extra value of the flag before it would pass for one
         parser.error(f'{args.data!r} is no value of a flag, and the data is {known.data_dir or args.dataset!r} already')
     args.data_dir = args.data or args.data_dir
     for name in ('scale', 'ratio', 'cutmix_minmax'):
