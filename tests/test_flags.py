@@ -29,6 +29,7 @@ WRONG = {  # flags, and what their error says
     '--opt adamx': "no optimizer 'adamx'; choose one such as adamax, adam",
     '--sched foo': "invalid choice: 'foo' (choose from",
     '--aa rand-x9': "'rand-x9' is no policy of timm",
+    '--torchcompile foo': "no backend 'foo'; choose one of ",
     '--device foo': "no device 'foo'; give cpu, cuda",
     '--input-img-mode XX': "'XX' is no mode of PIL images",
     '--clip-mode agc': '--clip-mode agc needs --clip-grad X',
@@ -73,12 +74,14 @@ def test_a_config_of_timms_own_script(tmp_path, capsys):
     path.write_text("aug_splits: 0\nbn_eps: null\nsplit_bn: false\ninterpolation: ''\nlr_base_scale: ''\nresume: ''\n")
     args = parse_args(['-c', str(path)])
     assert (args.interpolation, args.lr_base_scale) == ('', '')
-    path.write_text('bce_pos_weight: 2.0\nkd_model_name: resnet18\ntorchcompile: false\nwarmup_epochs: 5.0\ndata_dir: d\n')
+    path.write_text(
+        'bce_pos_weight: 2.0\nkd_model_name: resnet18\ntorchcompile: false\nwarmup_epochs: 5.0\ndata_dir: d\n')
     args = parse_args(['-c', str(path), 'DIR'])
     assert (args.loss_pos_weight, args.kd_model, args.torchcompile, args.warmup_epochs) == (2, 'resnet18', None, 5)
     assert args.data_dir == 'DIR'  # the command line wins
     for text, words in (('dist_bn: reduce\ntta: 3\n', "there is no flag 'dist_bn', 'tta' here"),
-                        ('epochs: [1, 2]\n', 'epochs must be one value, not [1, 2]'), ('\udcff', 'cannot read the config')):
+                        ('epochs: [1, 2]\n', 'epochs must be one value, not [1, 2]'),
+                        ('\udcff', 'cannot read the config')):
         path.write_text(text, errors='surrogateescape')
         with pytest.raises(SystemExit):
             parse_args(['-c', str(path)])

@@ -111,6 +111,14 @@ def device(text: str) -> str:
     return text
 
 
+def backend(text: str) -> str:
+    """A backend of `torch.compile`."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if text not in known:
+        raise argparse.ArgumentTypeError(f'torch has no backend {text!r}; choose one of {", ".join(known)}')
+    return text
+
+
 # -- flags -------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--device-modules', nargs='+', default=[], metavar='NAME', help='Python modules to import for the device')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'))
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the supernet')
+    add('--torchcompile', nargs='?', type=backend, const='inductor', metavar='BACKEND', help='compile the supernet')
     add('--torchcompile-mode', metavar='MODE')
     add('--dist-backend', metavar='NAME', help='of torchrun processes (default: nccl on GPUs, gloo on CPUs)')
     add('--no-ddp-bb', action='store_true', help='leave buffers to each process instead of those of the first')
