@@ -17,6 +17,7 @@ from small_runs import FAST, load, run_script, same, train
 from timm.utils import CheckpointSaver
 
 from timm_shiftnas.checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
+from timm_shiftnas.tracking import Tracker
 
 # everything that is random or remembers something
 RICH = [*FAST, '--epochs', '3', '--val-interval', '9', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
@@ -196,6 +197,20 @@ def test_room_on_the_disk_again(tmp_path, caplog):
     again.save_recovery(1, 2)
     again.save_recovery(1, 4)
     assert {path.name for path in tmp_path.iterdir()} == {'recovery-1-2.pth.tar', 'recovery-1-4.pth.tar'}
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')  # TensorBoard writes in one
+def test_a_full_disk_costs_figures_and_not_the_run(tmp_path, caplog):
+    tracker = Tracker(tmp_path, {}, tensorboard=True)
+    size, limits = sum(path.stat().st_size for path in tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300, limits[1]))
+    try:
+        for update in range(100):
+            tracker.log(update, {f'figure {i}': 1. for i in range(10)})
+        tracker.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count('cannot log to a tracker') == 1 and 'the training goes on' in caplog.text
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
