@@ -81,6 +81,8 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module
     supernets = timm.list_models('*supernet')
     if args.model.partition('.')[0] not in supernets and ':' not in args.model:
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
+    if args.gp == '':
+        raise ValueError("--gp '' leaves logits of every place in an image; leave it out, or give avg")
     size = args.input_size[1:] if args.input_size else args.img_size
     given = dict(
         num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans, img_size=size,
@@ -100,8 +102,6 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module
             '--pretrained-cfg-overlay, --pretrained-path and --initial-checkpoint') from error
     if not hasattr(net, 'space'):
         raise ValueError(f'--model {args.model} is not a supernet; choose one of {", ".join(supernets)}')
-    if args.gp == '':
-        raise ValueError("--gp '' leaves logits of every place in an image; leave it out, or give avg")
     with torch.no_grad():
         if args.head_init_scale is not None:
             net.get_classifier().weight.mul_(args.head_init_scale)
@@ -258,9 +258,7 @@ class Trainer:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if ranks.size > 1:
             _logger.info(f'{ranks.size} processes, {ranks.size * args.batch_size} images per batch')
-            self.task.prepare_distributed(
-                device_ids=[self.device] if self.device.type == 'cuda' else None,
-                broadcast_buffers=not args.no_ddp_bb)
+            self.task.prepare_distributed(device_ids=[self.device], broadcast_buffers=not args.no_ddp_bb)
         try:
             self.scheduler, self.epochs = create_scheduler_v2(
                 self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
@@ -360,12 +358,13 @@ class Trainer:
             results = None
             if epoch + 1 == self.epochs or (epoch + 1) % args.val_interval == 0:
                 # an evaluation is long enough to be killed in, and another process may be killed alone
-                if args.recovery_interval or self.ranks.size > 1:
+                if saved := args.recovery_interval or self.ranks.size > 1:
                     self.save_recovery(epoch, self.batches, metrics)
                 try:
                     results = self.evaluate(epoch)
                 except Terminated:
-                    self.save_recovery(epoch, self.batches, metrics)
+                    if not saved:
+                        self.save_recovery(epoch, self.batches, metrics)
                     raise
             self.end_epoch(epoch, metrics, results)
         if self.shift_batches is not None:

@@ -194,7 +194,7 @@ def step(bench: Bench) -> None:
     times = bench.interleave(parts)
     base = median(times['uniform step'])
     print(f'{bench.args.model}, batch {size}, {len(task.groups)} groups, generator on '
-          f'{config.generator_images or min(size // 8, 32)} images, shift {config.shift} on {count}')
+          f'{config.images_for_generator(size)} images, shift {config.shift} on {count}')
     shares = {name: ratio(times, name, 'uniform step') / interval for name, interval in every.items()}
     for name, interval in every.items():
         print(f'{name:17s} {median(times[name]):9.4f} s, every {interval:3d} updates: '

@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from processes import Job
 from small_runs import FAST, ROOT, load, run_script, same, train
+from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
 
@@ -73,6 +74,34 @@ def test_the_flags_of_a_run_scale_its_learning_rate_again(tmp_path):
     assert trainer.args.lr == trainer.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
     again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
     assert again.lr is None and train.scaled_lr(again, processes=2) == 2 * trainer.args.lr
+
+
+def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
+    """By timm's flags: what timm makes of them is what trains."""
+    flags = [*FAST, '--shift', 'none', '--epochs', '4', '--output', str(tmp_path)]
+
+    def trainer(*more):
+        return train.Trainer(train.parse_args([*flags, *more]))
+
+    made = trainer('--loss', 'poly', '--poly-epsilon', '1.5', '--sched', 'wsd', '--decay-epochs', '2', '--lr-decay-fn',
+                   'linear', '--pretrained-cfg-overlay', 'crop_pct=0.5')
+    assert type(made.task.criterion) is PolyCrossEntropy and made.task.criterion.epsilon == 1.5
+    assert made.data_config['crop_pct'] == .5
+    rates = []
+    for epoch in range(4):
+        made.step_scheduler(epoch, 0)
+        rates.append(made.optimizer.param_groups[0]['lr'])
+    assert rates == pytest.approx([2e-3, 2e-3, 2e-3, 1e-3])  # half of them steady, then a straight line to 0
+    made = trainer('--loss', 'asl', '--asl-gamma-pos', '.5', '--asl-gamma-neg', '3', '--sched', 'none')
+    assert (made.task.criterion.gamma_pos, made.task.criterion.gamma_neg) == (.5, 3.)
+    made.step_scheduler(3, 0)
+    assert made.scheduler is None and made.optimizer.param_groups[0]['lr'] == 2e-3
+    for bce in (['--loss', 'bce'], ['--bce-loss']):
+        made = trainer(*bce, '--loss-pos-weight', '2', '--bce-sum', '--sched', 'rsqrt', '--decay-epochs', '1',
+                       '--lr-stable-timescale', '3')
+        assert float(made.task.criterion.pos_weight) == 2 and made.task.criterion.sum_classes
+        made.step_scheduler(1, 0)
+        assert made.optimizer.param_groups[0]['lr'] == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
 
 
 def test_the_model_directory_is_what_was_evaluated(finished):
@@ -168,6 +197,9 @@ def test_streamed_dataset(shards, tmp_path):
     assert train.main([*flags, 'run']) == 0
     whole = tmp_path / 'run'
     assert load(whole / 'last.pth.tar')['task_state']['update'] == 12
+    state = load(whole / 'checkpoint-0.pth.tar')
+    assert train.main([*flags, 'middle', '--epochs', '1']) == 0  # the same first epoch
+    same(load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'], state['state_dict'])
     trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
     left = iter([False, True, False])  # SIGTERM comes after the step of the second update: the third is the last
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)

@@ -148,6 +148,17 @@ def test_broken_statistics_are_refused(finished, tmp_path):
         tsn.from_pretrained(folder, arch=SavedModel(folder).info['bn_archs'][0])
 
 
+def test_resume(finished, tmp_path):
+    """An interrupted run and its continuation give the weights of an uninterrupted one, bit for bit."""
+    flags = [*FLAGS, '--val-interval', '9', '--epochs', '2', '--output', str(tmp_path)]
+    assert train.main([*flags, '--experiment', 'whole']) == 0
+    checkpoint = tmp_path / 'whole' / 'checkpoint-0.pth.tar'
+    assert train.main([*flags, '--experiment', 'again', '--resume', str(checkpoint)]) == 0
+    files = [tmp_path / name / 'model' / 'model.safetensors' for name in ('whole', 'again')]
+    states = [safetensors.torch.load_file(file) for file in files]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_the_imagenet_config_is_bignas_recipe():
     args = train.parse_args(['-c', str(ROOT / 'configs' / 'shiftmobilenet_imagenet.yaml'), '--data-dir', '/data'])
     assert (args.epochs, args.opt, args.momentum, args.weight_decay) == (360, 'rmsproptf', .9, 1e-5)

@@ -128,6 +128,10 @@ class ShiftNASConfig:
                 f"group_weights={self.group_weights} fix P, which needs sampler='shiftnas' and shift='none', not "
                 f'{self.sampler!r} and {self.shift!r}')
 
+    def images_for_generator(self, images: int) -> int:
+        """How many of the images of a micro-batch the generator's task loss sees, over all processes."""
+        return self.generator_images or min(images // 8, 32)
+
 
 class Teacher:
     """Logits of another network for the images of a supernet's batches: timm's teacher, behind one call.
@@ -371,7 +375,7 @@ class ShiftNASTask(ClassificationTask):
     def _update_generator(self, input: Tensor, target: Tensor) -> None:
         """One step on task loss + lambda * resource term, with gradients of the generator alone."""
         config, generator, net = self.config, self.generator, unwrap_model(self.trainable_module)
-        images = config.generator_images or min(self.ranks.size * len(input) // 8, 32)
+        images = config.images_for_generator(self.ranks.size * len(input))
         part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm takes no single image
         noise = stream(config.seed, 'generator', self.update)
         share = min(self.update / config.total_updates, 1.)
