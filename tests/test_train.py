@@ -126,7 +126,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     """With rate and time left, on stderr; the table goes to stdout."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
-    argv = [*FAST, '--epochs', '1', '--output', str(tmp_path)]
+    argv = [*FAST, '--shift', 'none', '--epochs', '1', '--output', str(tmp_path)]
     process = Job(run_script, argv, out=tmp_path / 'out.txt', err=os.ttyname(terminal))
     seen = os.read(ours, 4096)  # it has opened the terminal
     os.close(terminal)
@@ -361,7 +361,8 @@ def test_resume_with_another_optimizer(capsys, finished, tmp_path):
 
 
 def test_mixup_switched_off_without_prefetcher(tmp_path):
-    assert run(tmp_path, '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1') == 0
+    flags = ['--shift', 'none', '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1']
+    assert run(tmp_path, *flags) == 0
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):

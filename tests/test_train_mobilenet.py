@@ -31,14 +31,16 @@ FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet
          '--log-interval', '5', '--generator-images', '8', '--bn-images', '200']
 
 
+RICH = [*FLAGS, '--epochs', '2', '--val-interval', '2', '--shift', 'hypergradient', '--shift-interval', '8',
+        '--shift-batch-size', '12', '--drop', '0.1', '--drop-path', '0.1', '--model-ema', '--model-ema-decay', '0.9',
+        '--experiment', 'run']
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     """Two epochs with a learned shift, drop rates and an averaged network."""
     path = tmp_path_factory.mktemp('finished')
-    assert train.main([
-        *FLAGS, '--epochs', '2', '--val-interval', '2', '--shift', 'hypergradient', '--shift-interval', '8',
-        '--shift-batch-size', '12', '--drop', '0.1', '--drop-path', '0.1', '--model-ema', '--model-ema-decay', '0.9',
-        '--output', str(path), '--experiment', 'run']) == 0
+    assert train.main([*RICH, '--output', str(path)]) == 0
     return path / 'run'
 
 
@@ -150,13 +152,11 @@ def test_broken_statistics_are_refused(finished, tmp_path):
 
 def test_resume(finished, tmp_path):
     """An interrupted run and its continuation give the weights of an uninterrupted one, bit for bit."""
-    flags = [*FLAGS, '--val-interval', '9', '--epochs', '2', '--output', str(tmp_path)]
-    assert train.main([*flags, '--experiment', 'whole']) == 0
-    checkpoint = tmp_path / 'whole' / 'checkpoint-0.pth.tar'
-    assert train.main([*flags, '--experiment', 'again', '--resume', str(checkpoint)]) == 0
-    files = [tmp_path / name / 'model' / 'model.safetensors' for name in ('whole', 'again')]
-    states = [safetensors.torch.load_file(file) for file in files]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    checkpoint = finished / 'checkpoint-0.pth.tar'
+    assert train.main([*RICH, '--output', str(tmp_path), '--resume', str(checkpoint)]) == 0
+    for file in ('model.safetensors', 'bn_stats.safetensors', 'generator.safetensors'):
+        states = [safetensors.torch.load_file(folder / 'model' / file) for folder in (finished, tmp_path / 'run')]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), file
 
 
 def test_the_imagenet_config_is_bignas_recipe():
