@@ -23,7 +23,7 @@ def draw(model_directory: Path, count: int) -> list[dict]:
     """Different archs of the uniform sampler, as dicts."""
     sys.path.insert(0, str(runs.ROOT))
     import timm_shiftnas
-    from timm_shiftnas.sampling import stream
+    from timm_shiftnas.utils import stream
 
     space = timm_shiftnas.load_supernet(model_directory)[0].space
     if count > space.size:

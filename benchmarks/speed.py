@@ -34,14 +34,16 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_shiftnas
-from timm_shiftnas.generator import ArchitectureGenerator
+from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.layers import RelativePosition2d
-from timm_shiftnas.sampling import BudgetGroups
+from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.space import Arch
-from timm_shiftnas.task import EveryArch, ShiftNASConfig, ShiftNASTask
+from timm_shiftnas.method.task import EveryArch, ShiftNASTask
+from timm_shiftnas.method.config import ShiftNASConfig
 
 REAL = (
     'shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet', 'shiftmobilenet_supernet',
@@ -277,7 +279,7 @@ def per_mac(bench: Bench) -> None:
     net = bench.network()
     reference = timm.create_model('vit_tiny_patch16_224').to(bench.device).train()
     images = bench.images(net)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch 2.14 misses the fused kernel
         reference.eval()(images[:1])
     reference.train()
     cost = {'vit_tiny': counter.get_total_flops() / 2, 'smallest': net.macs(net.space.smallest),

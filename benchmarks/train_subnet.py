@@ -25,11 +25,12 @@ from timm.utils import random_seed
 
 import runs
 import timm_shiftnas
-from timm_shiftnas.calibration import has_batch_norm
-from timm_shiftnas.evaluation import evaluate
-from timm_shiftnas.flags import parse_args
-from timm_shiftnas.loading import Loaders, create_loaders, open_data, seed_process
-from timm_shiftnas.sampling import BudgetGroups
+from timm_shiftnas.models import has_batch_norm
+from timm_shiftnas.evaluation.accuracy import evaluate
+from timm_shiftnas.training.flags import parse_args
+from timm_shiftnas.training.data import Loaders, create_loaders, open_data
+from timm_shiftnas.utils import seed_process
+from timm_shiftnas.method import BudgetGroups
 from train import create_supernet, scaled_lr
 
 

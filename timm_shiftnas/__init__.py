@@ -2,13 +2,10 @@
 
 Importing the package registers its supernets with timm.
 """
-from .calibration import calibrate_bn
-from .complexity import macs, params
-from .generator import ArchitectureGenerator
-from .hub import from_pretrained, load_supernet, save_pretrained
-from .models import Subnet, extract, ofa_space
-from .publish import push_directory, push_to_hub
-from .space import Arch, SearchSpace, shiftformer_space, shiftmobilenet_space
+from .hub import from_pretrained, load_supernet, push_directory, push_to_hub, save_pretrained
+from .method import ArchitectureGenerator
+from .models import Subnet, calibrate_bn, extract, ofa_space
+from .space import Arch, SearchSpace, macs, params, shiftformer_space, shiftmobilenet_space
 
 __version__ = '0.1.0'
 __all__ = [

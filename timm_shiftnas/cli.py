@@ -17,14 +17,17 @@ import torch
 from timm.data import create_loader, resolve_data_config
 
 from . import __version__
-from .calibration import ResizedInput, has_batch_norm
-from .checkpoints import load_checkpoint
-from .complexity import format_count
-from .data import DatasetView, create_dataset, preprocessing
-from .evaluation import evaluate
-from .hub import SavedModel, check_repo_id, from_pretrained, save_pretrained, static_counts
-from .publish import push_directory
-from .report import format_table
+from .data.datasets import create_dataset
+from .data.shift_batches import preprocessing
+from .data.views import DatasetView
+from .evaluation.accuracy import evaluate
+from .evaluation.tables import format_table
+from .hub.load import SavedModel, check_repo_id, from_pretrained, save_pretrained, static_counts
+from .hub.push import push_directory
+from .models.calibration import ResizedInput, has_batch_norm
+from .training.checkpoints import load_checkpoint
+from .utils.text import one_line
+from .utils.units import format_count
 
 __all__ = ['main']
 
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             traceback.print_exc()
-        print(f'{PROG}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{PROG}: error: {one_line(error)}', file=sys.stderr)
         return 2
     return 0
 

@@ -4,9 +4,10 @@ from .conv import (
     ElasticDepthwiseSeparableConv, ElasticInvertedResidual, ElasticSqueezeExcite, ProjectedDepthwiseSeparableConv,
     ProjectedInvertedResidual, Projection, elastic_kernel, make_elastic, resize,
 )
+from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table
 from .vit import (
     BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp, ElasticPatchEmbed,
-    ElasticQKV, RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table,
+    ElasticQKV,
 )
 
 __all__ = [

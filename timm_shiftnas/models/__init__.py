@@ -1,9 +1,11 @@
-"""Models; importing this registers them with timm."""
+"""Supernets and their static subnets; importing this registers them with timm."""
+from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import ElasticEfficientNet, ElasticMobileNetV3, arch_space, ofa_space, stock_blocks
 from .subnet import Subnet, extract
 
 __all__ = [
-    'ElasticEfficientNet', 'ElasticMobileNetV3', 'ShiftFormer', 'ShiftFormerSupernet', 'Subnet', 'arch_space',
-    'extract', 'ofa_space', 'stock_blocks',
+    'BatchNormCalibration', 'ElasticEfficientNet', 'ElasticMobileNetV3', 'ResizedInput', 'ShiftFormer',
+    'ShiftFormerSupernet', 'Subnet', 'arch_space', 'bn_statistics', 'calibrate_bn', 'extract', 'has_batch_norm',
+    'ofa_space', 'stock_blocks',
 ]

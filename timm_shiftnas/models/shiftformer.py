@@ -22,13 +22,19 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from .. import complexity
-from ..layers import (
-    BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp,
-    ElasticPatchEmbed, RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table,
+from ..layers.relative_position import RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table
+from ..layers.vit import (
+    BlockWidths,
+    ElasticAttention,
+    ElasticBlock,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticMlp,
+    ElasticPatchEmbed,
 )
-from ..masks import ArchMasks
-from ..space import Arch, SearchSpace, shiftformer_space, space_from_dict
+from ..space import Supernet
+from ..space.core import Arch, SearchSpace, shiftformer_space, space_from_dict
+from ..space.matrix_mapping import ArchMasks
 from ._checkpoint import check_fits
 
 __all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
@@ -161,7 +167,7 @@ class ShiftFormer(VisionTransformer):
                     table.copy_(_adapt_table(name, table, old_grid, rel_pos.grid_size, rel_pos.max_distance))
 
 
-class ShiftFormerSupernet(ShiftFormer):
+class ShiftFormerSupernet(Supernet, ShiftFormer):
     """A ShiftFormer whose depth and widths are chosen per call: `net(x, arch)`.
 
     The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is
@@ -198,14 +204,6 @@ class ShiftFormerSupernet(ShiftFormer):
             no_embed_class=self.no_embed_class, pos_embed=self.pos_embed is not None,
             final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'], proj_bias=args.get('proj_bias', True),
             relative_position=args['relative_position'], max_relative_position=args['max_relative_position'])
-
-    def macs(self, arch: Arch, convention: str = 'fused') -> int:
-        """Multiply-accumulates per image of the subnet; see `complexity.macs`."""
-        return complexity.macs(self.space, arch, convention)
-
-    def params(self, arch: Arch) -> int:
-        """Parameters of the extracted subnet."""
-        return complexity.params(self.space, arch)
 
     def set_qkv_bias_slicing(self, mode: str) -> None:
         """Choose how fewer heads read the qkv bias ('role' or 'joint'), and record it for saving and extraction."""

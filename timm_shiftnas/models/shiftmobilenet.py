@@ -26,14 +26,20 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
-from .. import complexity
-from ..layers import (
-    ConvWidths, ElasticDepthwiseConv2d, ProjectedDepthwiseSeparableConv, ProjectedInvertedResidual, Projection,
-    elastic_kernel, make_elastic, resize,
+from ..layers.conv import (
+    ConvWidths,
+    ElasticDepthwiseConv2d,
+    ProjectedDepthwiseSeparableConv,
+    ProjectedInvertedResidual,
+    Projection,
+    elastic_kernel,
+    make_elastic,
+    resize,
 )
-from ..masks import MobileNetMasks
-from ..space import Arch, SearchSpace, shiftmobilenet_space, space_from_dict
-from ..stages import HEAD_RATIO, block_choices, block_shapes, output_side
+from ..space import Supernet
+from ..space.core import Arch, SearchSpace, shiftmobilenet_space, space_from_dict
+from ..space.matrix_mapping import MobileNetMasks
+from ..space.shiftmobilenet import HEAD_RATIO, block_choices, block_shapes, output_side
 from ._checkpoint import check_fits
 
 __all__ = [
@@ -187,7 +193,7 @@ def _plain_structure(space: SearchSpace) -> dict[str, Any]:
 # -- supernets ---------------------------------------------------------------------------------------------------------
 
 
-class _Supernet:
+class ShiftMobileNetSupernet(Supernet):
     """A MobileNet whose resolution, widths, depths and kernel sizes are chosen per call: `net(x, arch)`.
 
     The network owns the weights of every arch of its space; a smaller width or depth is a prefix of a larger one, a
@@ -261,14 +267,6 @@ class _Supernet:
         """The search space, bound to the present geometry of the network."""
         return self._unbound_space.bind(
             in_chans=self.in_chans, num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
-
-    def macs(self, arch: Arch, convention: str = 'fused') -> int:
-        """Multiply-accumulates per image of the subnet at its resolution; see `complexity.macs`."""
-        return complexity.macs(self.space, arch, convention)
-
-    def params(self, arch: Arch) -> int:
-        """Parameters of the extracted subnet."""
-        return complexity.params(self.space, arch)
 
     def _widths(self, arch: Arch | MobileNetMasks) -> list[tuple[nn.Module, ConvWidths]]:
         """The blocks of an arch, first to last, and what each is to compute."""
@@ -371,12 +369,12 @@ class _Supernet:
                     pool_size=(output_side(self._unbound_space, arch.resolution),) * 2)
 
 
-class ElasticEfficientNet(_Supernet, EfficientNet):
-    __doc__ = _Supernet.__doc__
+class ElasticEfficientNet(ShiftMobileNetSupernet, EfficientNet):
+    __doc__ = ShiftMobileNetSupernet.__doc__
 
 
-class ElasticMobileNetV3(_Supernet, MobileNetV3):
-    __doc__ = _Supernet.__doc__
+class ElasticMobileNetV3(ShiftMobileNetSupernet, MobileNetV3):
+    __doc__ = ShiftMobileNetSupernet.__doc__
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..space import Arch
+from ..space import is_supernet
+from ..space.core import Arch
 
 __all__ = ['Subnet', 'extract']
 
@@ -39,7 +40,7 @@ def extract(net: nn.Module, arch: Arch) -> nn.Module:
         ValueError: If the arch is not in the space, or `net` is not a supernet.
     """
     net = unwrap_model(net)
-    if not hasattr(net, 'build_subnet'):
+    if not is_supernet(net):
         raise ValueError(f'{type(net).__name__} is not a supernet; extract takes a model such as shiftformer_supernet')
     weight = next(net.parameters())
     subnet = net.build_subnet(arch, device='meta', dtype=weight.dtype)

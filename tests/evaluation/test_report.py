@@ -1,0 +1,219 @@
+import csv
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_shiftnas import evaluation as report
+from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, write_budgets_csv
+
+
+def row(name, budget, macs, params, top1, top5):
+    arch = {'depth': 2, 'num_heads': [1, 2]}
+    return dict(name=name, budget=budget, macs=macs, params=params, top1=top1, top5=top5, arch=arch)
+
+
+ROWS = [
+    row('smallest', None, 1_200_000, 95_000, 90.25, 99.0),
+    row('group 1', 2e6, 1_990_000, 180_000, 94.0, 99.5),
+    row('group 2', 6e6, 5_980_000, 1_100_000, 97.125, 100.0),
+    row('largest', None, 6_100_000, 1_200_000, 97.5, 100.0),
+]
+
+
+def rgb(path):
+    with Image.open(path) as image:
+        assert image.format == 'PNG' and image.size == (900, 560)
+        return np.asarray(image.convert('RGB')).astype(int)
+
+
+def count(image, colour):
+    return int((image == np.array(colour)).all(-1).sum())
+
+
+BLUE, ORANGE, GREY = (0x1f, 0x5f, 0xa8), (0xd9, 0x82, 0x2b), (0x8a, 0x8f, 0x98)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_table_is_aligned():
+    assert format_table(ROWS).splitlines() == [
+        'name      budget   MACs  params  top-1   top-5',
+        'smallest       -   1.2M     95k  90.25   99.00',
+        'group 1       2M  1.99M    180k  94.00   99.50',
+        'group 2       6M  5.98M    1.1M  97.12  100.00',
+        'largest        -   6.1M    1.2M  97.50  100.00',
+    ]
+
+
+def test_csv_reads_back(tmp_path):
+    path = tmp_path / 'budgets.csv'
+    path.write_text('old')
+    write_budgets_csv(path, ROWS)
+    with open(path, newline='') as file:
+        read = list(csv.DictReader(file))
+    assert list(read[0]) == ['name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch']
+    for line, expected in zip(read, ROWS, strict=True):
+        assert line['name'] == expected['name'] and json.loads(line['arch']) == expected['arch']
+        assert line['budget'] == ('' if expected['budget'] is None else str(expected['budget']))
+        for column in ('macs', 'params', 'top1', 'top5'):
+            assert float(line[column]) == expected[column]
+    assert [p.name for p in tmp_path.iterdir()] == ['budgets.csv']
+
+
+def test_a_failed_csv_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / 'budgets.csv'
+    path.write_text('old')
+    with pytest.raises(TypeError):
+        write_budgets_csv(path, [*ROWS, {**ROWS[0], 'arch': {1, 2}}])  # a set is not JSON
+    assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['budgets.csv']
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_picture(tmp_path):
+    assert plot_accuracy(tmp_path / 'a.png', ROWS)
+    image = rgb(tmp_path / 'a.png')
+    line, ends, grey = (count(image, colour) for colour in (BLUE, ORANGE, GREY))
+    assert line > 300 and ends > 100 and grey == 0
+
+    # 'smallest' at the lower left, 'largest' at the upper right
+    ys, xs = np.nonzero((image == np.array(ORANGE)).all(-1))
+    left = xs < 450
+    assert ys[left].min() > 400 and xs[left].max() < 120 and ys[~left].max() < 120 and xs[~left].min() > 800
+
+    baseline = [{**r, 'top1': r['top1'] - 2} for r in ROWS]
+    assert plot_accuracy(tmp_path / 'b.png', ROWS, baseline)
+    assert count(rgb(tmp_path / 'b.png'), GREY) > 300
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
+
+
+@pytest.mark.parametrize('tail', [(96, 97, 98), (97.5, 98, 96.5), (96, 97.5, 97.2), (97, 96.8, 94), (97, 97, 97)])
+def test_the_line_does_not_run_through_the_label_of_the_largest(tmp_path, tail):
+    """However accuracy ends: the box around the black of the label, beside the mark, has no blue."""
+    macs = 5e6, 5.95e6, 6.1e6
+    names = 'group 2', 'group 3', 'largest'
+    rows = [*ROWS[:2], *(row(name, None, x, 1_000_000, y, 100.) for name, x, y in zip(names, macs, tail))]
+    assert plot_accuracy(tmp_path / 'a.png', rows)
+    image = rgb(tmp_path / 'a.png')
+    ys, xs = np.nonzero((image == np.array(ORANGE)).all(-1) & (np.arange(900) > 450))
+    x, y = int(xs.mean()), int(ys.mean())
+    near = image[max(y - 60, 25):y + 60, x - 120:x + 30]
+    ys, xs = np.nonzero((near < 60).all(-1))
+    assert 90 < np.ptp(xs) < 120 and np.ptp(ys) < 20  # the label, all of it and alone
+    assert count(near[ys.min():ys.max() + 1, xs.min():xs.max() + 1], BLUE) == 0
+
+
+@pytest.mark.parametrize('rows', [ROWS[:1], ROWS[1:2], ROWS[::3], ROWS[:1] * 2])
+def test_accuracy_picture_of_few_rows(tmp_path, rows):
+    assert plot_accuracy(tmp_path / 'a.png', rows)
+    rgb(tmp_path / 'a.png')
+
+
+@pytest.mark.parametrize('largest, unit', [(2.26e9, 'GMACs'), (6.1e6, 'MMACs'), (999e6, 'MMACs'), (5e5, 'kMACs')])
+def test_axes_have_a_fitting_unit(largest, unit):
+    scale, name = report._unit(largest)
+    assert name == unit and 0.5 < largest / scale < 1000
+
+
+def heat_map(path):
+    """The part of a shift picture that is surely inside the heat map, whatever the width of the labels."""
+    return rgb(path)[45:310, 120:740]
+
+
+def edges(groups):
+    return [1e9 + 1e9 * k / groups for k in range(groups + 1)]
+
+
+@pytest.mark.parametrize('groups', [2, 8, 30])
+@pytest.mark.parametrize('length', [1, 2, 1000])
+def test_shift_picture_of_a_uniform_p_is_neutral(tmp_path, groups, length):
+    history = [(100 * t, [1 / groups] * groups) for t in range(length)]
+    assert plot_shift(tmp_path / 's.png', history, edges(groups), np.random.default_rng(0).normal(1.5e9, 1e8, 1000))
+    colours = heat_map(tmp_path / 's.png')
+    assert (colours.max(-1) - colours.min(-1)).max() <= 3  # no hue anywhere
+    assert [p.name for p in tmp_path.iterdir()] == ['s.png']
+
+
+def test_shift_picture_keeps_a_slight_noise_pale(tmp_path):
+    noise = np.random.default_rng(0).normal(0.125, 0.0005, (50, 8))
+    assert plot_shift(tmp_path / 's.png', list(enumerate(noise.tolist())), edges(8), [])
+    colours = heat_map(tmp_path / 's.png')
+    assert (colours.max(-1) - colours.min(-1)).max() < 40
+
+
+def test_shift_picture_shows_which_group_gained_and_when(tmp_path):
+    uniform, shifted = [0.25] * 4, [0.55, 0.15, 0.15, 0.15]
+    assert plot_shift(tmp_path / 's.png', [(100, shifted), (0, uniform), (200, shifted)], edges(4), [])
+    colours = heat_map(tmp_path / 's.png')
+    redness = colours[..., 0] - colours[..., 2]
+    early, late = redness[-60:], redness[:170]  # time runs upwards
+    assert abs(early).max() <= 3
+    assert late[:, :110].min() > 50 and late[:, 200:].max() < -50
+
+
+def test_shift_picture_centres_its_colours_in_the_logarithm(tmp_path):
+    # Twice uniform and half of it are equally far from 1: as strong a red as a blue, though not by difference.
+    p = [2 / 4, 0.5 / 4, 1 / 4, 0.5 / 4]
+    assert plot_shift(tmp_path / 's.png', [(0, p)], edges(4), [])
+    columns = np.median(heat_map(tmp_path / 's.png'), axis=0)
+    red, blue = columns[60], columns[230]
+    assert red[0] > 95 and red[2] < 50 and blue[2] > 90 and blue[0] < 20  # both ends of the map are reached
+
+
+def test_shift_picture_takes_a_p_of_zero(tmp_path):
+    assert plot_shift(tmp_path / 's.png', [(0, [0.0, 1.0])], edges(2), [1.2e9])
+    columns = np.median(heat_map(tmp_path / 's.png'), axis=0)
+    assert columns[100][2] > columns[100][0] and columns[500][0] > columns[500][2]
+
+
+def test_shift_picture_histogram_stands_where_the_samples_are(tmp_path):
+    plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [1.25e9 + i for i in range(500)])
+    xs = np.nonzero((rgb(tmp_path / 's.png')[380:500, 80:770] == np.array((0xc3, 0xc8, 0xd0))).all(-1))[1] + 80
+    assert len(xs) > 300 and 190 < xs.min() and xs.max() < 290  # a quarter of the way along the axis
+
+
+def test_shift_picture_draws_p_and_samples_in_one_unit(tmp_path):
+    plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [1e9 + 1e9 * (i + 0.5) / 6000 for i in range(6000)])
+    column = rgb(tmp_path / 's.png')[380:500, 300]
+    top = np.nonzero(column.sum(-1) < 600)[0].min()
+    assert abs(column[top] - 0x22).max() < 60  # where the bars end lies the dark line: both are uniform
+    assert (column[top + 5:] == np.array((0xc3, 0xc8, 0xd0))).all()
+
+
+def test_pictures_refuse_what_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match='no rows'):
+        plot_accuracy(tmp_path / 'a.png', [])
+    with pytest.raises(ValueError, match='history of P is empty'):
+        plot_shift(tmp_path / 's.png', [], edges(2), [])
+    with pytest.raises(ValueError, match='P has 3 entries, but 3 edges bound 2 groups'):
+        plot_shift(tmp_path / 's.png', [(0, [0.2, 0.3, 0.5])], edges(2), [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_leave_matplotlibs_global_state_alone(tmp_path, monkeypatch):
+    import matplotlib
+
+    monkeypatch.delitem(sys.modules, 'matplotlib.pyplot', raising=False)
+    before = dict(matplotlib.rcParams.copy())
+    plot_accuracy(tmp_path / 'a.png', ROWS)
+    plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [1.2e9])
+    assert dict(matplotlib.rcParams.copy()) == before and 'matplotlib.pyplot' not in sys.modules
+
+
+def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, caplog):
+    report._has_matplotlib.cache_clear()
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # Python's own mark of a module that cannot be imported
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not plot_accuracy(tmp_path / 'a.png', ROWS)
+            assert not plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [])
+    finally:
+        report._has_matplotlib.cache_clear()
+    assert len(caplog.records) == 1 and "pip install 'timm_shiftnas[quickstart]'" in caplog.text
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,683 @@
+"""Saving and loading: real files, real processes; whatever is wrong with a directory ends in one clear error."""
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from support.processes import Job, call, run_code
+from timm.data import resolve_data_config
+from timm.utils import ModelEmaV3
+
+from timm_shiftnas import Arch, Subnet, extract, shiftformer_space
+from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained, static_counts
+
+CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
+
+
+def row(name, budget, macs):
+    return dict(name=name, budget=budget, macs=macs, params=5000, top1=91.5, top5=99.25, arch={'depth': 4})
+
+
+def make_net(seed=0, **kwargs):
+    """A supernet whose every weight counts: none is zero."""
+    torch.manual_seed(seed)
+    net = timm.create_model('test_shiftformer_supernet', **{'num_classes': 10, **kwargs}).eval()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(torch.randn_like(weight) * .05)
+    return net
+
+
+@pytest.fixture(scope='module')
+def net():
+    return make_net()
+
+
+@pytest.fixture(scope='module')
+def generator(net):
+    return ArchitectureGenerator(net.space).fit(steps=20, progress=False)
+
+
+@pytest.fixture(scope='module')
+def edges(net):
+    low, high = net.macs(net.space.smallest), net.macs(net.space.largest)
+    return [low + (high - low) * k / 4 for k in range(5)]
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory, net, generator, edges):
+    """A supernet with everything; not to be written to."""
+    folder = tmp_path_factory.mktemp('saved') / 'supernet'
+    save_pretrained(
+        folder, net, generator, groups=edges, probabilities=torch.tensor([.1, .2, .3, .4]),
+        results=[row('smallest', None, 1000), row('group 1', 2e6, 1_990_000)],
+        data_config=dict(mean=(.1, .2, .3), std=(.4, .5, .6), crop_pct=.95),
+        model_config=dict(label_names=[f'class {i}' for i in range(10)]))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it to be broken."""
+    return shutil.copytree(saved, tmp_path / 'model')
+
+
+@pytest.fixture(scope='module')
+def saved_subnet(tmp_path_factory, net, mixed):
+    folder = tmp_path_factory.mktemp('saved') / 'subnet'
+    save_pretrained(folder, extract(net, mixed))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def mixed(net):
+    """An arch whose layers differ."""
+    return net.space.arch(
+        depth=5, embed_dim=48, num_heads=(1, 2, 3, 2, 1), mlp_ratio=(1.0, 2.0, 3.0, 1.0, 2.0))
+
+
+def images(net, count=2):
+    return torch.randn(count, net.in_chans, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def logits(net, *args):
+    with torch.no_grad():
+        return net(images(net), *args)
+
+
+def archs(space, count=3):
+    noise = torch.Generator().manual_seed(2)
+    return [space.smallest, space.largest, *(space.sample(noise) for _ in range(count))]
+
+
+def edit(folder, change):
+    """Change `config.json`: `change(config, ours)`."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config, config['timm_shiftnas'])
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def accept(folder, name):
+    """Let `config.json` name a file as it now is."""
+    data = (folder / name).read_bytes()
+    entry = dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    edit(folder, lambda config, ours: ours['files'].update({name: entry}))
+
+
+# -- a supernet there and back -----------------------------------------------------------------------------------------
+
+
+def test_supernet_directory(saved, edges):
+    assert sorted(os.listdir(saved)) == [CONFIG, GENERATOR, WEIGHTS]
+    config = json.loads((saved / CONFIG).read_text())
+    ours = config['timm_shiftnas']
+    assert config['architecture'] == 'test_shiftformer_supernet' and 'timm_shiftnas' not in config['pretrained_cfg']
+    assert config['model_args']['space'] == {
+        'family': 'shiftformer', 'embed_dim': [32, 48, 64], 'depth': [4, 5, 6], 'num_heads': [1, 2, 3],
+        'mlp_ratio': [1.0, 2.0, 3.0]}
+    assert ours['format'] == 1 and ours['kind'] == 'supernet' and ours['generator'] == {'hidden_size': 64}
+    assert ours['groups'] == edges and ours['probabilities'] == pytest.approx([.1, .2, .3, .4])
+    assert ours['results'] == [row('smallest', None, 1000), row('group 1', 2e6, 1_990_000)]
+    assert set(ours['files']) == {WEIGHTS, GENERATOR}
+    for name, entry in ours['files'].items():
+        data = (saved / name).read_bytes()
+        assert entry == {'size': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+
+
+def test_timm_loads_the_supernet(saved, net):
+    loaded = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
+    assert type(loaded) is type(net) and loaded.space == net.space
+    for arch in archs(net.space):
+        assert torch.equal(logits(loaded, arch), logits(net, arch))
+
+
+def test_supernet_and_generator_come_back(saved, net, generator):
+    loaded, again = load_supernet(saved)
+    assert not loaded.training and not again.training and loaded.space == net.space == again.space
+    assert all(weight.requires_grad for weight in loaded.parameters())
+    for arch in archs(net.space):
+        assert torch.equal(logits(loaded, arch), logits(net, arch))
+    low, high = net.macs(net.space.smallest), net.macs(net.space.largest)
+    for step in range(6):
+        budget = low + (high - low) * step / 5
+        assert again.propose(budget) == generator.propose(budget)
+    save_pretrained(saved.parent / 'again', loaded, again)
+    assert (saved.parent / 'again' / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
+
+
+def test_supernet_without_generator(tmp_path, net):
+    save_pretrained(tmp_path, net)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert load_supernet(tmp_path)[1] is None
+    assert from_pretrained(tmp_path, arch=net.space.smallest).arch == net.space.smallest
+    with pytest.raises(ValueError, match='without a generator.*give arch='):
+        from_pretrained(tmp_path, flops='2M')
+
+
+def test_preprocessing_and_labels_come_back(saved, mixed):
+    loaded = timm.create_model(f'local-dir:{saved}')
+    subnet = from_pretrained(saved, arch=mixed)
+    for net in (loaded, subnet):
+        data = resolve_data_config(model=net)
+        assert (data['mean'], data['std'], data['crop_pct']) == ([.1, .2, .3], [.4, .5, .6], .95)
+        assert data['input_size'] == (3, 32, 32)
+        assert net.pretrained_cfg['label_names'][3] == 'class 3' and net.pretrained_cfg.get('tag') is None
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(img_size=(48, 32), in_chans=1, num_classes=3, global_pool='token', norm_eps=1e-3),
+    dict(relative_position=False, qkv_bias=False, fc_norm=True, class_token=False, no_embed_class=True, drop_rate=.5),
+    dict(space=shiftformer_space(embed_dim=(32, 64), depth=(2, 3), num_heads=(1, 2), mlp_ratio=(1.0, 2.0)),
+         patch_size=16, max_relative_position=1, act_layer='relu', proj_bias=False),
+    dict(num_classes=0),
+])
+def test_every_option_comes_back(tmp_path, kwargs):
+    net = make_net(**kwargs)
+    arch = archs(net.space)[-1]
+    save_pretrained(tmp_path / 'net', net)
+    save_pretrained(tmp_path / 'sub', extract(net, arch))
+    assert 'drop_rate' not in (tmp_path / 'net' / CONFIG).read_text()
+    for loaded in (timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True).eval(),
+                   load_supernet(tmp_path / 'net')[0]):
+        assert loaded.space == net.space
+        assert torch.equal(logits(loaded, arch), logits(net, arch))
+    for loaded in (timm.create_model(f'local-dir:{tmp_path}/sub', pretrained=True).eval(),
+                   from_pretrained(tmp_path / 'sub'), from_pretrained(tmp_path / 'net', arch=arch)):
+        torch.testing.assert_close(logits(loaded), logits(net, arch), rtol=0, atol=1e-5)
+
+
+def test_changes_after_creation_are_saved(tmp_path):
+    net = make_net()
+    net.reset_classifier(3, 'token')
+    net.set_input_size(48)
+    save_pretrained(tmp_path, net)
+    for loaded in (timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval(), load_supernet(tmp_path)[0]):
+        assert loaded.space == net.space and loaded.num_classes == 3
+        assert torch.equal(logits(loaded, net.space.smallest), logits(net, net.space.smallest))
+
+
+def test_joint_bias_slicing_survives(tmp_path, mixed):
+    net = make_net()
+    by_role = logits(net, mixed)
+    net.set_qkv_bias_slicing('joint')
+    expected = logits(net, mixed)
+    assert (expected - by_role).abs().max() > 1e-3
+    save_pretrained(tmp_path / 'net', net)
+    loaded = load_supernet(tmp_path / 'net')[0]
+    by_timm = timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True).eval()
+    save_pretrained(tmp_path / 'again', by_timm)
+    save_pretrained(tmp_path / 'sub', extract(loaded, mixed))
+    for found in (logits(loaded, mixed), logits(by_timm, mixed), logits(load_supernet(tmp_path / 'again')[0], mixed),
+                  logits(from_pretrained(tmp_path / 'net', arch=mixed)), logits(from_pretrained(tmp_path / 'sub'))):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# -- a subnet for a budget ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('share', [0., .4, 1.])
+def test_subnet_for_flops(saved, net, generator, share):
+    low, high = net.macs(net.space.smallest), net.macs(net.space.largest)
+    budget = low + share * (high - low)
+    subnet = from_pretrained(saved, flops=budget)
+    assert not subnet.training and not hasattr(subnet, 'space')
+    assert subnet.arch == generator.propose(budget) and net.macs(subnet.arch) <= budget
+    torch.testing.assert_close(logits(subnet), logits(net, subnet.arch), rtol=0, atol=1e-5)
+
+
+def test_budgets_are_read_in_units(saved, net):
+    subnet = from_pretrained(saved, flops='1.5M')
+    assert net.macs(subnet.arch) <= 1.5e6 and subnet.arch == from_pretrained(saved, flops=1_500_000).arch
+
+
+def test_subnet_for_params(saved, net, generator):
+    subnet = from_pretrained(saved, params='100k')
+    assert sum(weight.numel() for weight in subnet.parameters()) <= 100_000
+    assert subnet.arch == generator.propose_for_params('100k')
+    torch.testing.assert_close(logits(subnet), logits(net, subnet.arch), rtol=0, atol=1e-5)
+
+
+def test_subnet_for_an_arch(saved, net, mixed):
+    for arch in (mixed, mixed.to_dict(), json.loads(json.dumps(mixed.to_dict()))):
+        subnet = from_pretrained(saved, arch=arch)
+        assert subnet.arch == mixed
+        torch.testing.assert_close(logits(subnet), logits(net, mixed), rtol=0, atol=1e-5)
+
+
+def test_an_arch_needs_no_generator_file(folder, mixed):
+    (folder / GENERATOR).unlink()
+    assert from_pretrained(folder, arch=mixed).arch == mixed
+
+
+def test_subnet_keeps_no_weights_of_the_supernet(saved, mixed):
+    for weight in from_pretrained(saved, arch=mixed).parameters():
+        assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+def test_dtype_and_device(saved, mixed):
+    subnet = from_pretrained(saved, arch=mixed, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in subnet.parameters()} == {torch.bfloat16}
+    assert {weight.device.type for weight in from_pretrained(saved, arch=mixed, device='meta').parameters()} == {'meta'}
+    net, generator = load_supernet(saved, dtype=torch.float64, device='meta')
+    assert {(weight.dtype, weight.device.type) for weight in net.parameters()} == {(torch.float64, 'meta')}
+    assert {weight.device.type for weight in generator.parameters()} == {'cpu'}
+
+
+def test_weights_keep_their_type(tmp_path, mixed):
+    save_pretrained(tmp_path, make_net().half())
+    subnet = from_pretrained(tmp_path, arch=mixed, num_classes=3)
+    assert {weight.dtype for weight in subnet.parameters()} == {torch.float16}
+
+
+def test_other_number_of_classes(saved, net, generator):
+    budget = net.macs(net.space.smallest) + 100_000
+    subnet = from_pretrained(saved, flops=budget, num_classes=500)
+    assert logits(subnet).shape == (2, 500) and static_counts(subnet)[0] <= budget
+    assert net.macs(subnet.arch) + 490 * subnet.arch.embed_dim == static_counts(subnet)[0]
+    plain = extract(net, subnet.arch)
+    assert torch.equal(plain.forward_features(images(net)), subnet.forward_features(images(net)))
+    assert from_pretrained(saved, arch=subnet.arch, num_classes=0).num_classes == 0
+    same = from_pretrained(saved, arch=subnet.arch, num_classes=10)
+    assert torch.equal(logits(same), logits(plain))
+    for wrong in (-1, 2.5, 'ten', 10 ** 12):
+        with pytest.raises(ValueError, match='num_classes='):
+            from_pretrained(saved, arch=subnet.arch, num_classes=wrong)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(), "say which subnet, with flops='1.4G'"),
+    (dict(flops='2M', params='1M'), 'give one of flops, params and arch, not flops and params'),
+    (dict(flops=0), 'flops=0 is not a budget'),
+    (dict(flops='abc'), "flops='abc' is not a budget"),
+    (dict(params='-1'), "params='-1' is not a budget"),
+    (dict(flops=1000), 'too small a budget: the archs of this space have .* to .* MACs'),
+    (dict(flops='1P'), 'is not a budget'),
+    (dict(flops=1e15), 'more than any arch uses'),
+    (dict(params=10), 'too small a budget: the archs of this space have .* parameters'),
+    (dict(arch=dict(depth=7, embed_dim=48, num_heads=1, mlp_ratio=1.0)), r'depth=7 is not in the space.*\(4, 5, 6\)'),
+    (dict(arch=dict(depth=4)), "field 'embed_dim' is missing"),
+    (dict(arch='smallest'), 'expected a dict of arch fields'),
+    (dict(arch=Arch(depth=4)), "field 'embed_dim' is missing"),
+])
+def test_what_cannot_be_had(saved, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(saved, **kwargs)
+
+
+def test_a_mistyped_argument_is_not_ignored(saved):
+    with pytest.raises(TypeError, match='flop'):
+        from_pretrained(saved, flop='1M')
+    with pytest.raises(TypeError, match='revison'):
+        load_supernet(saved, revison='main')
+
+
+# -- a saved subnet ----------------------------------------------------------------------------------------------------
+
+
+def test_subnet_directory(saved_subnet, net, mixed):
+    assert sorted(os.listdir(saved_subnet)) == [CONFIG, WEIGHTS]
+    config = json.loads((saved_subnet / CONFIG).read_text())
+    assert config['architecture'] == 'shiftformer_subnet' and config['timm_shiftnas']['kind'] == 'subnet'
+    assert config['model_args']['arch'] == mixed.to_dict() and 'space' not in config['model_args']
+    subnet = from_pretrained(saved_subnet)
+    assert subnet.arch == mixed and not subnet.training
+    assert torch.equal(logits(subnet), logits(extract(net, mixed)))
+    assert static_counts(subnet) == (net.macs(mixed), net.params(mixed))
+    with pytest.raises(ValueError, match='holds a subnet'):
+        load_supernet(saved_subnet)
+
+
+def test_timm_loads_the_subnet_in_a_fresh_process(saved_subnet, net, mixed, tmp_path):
+    code = (
+        'import sys, timm, torch, timm_shiftnas\n'
+        'from safetensors.torch import load_file, save_file\n'
+        "net = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()\n"
+        "save_file({'y': net(load_file(sys.argv[2])['x']).detach()}, sys.argv[3])\n")
+    safetensors.torch.save_file({'x': images(net)}, tmp_path / 'x')
+    done, _, err = call(run_code, code, saved_subnet, tmp_path / 'x', tmp_path / 'y', folder=tmp_path)
+    assert done == 0, err
+    found = safetensors.torch.load_file(tmp_path / 'y')['y']
+    torch.testing.assert_close(found, logits(net, mixed), rtol=0, atol=1e-5)
+
+
+def test_a_subnet_that_timm_made(tmp_path, net, mixed):
+    torch.manual_seed(0)
+    subnet = timm.create_model('shiftformer_subnet', arch=mixed, img_size=32, patch_size=8, num_classes=10).eval()
+    save_pretrained(tmp_path, subnet)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(subnet))
+
+
+def test_saved_subnet_satisfies_what_is_asked(saved_subnet, net, mixed):
+    macs, params = net.macs(mixed), net.params(mixed)
+    for kwargs in (dict(flops=macs), dict(params=params), dict(arch=mixed), dict(arch=mixed.to_dict())):
+        assert from_pretrained(saved_subnet, **kwargs).arch == mixed
+    for kwargs, message in (
+            (dict(flops=macs - 1), f'has {macs:,} flops, more than'),
+            (dict(params=params - 1), f'has {params:,} params, more than'),
+            (dict(arch=net.space.smallest), 'this saved subnet is Arch'), (dict(arch='x'), 'this saved subnet is Arch'),
+            (dict(flops=macs, num_classes=11), 'more than')):
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(saved_subnet, **kwargs)
+    assert logits(from_pretrained(saved_subnet, num_classes=4)).shape == (2, 4)
+
+
+# -- what may be given to save -----------------------------------------------------------------------------------------
+
+
+def test_wrapped_networks_are_unwrapped(tmp_path, net, mixed):
+    for wrapped in (Subnet(net, mixed), ModelEmaV3(net), torch.compile(net, backend='eager')):
+        save_pretrained(tmp_path, wrapped)
+        assert torch.equal(logits(load_supernet(tmp_path)[0]), logits(net))
+
+
+def test_tied_and_non_contiguous_weights(tmp_path, net):
+    other = copy.deepcopy(net)
+    other.blocks[1].mlp.fc1.weight = other.blocks[0].mlp.fc1.weight
+    other.blocks[2].mlp.fc1.weight.data = other.blocks[2].mlp.fc1.weight.data.t().contiguous().t()
+    assert not other.blocks[2].mlp.fc1.weight.is_contiguous()
+    save_pretrained(tmp_path, other)
+    assert torch.equal(logits(load_supernet(tmp_path)[0]), logits(other))
+
+
+def test_saving_changes_nothing(tmp_path, net, generator):
+    net.train()
+    args, weights, noise = copy.deepcopy(net.model_args), copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    save_pretrained(tmp_path, net, generator)
+    assert net.training and net.model_args == args and torch.equal(noise, torch.get_rng_state())
+    assert all(torch.equal(weight, weights[name]) for name, weight in net.state_dict().items())
+    net.eval()
+
+
+def test_what_cannot_be_saved(tmp_path, net, generator, mixed, edges):
+    other = make_net(space=shiftformer_space(embed_dim=(32, 64), depth=(2, 3), num_heads=(1, 2), mlp_ratio=(1.0, 2.0)))
+    changed = copy.deepcopy(net)
+    changed.norm = torch.nn.Identity()
+    for args, kwargs, message in (
+            ((timm.create_model('test_vit'),), {}, 'neither a supernet nor an extracted subnet'),
+            ((type(net)(net.space, img_size=32, patch_size=8),), {}, 'no pretrained_cfg'),
+            ((other, generator), {}, 'another search space'),
+            ((extract(net, mixed), generator), {}, 'a subnet has no generator'),
+            ((copy.deepcopy(net).to('meta'),), {}, 'no weights'),
+            ((changed,), {}, 'norm.weight is missing'),
+            ((net,), dict(groups=edges, probabilities=[.5, .5]), 'timm_shiftnas.groups'),
+            ((net,), dict(probabilities=[1.]), 'timm_shiftnas.groups'),
+            ((net,), dict(groups=edges[::-1]), 'timm_shiftnas.groups'),
+            ((net,), dict(groups=edges, probabilities=[.1, .2, .3, math.nan]), 'timm_shiftnas.groups'),
+            ((net,), dict(results=[dict(name='x')]), 'timm_shiftnas.results'),
+            ((net,), dict(data_config=dict(input_size=(3, 64, 64))), 'requires')):
+        with pytest.raises(ValueError, match=message):
+            save_pretrained(tmp_path / 'new', *args, **kwargs)
+        assert not (tmp_path / 'new').exists()
+
+
+# -- what is wrong with a directory ------------------------------------------------------------------------------------
+
+
+def refused(folder, message, arch=None):
+    """Loading a supernet for a budget (or an arch), and its parts, ends in one line."""
+    with pytest.raises(ValueError, match=message) as error:
+        from_pretrained(folder, **(dict(flops='2M') if arch is None else dict(arch=arch)))
+    assert '\n' not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        load_supernet(folder)
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
+@pytest.mark.parametrize('position', ['first', 'last', 'middle'])
+def test_flipped_bit(folder, name, position):
+    data = bytearray((folder / name).read_bytes())
+    data[{'first': 0, 'last': -1, 'middle': len(data) // 2}[position]] ^= 1
+    (folder / name).write_bytes(data)
+    refused(folder, f'{name} is not the file that was saved: its sha256 differs; copy or save the model again')
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
+@pytest.mark.parametrize('size', [-1, 100, 0, None])
+def test_truncated_or_missing_file(folder, name, size):
+    if size is None:
+        (folder / name).unlink()
+        return refused(folder, f'{name} is missing; copy or save the model again')
+    data = (folder / name).read_bytes()[:size]
+    (folder / name).write_bytes(data)
+    refused(folder, f'{name} is not the file that was saved: it has {len(data)} bytes')
+
+
+def test_flipped_bit_in_a_hash_of_the_config(folder):
+    def flip(config, ours):
+        first, *rest = ours['files'][WEIGHTS]['sha256']
+        ours['files'][WEIGHTS]['sha256'] = ''.join(['1' if first == '0' else '0', *rest])
+
+    edit(folder, flip)
+    refused(folder, 'sha256 differs')
+
+
+def test_a_pickle_is_never_read(folder, net, mixed):
+    torch.save(net.state_dict(), folder / 'pytorch_model.bin')
+    (folder / WEIGHTS).unlink()
+    refused(folder, 'model.safetensors is missing', mixed)
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
+@pytest.mark.parametrize('data', [b'', b'\xff' * 64, b'\x80\x04N.' * 20])
+def test_no_safetensors_file(folder, name, data):
+    (folder / name).write_bytes(data)
+    accept(folder, name)
+    refused(folder, f'{name} is not a safetensors file')
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
+@pytest.mark.parametrize('change', ['other shape', 'missing', 'unknown', 'integers'])
+def test_tensors_of_another_network(folder, name, change):
+    tensors = safetensors.torch.load_file(folder / name)
+    first = list(tensors)[0]
+    if change == 'other shape':
+        tensors[first] = torch.cat([tensors[first], tensors[first]])
+    elif change == 'missing':
+        del tensors[first]
+    elif change == 'unknown':
+        tensors['x'] = torch.zeros(1)
+    else:
+        tensors[first] = tensors[first].int()
+    safetensors.torch.save_file(tensors, folder / name)
+    accept(folder, name)
+    refused(folder, f'{name} is not of the network in config.json')
+
+
+@pytest.mark.parametrize('content', ['', '{', '[' * 100_000, '{"a": \udcff}', '{"a": ' + '9' * 5000 + '}'])
+def test_config_that_is_no_json(folder, content):
+    (folder / CONFIG).write_bytes(content.encode(errors='surrogateescape'))
+    refused(folder, 'config.json is not JSON')
+
+
+def test_no_config(folder, tmp_path):
+    (folder / CONFIG).unlink()
+    refused(folder, 'holds no config.json')
+    (tmp_path / 'empty').mkdir()
+    refused(tmp_path / 'empty', 'holds no config.json')
+
+
+def test_a_directory_of_timm(tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_vit'), tmp_path, safe_serialization=True)
+    refused(tmp_path, "no 'timm_shiftnas' entry.*load it with timm.create_model")
+    (tmp_path / CONFIG).write_text('[]')
+    refused(tmp_path, "no 'timm_shiftnas' entry")
+
+
+def test_no_directory_and_no_repository(tmp_path, saved):
+    for name in ('nowhere', '/nowhere/at/all', './model', '', tmp_path / 'none', 'a/b/c', saved / CONFIG):
+        refused(name, 'is no directory, nor a repository')
+
+
+def test_newer_format(folder):
+    edit(folder, lambda config, ours: ours.update(format=2, kind='unheard of'))
+    refused(folder, 'has format 2, and this timm_shiftnas reads formats up to 1; upgrade it: pip install -U')
+
+
+@pytest.mark.parametrize('entry, value', [
+    ('format', None), ('format', '1'), ('format', True), ('format', 0),
+    ('kind', None), ('kind', 'teacher'),
+    ('files', None), ('files', {}), ('files', []),
+    ('generator', None), ('generator', {'hidden_size': 0}), ('generator', {'hidden_size': '64'}),
+    ('generator', {'hidden_size': 10 ** 12}),
+    ('groups', 'x'), ('groups', [1]), ('groups', [2, 1]), ('groups', [1, 2]), ('probabilities', [.5, .6, 0, 0]),
+    ('results', {}), ('results', [1]), ('results', [{'name': 'x'}]),
+])
+def test_unusable_entry(folder, entry, value):
+    edit(folder, lambda config, ours: ours.update({entry: value}))
+    name = 'groups' if entry == 'probabilities' else entry
+    refused(folder, f'config.json has an unusable entry timm_shiftnas.{name}: ')
+
+
+@pytest.mark.parametrize('name', [
+    '../model.safetensors', '/etc/passwd', 'a/b.safetensors', 'a\\b', '..', '.', '', '.hidden', 'a\nb', 'C:x'])
+def test_path_like_names(folder, name):
+    edit(folder, lambda config, ours: ours['files'].update({name: ours['files'][WEIGHTS]}))
+    refused(folder, 'unusable entry timm_shiftnas.files')
+
+
+@pytest.mark.parametrize('entry', [
+    None, {}, {'size': -1, 'sha256': '0' * 64}, {'size': '5', 'sha256': '0' * 64}, {'size': 5, 'sha256': 'x' * 64},
+    {'size': 5}, {'size': True, 'sha256': '0' * 64}])
+def test_unusable_file_entry(folder, entry):
+    edit(folder, lambda config, ours: ours['files'].update({WEIGHTS: entry}))
+    refused(folder, 'unusable entry timm_shiftnas.files')
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(space=dict(embed_dim=[32, 10 ** 12])), 'asks for embed_dim=1000000000000; nothing above 1,000,000 is loaded'),
+    (dict(space=dict(depth=[10 ** 12])), 'asks for depth=1000000000000; nothing above 1,000 is loaded'),
+    (dict(space=dict(num_heads=[10 ** 400])), 'asks for num_heads'),
+    (dict(space=dict(mlp_ratio=[1.0, math.inf])), 'asks for mlp_ratio=inf'),
+    (dict(space=dict(mlp_ratio=[math.nan])), 'asks for mlp_ratio=nan'),
+    (dict(space=dict(embed_dim=list(range(1, 5000)))), '4,999 values of embed_dim'),
+    (dict(img_size=10 ** 9), 'asks for img_size'),
+    (dict(num_classes=10 ** 12), 'asks for num_classes'),
+    (dict(max_relative_position=10 ** 12), 'asks for max_relative_position'),
+    # below the bounds, and still terabytes: refused for not being what the file holds
+    (dict(space=dict(embed_dim=[32, 10 ** 6])), 'model.safetensors is not of the network in config.json'),
+    (dict(space=dict(num_heads=[1, 10 ** 6])), 'model.safetensors is not of the network in config.json'),
+    (dict(max_relative_position=10 ** 6), 'model.safetensors is not of the network in config.json'),
+])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(folder, change, message):
+    def apply(config, ours):
+        config['model_args']['space'].update(change.pop('space', {}))
+        config['model_args'].update(change)
+
+    edit(folder, apply)
+    before = peak_memory()
+    refused(folder, message)
+    assert peak_memory() - before < 500e6
+
+
+def peak_memory():
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(architecture=None), 'unknown architecture None'),
+    (dict(architecture='hf-hub:some/model'), 'unknown architecture'),
+    (dict(architecture='resnet18'), 'does not describe a network'),
+    (dict(architecture='shiftformer_subnet'), 'does not describe a network'),
+    (dict(model_args=None), 'unusable entry model_args'),
+    (dict(model_args=dict(img_size=64)), 'model.safetensors is not of the network'),
+    (dict(model_args=dict(space=5)), 'not a search space'),
+    (dict(model_args=dict(space=dict(family='x'))), "not a search space: family='x'"),
+    (dict(model_args=dict(patch_size=0)), 'does not describe a network'),
+    (dict(model_args=dict(unheard_of=1)), "unexpected argument 'unheard_of'"),
+    (dict(model_args=dict(checkpoint_path='x.pth')), 'model_args.checkpoint_path, which is no argument of a network'),
+    (dict(model_args=dict(pretrained=True)), 'model_args.pretrained, which is no argument of a network'),
+    (dict(pretrained_cfg=None), 'unusable entry pretrained_cfg'),
+    (dict(pretrained_cfg=dict(unheard_of=1)), "does not describe a network.*'unheard_of'"),
+])
+def test_config_of_no_network(folder, change, message):
+    edit(folder, lambda config, ours: config.update(change))
+    refused(folder, message)
+
+
+def test_kind_of_another_network(folder, saved_subnet):
+    edit(folder, lambda config, ours: ours.update(kind='subnet'))
+    with pytest.raises(ValueError, match='says subnet, but'):
+        from_pretrained(folder)
+    other = shutil.copytree(saved_subnet, folder.parent / 'subnet')
+    edit(other, lambda config, ours: ours.update(kind='supernet'))
+    with pytest.raises(ValueError, match='says supernet, but'):
+        load_supernet(other)
+
+
+# -- saving over a directory, and being interrupted --------------------------------------------------------------------
+
+
+def test_saving_over_a_directory(folder, net, mixed):
+    (folder / 'notes.txt').write_text('mine')
+    save_pretrained(folder, extract(net, mixed))
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS, 'notes.txt']
+    assert from_pretrained(folder).arch == mixed
+
+
+def test_files_of_two_models_never_load(tmp_path, folder, generator):
+    """Every mix of two directories of the same shapes fails, whichever file is the other one's."""
+    other = tmp_path / 'other'
+    net = make_net(seed=1)
+    save_pretrained(other, net, ArchitectureGenerator(net.space, seed=1).fit(steps=1, progress=False))
+    for name in (CONFIG, WEIGHTS, GENERATOR):
+        mix = shutil.copytree(folder, tmp_path / f'mix {name}')
+        shutil.copy(other / name, mix / name)
+        refused(mix, 'sha256 differs')
+
+
+def test_a_save_that_fails_midway_leaves_nothing_loadable(folder, net, generator):
+    """The generator cannot take its place, because a directory is in it; the weights took theirs before."""
+    (folder / GENERATOR).unlink()
+    (folder / GENERATOR).mkdir()
+    (folder / GENERATOR / 'x').touch()
+    with pytest.raises(OSError):
+        save_pretrained(folder, make_net(seed=1), generator)
+    assert sorted(os.listdir(folder)) == [GENERATOR, WEIGHTS]
+    refused(folder, 'holds no config.json')
+    with pytest.raises(FileNotFoundError):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    shutil.rmtree(folder / GENERATOR)
+    save_pretrained(folder, net, generator)
+    assert torch.equal(logits(load_supernet(folder)[0]), logits(net))
+
+
+def test_a_killed_save_leaves_the_old_model_whole(folder, net, generator):
+    """A process that saves other weights is killed while it writes: a FIFO in the place of a file holds it there."""
+    os.mkfifo(folder / f'.{CONFIG}.tmp')
+    code = (
+        'import sys, torch, timm\n'
+        'from timm_shiftnas.hub.load import load_supernet, save_pretrained\n'
+        'net, generator = load_supernet(sys.argv[1])\n'
+        'torch.nn.init.zeros_(net.head.weight)\n'
+        'save_pretrained(sys.argv[1], net, generator)\n')
+    child = Job(run_code, code, folder, out='/dev/null')
+    try:
+        while not (folder / f'.{GENERATOR}.tmp').exists():
+            assert child.alive
+            time.sleep(.01)
+        assert from_pretrained(folder, flops='2M').arch is not None
+    finally:
+        child.kill()
+        child.process.join()
+    assert torch.equal(logits(load_supernet(folder)[0]), logits(net))
+    assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()), logits(net))
+    os.unlink(folder / f'.{CONFIG}.tmp')
+    save_pretrained(folder, make_net(seed=1), generator)
+    assert sorted(os.listdir(folder)) == [CONFIG, GENERATOR, WEIGHTS]
+
+
+def test_saved_model_reads_only_what_it_checked(folder):
+    saved = SavedModel(folder)
+    assert saved.read(WEIGHTS) == (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(b'x')
+    with pytest.raises(ValueError, match='has 1 bytes instead of'):
+        saved.read(WEIGHTS)

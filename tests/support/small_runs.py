@@ -1,0 +1,42 @@
+"""What the tests of `train.py` share: the script itself, flags of a run of seconds, and a look at checkpoints."""
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from timm.utils import setup_default_logging
+
+ROOT = Path(__file__).parents[2]
+from timm_shiftnas.training import trainer as train
+
+FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
+        '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
+        '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
+        '--generator-images', '16', '--log-interval', '5']
+
+
+def run_script(argv):
+    """What `python train.py` does."""
+    setup_default_logging()
+    return train.main(argv)
+
+
+def load(path):
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(a, b, where=''):
+    """Equal bit for bit, nested containers included."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f'{where}/{i}')
+    else:
+        assert a == b, where

@@ -1,0 +1,134 @@
+"""Flags against what the docs say of them."""
+import re
+from pathlib import Path
+
+import pytest
+from support.small_runs import train
+
+from timm_shiftnas.training.flags import build_parser, in_flags, parse_args, training_facts
+from timm_shiftnas.method.config import ShiftNASConfig
+
+ROOT = Path(__file__).parents[2]
+OURS = {  # flags that timm's script does not have, outside the group of ShiftNAS' own
+    '--traceback', '--help', '-h', '--config', '-c', '--glyph-images', '--glyph-difficulty', '--glyph-pixels',
+    '--workers', '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite',
+    '--kd-model-path', '--dr', '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model'}
+WRONG = {  # flags, and what their error says
+    '--reprob 1.5': "--reprob: '1.5' must be a number from 0 to 1",
+    '--clip-grad 0': "--clip-grad: '0' must be a number above 0",
+    '--lr nan': "--lr: 'nan' must be a number of 0 or more",
+    '--lr inf': "--lr: 'inf' must be",
+    '--epochs 1.5': "--epochs: '1.5' must be a whole number of 1 or more",
+    '--workers -1': "--workers: '-1' must be a whole number of 0 or more",
+    '--crop-pct 0': "'0' must be a number above 0",
+    '--smoothing 1': "'1' must be a number from 0 to less than 1",
+    '--cutmix-minmax 0.8 0.2': '--cutmix-minmax 0.8 0.2: give the smaller one first',
+    '--loss asl --mixup 0.2': 'leave out --mixup',
+    '--data-dir d --epochs 1 2': "'2' is no value of a flag, and the data is 'd' already",
+    '--task classification': 'unrecognized arguments: --task',  # and not the beginning of another flag
+    '--opt adamx': "no optimizer 'adamx'; choose one such as adamax, adam",
+    '--sched foo': "invalid choice: 'foo' (choose from",
+    '--aa rand-x9': "'rand-x9' is no policy of timm",
+    '--torchcompile foo': "no backend 'foo'; choose one of ",
+    '--device foo': "no device 'foo'; give cpu, cuda",
+    '--input-img-mode XX': "'XX' is no mode of PIL images",
+    '--clip-mode agc': '--clip-mode agc needs --clip-grad X',
+    '--sched plateau --sched-on-updates': 'leave out --sched-on-updates',
+    '--class-map /nosuch': "--class-map: there is no file '/nosuch'",
+}
+
+
+def test_the_table_names_every_flag_of_timm_that_is_here():
+    parser = build_parser()
+    own = next(group for group in parser._action_groups if group.title == 'ShiftNAS')
+    there = {name for action in parser._actions if action not in own._group_actions for name in action.option_strings}
+    supported, refused = (ROOT / 'docs' / 'training.md').read_text().split('\n## Several')[0].split('Not supported:')
+    rows = '\n'.join(line for line in supported.splitlines() if line.startswith('|'))
+    named = set(re.findall(r'`(--?[a-zA-Z-]+\*?)', rows))
+    for name in named:
+        found = [flag for flag in there if flag == name or name.endswith('*') and flag.startswith(name[:-1])]
+        assert found, f'{name} is in the table, and not in train.py'
+    unnamed = {flag for flag in there - OURS if flag not in named
+               and not any(name.endswith('*') and flag.startswith(name[:-1]) for name in named)}
+    assert not unnamed
+    left = set(re.findall(r'`(--?[a-z-]+)', '\n'.join(line for line in refused.splitlines() if line.startswith('| `'))))
+    instead = {'--drop-path', '--amp', '--loss', '--opt'}  # named for some of their values
+    assert '--sync-bn' in left and not (left & there) - instead
+
+
+def test_a_config_of_every_flag_gives_its_values_back(tmp_path):
+    import yaml
+    args = parse_args([
+        '--data-dir', 'd', '--torchcompile', '--group-weights', '1', '2', '--opt-kwargs', 'a=1', '--wandb-tags', 'x',
+        '--resume', 'auto', '--experiment', 'e', '--sandwich', '--arch-per-rank', '--kd-model', 'resnet18'])
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+    again = parse_args(['-c', str(tmp_path / 'args.yaml')])
+    assert {**vars(again), 'config': None} == vars(args)
+    (tmp_path / 'short.yaml').write_text('torchcompile: true\n')
+    assert parse_args(['-c', str(tmp_path / 'short.yaml')]).torchcompile == 'inductor'
+
+
+def test_a_config_of_timms_own_script(tmp_path, capsys):
+    """What is off or empty in it may stand there."""
+    path = tmp_path / 'args.yaml'
+    path.write_text("aug_splits: 0\nbn_eps: null\nsplit_bn: false\ninterpolation: ''\nlr_base_scale: ''\nresume: ''\n")
+    args = parse_args(['-c', str(path)])
+    assert (args.interpolation, args.lr_base_scale) == ('', '')
+    path.write_text(
+        'bce_pos_weight: 2.0\nkd_model_name: resnet18\ntorchcompile: false\nwarmup_epochs: 5.0\ndata_dir: d\n')
+    args = parse_args(['-c', str(path), 'DIR'])
+    assert (args.loss_pos_weight, args.kd_model, args.torchcompile, args.warmup_epochs) == (2, 'resnet18', None, 5)
+    assert args.data_dir == 'DIR'  # the command line wins
+    for text, words in (('dist_bn: reduce\ntta: 3\n', "there is no flag 'dist_bn', 'tta' here"),
+                        ('epochs: [1, 2]\n', 'epochs must be one value, not [1, 2]'),
+                        ('\udcff', 'cannot read the config')):
+        path.write_text(text, errors='surrogateescape')
+        with pytest.raises(SystemExit):
+            parse_args(['-c', str(path)])
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('opt, scale, ratio', [
+    ('adamw', '', 2), ('lookahead_lamb', '', 2), ('sgd', '', 4), ('adamw', 'linear', 4), ('sgd', 'sqrt', 2)])
+def test_learning_rates_grow_with_the_batch(opt, scale, ratio):
+    args = parse_args([
+        '--opt', opt, '--lr-base-scale', scale, '--lr-base', '0.5', '--lr-base-size', '64', '-b', '32',
+        '--grad-accum-steps', '4'])
+    assert train.scaled_lr(args, processes=2) == .5 * ratio
+
+
+def test_the_command_on_a_card_says_how_many_processes():
+    args = parse_args([
+        '--data-dir', '/secret', '--experiment', 'e', '--resume', 'auto', '--lr', '1', '--arch-per-rank'])
+    command = training_facts(args, processes=4)['command']
+    assert command == 'torchrun --nproc-per-node=4 train.py --arch-per-rank --lr 1'
+
+
+@pytest.mark.parametrize('flags', WRONG)
+def test_values_out_of_range(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(flags.split())
+    assert end.value.code == 2 and WRONG[flags] in capsys.readouterr().err
+
+
+def test_values_in_range():
+    args = parse_args([
+        '--opt', 'lookahead_AdamW', '--aa', 'rand-m9-mstd0.5-inc1', '--lr', '0', '--smoothing', '0', '--crop-pct', '1',
+        '--epochs', '1e2', '--scale', '0', '1',
+        '--seed', str(2 ** 32 - 1), '--input-img-mode', 'RGBA', '--decay-milestones', '3', '5'])
+    assert args.opt == 'lookahead_AdamW' and args.decay_milestones == [3, 5] and args.lr == 0
+    assert args.epochs == 100 and isinstance(args.epochs, int)
+
+
+def test_errors_of_the_settings_name_flags():
+    messages = []
+    for wrong in (dict(sandwich=True), dict(inplace_distillation=True), dict(temperature=0.),
+                  dict(group_weights=(1., 2.), shift='variation'), dict(shift_interval=0)):
+        with pytest.raises(ValueError) as error:
+            ShiftNASConfig(**wrong)
+        messages.append(in_flags(str(error.value)))
+    assert messages[0].startswith('--archs-per-step 1 leaves a sandwich without filling')
+    assert messages[1].endswith('give --sandwich too, and --archs-per-step 4')
+    assert messages[2].startswith('--kd-temperature 0.0 must be positive')
+    assert messages[3].startswith('--group-weights 1.0 2.0 fix P, which needs --sampler shiftnas and --shift none')
+    assert messages[4] == '--shift-interval 0 must be at least 1'

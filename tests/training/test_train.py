@@ -1,0 +1,429 @@
+"""train.py as users run it: outputs, resuming, mistakes, Ctrl-C."""
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image, ImageOps
+from support.processes import Job
+from support.small_runs import FAST, ROOT, load, run_script, same, train
+from timm.loss import PolyCrossEntropy
+
+import timm_shiftnas as tsn
+
+
+def run(tmp_path, *flags):
+    return train.main([*FAST, '--output', str(tmp_path), '--experiment', 'run', *flags])
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """Three epochs with everything random switched on, and workers."""
+    path = tmp_path_factory.mktemp('finished')
+    flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
+             '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9',
+             '--reprob', '0.25', '--aa', 'rand-m5-n1']
+    assert run(path, *flags) == 0
+    return path / 'run', flags
+
+
+def test_writes_what_it_promises(finished):
+    output, _ = finished
+    names = {path.name for path in output.iterdir()}
+    assert {'summary.csv', 'budgets.csv', 'shift.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar',
+            'args.yaml'} <= names
+    assert not [name for name in names if 'tmp' in name]
+    for name in ('accuracy.png', 'shift.png'):
+        assert min(Image.open(output / name).size) > 300
+    summary = list(csv.DictReader((output / 'summary.csv').open()))
+    assert [row['epoch'] for row in summary] == ['0', '1', '2']
+    assert summary[0]['eval_top1'] == '' and float(summary[2]['eval_top1']) > 0
+    rows = list(csv.DictReader((output / 'budgets.csv').open()))
+    assert [row['name'] for row in rows] == ['smallest', 'group 1', 'group 2', 'group 3', 'largest']
+    assert all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
+    top1 = [float(row['top1']) for row in rows[1:-1]]
+    assert float(summary[2]['eval_top1']) == pytest.approx(sum(top1) / 3, abs=.01)
+    assert all(float(row['train_seconds']) > 0 for row in summary)
+    shifts = list(csv.DictReader((output / 'shift.csv').open()))
+    history = load(output / 'last.pth.tar')['task_state']['history']
+    assert [int(row['update']) for row in shifts] == [update for update, _ in history] and len(shifts) > 3
+    for row, (_, p) in zip(shifts, history):
+        assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
+
+
+def test_the_flags_of_a_run_scale_its_learning_rate_again(tmp_path):
+    """Not the rate, which is that of so many processes."""
+    given = [*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]
+    del given[given.index('--lr'):given.index('--lr') + 2]
+    trainer = train.Trainer(train.parse_args(given))
+    assert trainer.args.lr == trainer.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
+    again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
+    assert again.lr is None and train.scaled_lr(again, processes=2) == 2 * trainer.args.lr
+
+
+def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
+    """By timm's flags: what timm makes of them is what trains."""
+    flags = [*FAST, '--shift', 'none', '--epochs', '4', '--output', str(tmp_path)]
+
+    def trainer(*more):
+        return train.Trainer(train.parse_args([*flags, *more]))
+
+    made = trainer('--loss', 'poly', '--poly-epsilon', '1.5', '--sched', 'wsd', '--decay-epochs', '2', '--lr-decay-fn',
+                   'linear', '--pretrained-cfg-overlay', 'crop_pct=0.5')
+    assert type(made.task.criterion) is PolyCrossEntropy and made.task.criterion.epsilon == 1.5
+    assert made.data_config['crop_pct'] == .5
+    rates = []
+    for epoch in range(4):
+        made.step_scheduler(epoch, 0)
+        rates.append(made.optimizer.param_groups[0]['lr'])
+    assert rates == pytest.approx([2e-3, 2e-3, 2e-3, 1e-3])  # half of them steady, then a straight line to 0
+    made = trainer('--loss', 'asl', '--asl-gamma-pos', '.5', '--asl-gamma-neg', '3', '--sched', 'none')
+    assert (made.task.criterion.gamma_pos, made.task.criterion.gamma_neg) == (.5, 3.)
+    made.step_scheduler(3, 0)
+    assert made.scheduler is None and made.optimizer.param_groups[0]['lr'] == 2e-3
+    for bce in (['--loss', 'bce'], ['--bce-loss']):
+        made = trainer(*bce, '--loss-pos-weight', '2', '--bce-sum', '--sched', 'rsqrt', '--decay-epochs', '1',
+                       '--lr-stable-timescale', '3')
+        assert float(made.task.criterion.pos_weight) == 2 and made.task.criterion.sum_classes
+        made.step_scheduler(1, 0)
+        assert made.optimizer.param_groups[0]['lr'] == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
+
+
+def test_the_model_directory_is_what_was_evaluated(finished):
+    """Its subnet for a group's budget has the table's accuracy, and its weights are the averaged ones."""
+    output, _ = finished
+    rows = list(csv.DictReader((output / 'budgets.csv').open()))
+    row = rows[2]
+    net = tsn.from_pretrained(output / 'model', flops=float(row['budget']))
+    from timm_shiftnas.data import StepBatches, create_dataset
+    config = timm.data.resolve_data_config(model=net)
+    dataset = create_dataset('sklearn/digits', None, 'validation')
+    images, targets = StepBatches(dataset, len(dataset), 0, **config).batch(0)
+    with torch.no_grad():
+        top1 = float((net(images).argmax(1) == targets).float().mean()) * 100
+    assert top1 == pytest.approx(float(row['top1']), abs=.01)
+    net = timm.create_model(f'local-dir:{output / "model"}', pretrained=True)
+    ema = load(output / 'last.pth.tar')['state_dict_ema']
+    assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    """With rate and time left, on stderr; the table goes to stdout."""
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
+    argv = [*FAST, '--shift', 'none', '--epochs', '1', '--output', str(tmp_path)]
+    process = Job(run_script, argv, out=tmp_path / 'out.txt', err=os.ttyname(terminal))
+    seen = os.read(ours, 4096)  # it has opened the terminal
+    os.close(terminal)
+    with contextlib.suppress(OSError):  # how Linux ends the stream
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    process.process.join()
+    table = (tmp_path / 'out.txt').read_text()
+    assert process.process.exitcode == 0 and table.splitlines()[0].split()[:3] == ['name', 'budget', 'MACs']
+    assert re.search(r'epoch 1/1: +\d+%.*\d+/\d+ \[\d+:\d+<\d+:\d+, .*batch', seen.decode(errors='replace')), seen
+
+
+def test_uniform_baseline_searches(tmp_path, capsys):
+    assert run(tmp_path, '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3') == 0
+    rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
+    assert len(rows) == 5
+    edges = [float(rows[0]['macs']), *(float(row['budget']) for row in rows[1:-1])]
+    for row, low, high in zip(rows[1:-1], edges, edges[1:]):
+        assert low < float(row['macs']) <= high
+        served = tsn.from_pretrained(tmp_path / 'run' / 'model', flops=float(row['budget']))
+        assert served.arch.to_dict() == json.loads(row['arch'])  # what was searched is what users get
+    assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
+
+
+def test_image_folder_accumulation_and_one_channel(tmp_path):
+    digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
+    for i in range(120):
+        for split in ('train', 'validation'):
+            folder = tmp_path / 'data' / split / str(digits.target[i] % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
+    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3',
+             '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher',
+             '--shift', 'none', '--clip-grad', '1', '--mixup', '0.1', '--amp',
+             '--amp-dtype', 'bfloat16', '--grad-checkpointing']
+    assert run(tmp_path, *flags) == 0
+    checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
+    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 16: three updates of 3, 3 and 1
+    net = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
+    assert net.num_classes == 2 and net.in_chans == 1
+
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    """Digits in two WebDataset shards for each split."""
+    digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
+    folder = tmp_path_factory.mktemp('shards')
+    for split, numbers in (('train', range(192)), ('validation', range(192, 292))):
+        for shard in (0, 1):
+            with tarfile.open(folder / f'{split}-{shard:04d}.tar', 'w') as tar:
+                for number in numbers[shard::2]:
+                    png = io.BytesIO()
+                    Image.fromarray((digits.images[number] * 15).astype('uint8')).save(png, 'png')
+                    for suffix, data in (('png', png.getvalue()), ('cls', str(digits.target[number]).encode())):
+                        member = tarfile.TarInfo(f'{number:06d}.{suffix}')
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_streamed_dataset(shards, tmp_path):
+    """A CNN, whose statistics need the training images a second time; and from the middle of an epoch, bit for bit."""
+    flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+             '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
+             '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '32', '--shift', 'none', '-j', '1',
+             '--epochs', '2', '--val-interval', '9', '--recovery-interval', '2', '--bn-images', '64',
+             '--checkpoint-hist', '9', '--output', str(tmp_path), '--experiment']
+    assert train.main([*flags, 'run']) == 0
+    whole = tmp_path / 'run'
+    assert load(whole / 'last.pth.tar')['task_state']['update'] == 12
+    state = load(whole / 'checkpoint-0.pth.tar')
+    assert train.main([*flags, 'middle', '--epochs', '1']) == 0  # the same first epoch
+    same(load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'], state['state_dict'])
+    trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
+    left = iter([False, True, False])  # SIGTERM comes after the step of the second update: the third is the last
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
+    with pytest.raises(train.Terminated):
+        trainer.train_epoch(1)
+    assert train.main([*flags, 'middle', '--resume', 'auto']) == 0
+    same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
+
+
+def test_held_out_images_of_a_stream_are_refused(capsys, shards):
+    line = one_line_error(
+        capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+        '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
+        '--num-classes', '10')
+    assert 'streams its images' in line
+
+
+def test_tracking(tmp_path, monkeypatch):
+    """TensorBoard's own reader finds the figures of the CSV; Weights & Biases keeps an offline run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    assert run(tmp_path, '--epochs', '2', '--val-interval', '1', '--log-tensorboard', '--log-wandb', '--wandb-project',
+               'tests', '--save-images', '--eval-metric', 'top1_largest') == 0
+    events = EventAccumulator(str(tmp_path / 'run'))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    for column, name in (('train_loss', 'train/epoch_loss'), ('eval_top1', 'eval/top1'), ('lr', 'lr')):
+        seen = {event.step: event.value for event in events.Scalars(name)}
+        assert [seen[10], seen[20]] == pytest.approx([float(row[column]) for row in rows], rel=1e-5)
+    last = load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'][-1][1]
+    assert [events.Scalars(f'P/group {k}')[-1].value for k in (1, 2, 3)] == pytest.approx(last, rel=1e-5)
+    assert len(events.Scalars('train/loss')) == 4 and len(list((tmp_path / 'run').glob('train-batch-*.jpg'))) == 4
+    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+    saved = load(tmp_path / 'run' / 'last.pth.tar')
+    assert saved['metric'] == float(rows[1]['eval_top1_largest'])
+
+
+def test_a_teacher_and_a_device_module(tmp_path, capsys):
+    """A trained supernet teaches another; an imported module is imported."""
+    teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    flags = ['--epochs', '1', '--kd-model', 'test_shiftformer_supernet', '--distill-loss-weight', '1']
+    assert run(tmp_path, *flags, '--kd-model-path', str(tmp_path / 'teacher.pth'), '--device-modules', 'colorsys',
+               '--archs-per-step', '3', '--sandwich', '--inplace-distillation', '--head-init-scale', '.1') == 0
+    assert 'colorsys' in sys.modules
+    assert 'cannot create the teacher' in one_line_error(capsys, *flags)  # it has no published weights
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def one_line_error(capsys, *flags):
+    code = train.main([*FAST, *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'error' in line or 'Traceback' in line]
+    assert code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_missing_folder(capsys, tmp_path):
+    assert 'nowhere' in one_line_error(capsys, '--dataset', '', '--data-dir', str(tmp_path / 'nowhere'))
+
+
+def test_one_class(capsys, folder):
+    shutil.rmtree(folder / 'train' / 'b')
+    assert 'class' in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
+
+
+def test_different_classes(capsys, folder):
+    (folder / 'validation' / 'b').rename(folder / 'validation' / 'c')
+    assert "'b' is in one" in one_line_error(capsys, '--dataset', '', '--data-dir', str(folder))
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_broken_image(capsys, folder, workers, tmp_path):
+    for i in range(12):
+        (folder / 'train' / 'a' / f'{i}.png').write_bytes(b'no image')
+    line = one_line_error(capsys, '--dataset', '', '--data-dir', str(folder), '-b', '8', '-j', workers,
+                          '--shift', 'none', '--output', str(tmp_path))
+    assert '.png' in line and 'repair or remove' in line
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--model', 'resnet18'], 'shiftformer_tiny_supernet'),
+    (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
+    (['--num-classes', '3'], '10 classes'),
+    (['--num-groups', '1001'], '1 to 1000'),
+    (['--group-width', 'abc'], "'1.4G'"),
+    (['--held-out', '0.9'], '0.5'),
+    (['--batch-size', '100000'], 'lower it'),
+    (['--resume', '/nowhere/last.pth.tar'], '/nowhere/last.pth.tar'),
+    (['--mixup', '0.5', '-b', '63'], 'even'),
+    (['--dataset', 'sklearn/nope'], 'sklearn/digits'),
+    (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
+    (['--model-kwargs', 'nonsense=2'], 'nonsense'),
+    (['--in-chans', '5'], 'RGB have 3'),
+    (['--opt-betas', '0.9'], '--opt adamw'),
+    (['--opt', 'adahessian'], 'second derivatives'),
+    (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
+    (['--start-epoch', '3', '--epochs', '3'], '--start-epoch 3'),
+    (['--gp', ''], 'leave it out, or give avg'),
+    (['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '4'], 'Look at --epochs, --warmup-epochs'),
+    (['--initial-checkpoint', __file__], '--initial-checkpoint'),
+    (['--kd-model', 'resnet18', '--kd-model-path', __file__], "'resnet18' with the weights"),
+    (['--sandwich'], '--archs-per-step 1'),
+    (['--device-modules', 'nonsense'], '--device-modules nonsense'),
+    (['--dataset', 'wds/nowhere'], 'wds/nowhere'),
+    (['--output', '/proc/nowhere'], '--output /proc/nowhere'),
+    (['--held-out', '0'], '(0, 0.5]'),
+])
+def test_wrong_flags(capsys, flags, words, tmp_path):
+    assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_resume_of_another_space(capsys, finished, tmp_path):
+    output, _ = finished
+    line = one_line_error(
+        capsys, '--resume', str(output / 'last.pth.tar'), '--img-size', '64', '--output', str(tmp_path))
+    assert 'img_size' in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('content, words', [
+    ('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
+    ("amp: 'no'\n", 'true or false'), ('tau: 3\n', 'tau'), ('clip-mode: foo\n', 'foo'), ('search_samples: 0\n', '1'),
+    ('initial-checkpoint: nowhere.pth\n', 'nowhere.pth'),
+])
+def test_wrong_config_file(capsys, tmp_path, content, words):
+    (tmp_path / 'c.yaml').write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train.main(['-c', str(tmp_path / 'c.yaml')])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_config_file_gives_defaults(tmp_path):
+    (tmp_path / 'c.yaml').write_text(
+        'batch-size: 32\nlr: 1e-3\nmodel: test_shiftformer_supernet\nscale: [0.5, 1]\namp: true\nhflip: null\n'
+        'model_kwargs: {relative_position: false}\n')
+    args = train.parse_args(['-c', str(tmp_path / 'c.yaml'), '--batch-size', '64', 'DIR'])
+    assert (args.batch_size, args.lr, args.model) == (64, 1e-3, 'test_shiftformer_supernet')
+    assert args.scale == [.5, 1.] and args.amp and args.hflip == .5 and args.data_dir == 'DIR'
+    assert args.model_kwargs == dict(relative_position=False)
+
+
+def test_resume_with_another_split(capsys, finished, tmp_path):
+    output, flags = finished
+    resume = ['--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path)]
+    line = one_line_error(capsys, *flags, *resume)
+    assert '--seed 42 and not 7' in line and 'args.yaml' in line
+
+
+def test_resume_with_another_optimizer(capsys, finished, tmp_path):
+    output, flags = finished
+    resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
+    assert '--opt adamw and not sgd' in one_line_error(capsys, *resume)
+    assert '--weight-decay 0.05 and not 0.0' in one_line_error(capsys, *resume[:-4], '--weight-decay', '0')
+    assert train.main([*FAST, *resume, '--experiment', 'run', '--epochs', '4', '--no-resume-opt']) == 0
+    assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
+
+
+def test_mixup_switched_off_without_prefetcher(tmp_path):
+    flags = ['--shift', 'none', '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1']
+    assert run(tmp_path, *flags) == 0
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
+    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
+        # a shell's background jobs ignore it, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    last = tmp_path / 'run' / 'last.pth.tar'
+    while process.poll() is None and not last.exists():
+        time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err, err
+    assert err.strip().splitlines()[-1] == f'train.py: interrupted; continue with --resume {last}'
+    epoch = load(last)['epoch']
+    flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
+    assert train.main([*FAST, *flags]) == 0  # goes on where it was
+    assert load(last)['epoch'] == epoch + 1
+    (tmp_path / 'run' / 'budgets.csv').unlink()
+    assert train.main([*FAST, *flags]) == 0  # nothing is left to train: evaluates
+    assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1
+
+
+@pytest.mark.parametrize('size, paper', [('tiny', '76.0'), ('small', '82.2'), ('base', '82.8')])
+def test_imagenet_configs_are_autoformers_recipe(size, paper):
+    path = ROOT / 'configs' / f'shiftformer_{size}_imagenet.yaml'
+    args = train.parse_args(['-c', str(path), '--data-dir', '/data/imagenet'])
+    assert args.batch_size * args.grad_accum_steps == 1024 and train.scaled_lr(args) == pytest.approx(5e-4 * 1024 / 512)
+    wanted = dict(
+        model=f'shiftformer_{size}_supernet', epochs=500, opt='adamw', weight_decay=.05, warmup_epochs=20, drop_path=.1,
+        aa='rand-m9-mstd0.5-mmax9-inc1', mixup=.8, cutmix=1., smoothing=.1, reprob=.25, aug_repeats=3,
+        shift_warmup_epochs=50, group_width='0.1G')
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    header = path.read_text().split('model:')[0]
+    assert f'{paper}% top-1' in header and f'-c configs/{path.name}' in header
+    space = timm.create_model(args.model, device='meta').space
+    middle = (tsn.macs(space, space.smallest) + tsn.macs(space, space.largest)) / 2  # an even P over groups
+    assert f'3 x {middle / 1e9:.2f} GMACs' in header
+    assert f'= {500 * 1.281167 * 3 * middle / 1e9 / 1e3:.1f} EMACs' in header
+
+
+def warnings_of(caplog, *flags):
+    """What making the loaders says."""
+    args = train.parse_args([*FAST, *flags])
+    args.num_classes = 10
+    net = train.create_supernet(args, torch.device('cpu'))
+    caplog.clear()
+    train.create_loaders(
+        args, train.open_data(args), timm.data.resolve_data_config(vars(args), model=net), torch.device('cpu'))
+    return caplog.text
+
+
+def test_policies_that_pillow_refuses(caplog):
+    try:
+        refused = not ImageOps.posterize(Image.new('L', (1, 1)), 0)
+    except ValueError:
+        refused = True
+    for policy, risky in (('rand-m9-mstd0.5-mmax9-inc1', False), ('rand-m3-inc1', True)):
+        assert ('-mmax9' in warnings_of(caplog, '--aa', policy)) == (risky and refused)
+
+
+def test_repeated_augmentation_needs_several_processes(caplog):
+    assert '--aug-repeats needs several processes; it is ignored' in warnings_of(caplog, '--aug-repeats', '3')

@@ -1,0 +1,124 @@
+"""Accuracy of subnets, and the two ways to pick one for a budget: the generator, or a search over sampled archs.
+
+Several processes evaluate a table by parts of the images and calibrate or search by subnets; all get the same figures,
+which are those of one process.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..method.groups import BudgetGroups
+from ..method.task import ClassificationEvaluator, evaluation_sample_limit
+from ..models.calibration import BatchNormCalibration, has_batch_norm
+from ..models.subnet import Subnet
+from ..space import complexity
+from ..space.core import Arch
+from ..utils.distributed import Ranks
+
+__all__ = ['evaluate', 'evaluate_budgets']
+
+_UNCALIBRATED = (
+    'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means nothing: '
+    'give calibration=BatchNormCalibration(loader) of training images, or extract one and call calibrate_bn')
+Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Loader,
+        device: torch.device,
+        autocast: AbstractContextManager | None = None,
+        channels_last: bool = False,
+        distributed: bool = False,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back.
+
+    Args:
+        distributed: The loader gives each process a part of the images, as timm's do.
+
+    Raises:
+        ValueError: If `model` is a view of a supernet with BatchNorm, whose running statistics are not the view's own.
+    """
+    if isinstance(model, Subnet) and has_batch_norm(model):
+        raise ValueError(_UNCALIBRATED)
+    # the loaders of several processes are filled up with images that others have too
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    training = model.training
+    model.eval()
+    try:
+        for images, targets in loader:
+            images, targets = images.to(device), targets.to(device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast or nullcontext():
+                logits = model(images)
+            evaluator.update(logits, targets)
+    finally:
+        model.train(training)
+    metrics = evaluator.compute(distributed)
+    return metrics['top1'], metrics['top5']
+
+
+def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None) -> nn.Module:
+    """A subnet to evaluate: a view of the supernet or, with BatchNorm, the extracted and calibrated network.
+
+    Raises:
+        ValueError: If BatchNorm has nothing to be calibrated with.
+    """
+    if not has_batch_norm(net):
+        return Subnet(net, arch)
+    if calibration is None:
+        raise ValueError(_UNCALIBRATED)
+    return calibration(net, arch)
+
+
+def evaluate_budgets(
+        net: nn.Module,
+        groups: BudgetGroups,
+        archs: Sequence[Arch],
+        loader: Loader,
+        device: torch.device,
+        calibration: BatchNormCalibration | None = None,
+        ranks: Ranks = Ranks(),
+        **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Rows of the budget table: the smallest subnet, one subnet for every group, and the largest.
+
+    Args:
+        net: The supernet.
+        groups: K budget groups.
+        archs: The K archs that serve them.
+        loader: Images and class indices.
+        calibration: Gives subnets their BatchNorm statistics, where there is BatchNorm.
+        ranks: The processes that share the images: each has a loader of its part, and calibrates its share of subnets.
+        **kwargs: As for `evaluate`.
+
+    Raises:
+        ValueError: If the network has BatchNorm and there is no calibration.
+
+    Returns:
+        K + 2 dicts with name, budget (MACs, or None), macs, params, top1, top5 (percent) and arch.
+    """
+    space = net.space
+    named = [('smallest', None, space.smallest)]
+    named += [(f'group {k + 1}', budget, arch) for k, (budget, arch) in enumerate(zip(groups.budgets, archs))]
+    named += [('largest', None, space.largest)]
+    if calibration is not None:
+        calibration.prepare(net, [arch for _, _, arch in named], ranks)
+    accuracies: dict[Arch, tuple[float, float]] = {}
+    rows = []
+    for name, budget, arch in named:
+        if arch not in accuracies:
+            accuracies[arch] = evaluate(
+                at_arch(net, arch, calibration), loader, device, distributed=ranks.size > 1, **kwargs)
+        top1, top5 = accuracies[arch]
+        rows.append(dict(
+            name=name, budget=budget, macs=complexity.macs(space, arch), params=complexity.params(space, arch),
+            top1=top1, top5=top5, arch=arch.to_dict()))
+    return rows

@@ -1,0 +1,252 @@
+"""What a run reports: a table, two CSV files and two pictures, from plain rows.
+
+A *row* is one evaluated subnet, a dict with the keys
+
+* `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
+* `budget`: the MACs that the subnet had to keep to, or `None`;
+* `macs`, `params`: what it has;
+* `top1`, `top5`: accuracy in percent;
+* `arch`: `Arch.to_dict()`.
+
+Files appear whole or not at all. Pictures need matplotlib, an extra: without it they are left out, which is said once.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..utils.files import atomic_write
+from .tables import Row
+
+__all__ = ['plot_accuracy', 'plot_shift']
+
+SIZE = (9.0, 5.6)  # inches, at 100 pixels each: what a README shows without scaling
+BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
+
+_logger = logging.getLogger(__name__)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequence[Row] | None = None) -> bool:
+    """Draw top-1 against MACs as a PNG of 900 x 560 pixels.
+
+    Args:
+        path: Where to write.
+        rows: The run's subnets; those of the groups become a line, 'smallest' and 'largest' marks of their own.
+        baseline: Subnets of another run, drawn in grey for comparison.
+
+    Returns:
+        Whether the picture was written; it is not without matplotlib.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError('there are no rows to draw; give at least one evaluated subnet')
+    if not _has_matplotlib():
+        return False
+    figure = _figure()
+    ax = figure.add_subplot()
+    scale, unit = _unit(max(row['macs'] for row in [*rows, *(baseline or [])]))
+    _draw_subnets(ax, baseline or [], scale, GREY, GREY, 'baseline')
+    ends = _draw_subnets(ax, rows, scale, BLUE, ORANGE, 'subnets for a budget')
+    ax.margins(x=0.05, y=0.12)
+    for name, point in ends:
+        side = 'right' if name == 'largest' else 'left'
+        ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
+                    xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
+    ax.set_xlabel(f'{unit} per image')
+    ax.set_ylabel('top-1 accuracy (%)')
+    ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right']].set_visible(False)
+    if ax.get_legend_handles_labels()[0]:
+        falls = max(rows, key=lambda row: row['macs'])['top1'] < min(rows, key=lambda row: row['macs'])['top1']
+        ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
+    _save(figure, path)
+    return True
+
+
+def plot_shift(
+        path: str | os.PathLike,
+        history: Sequence[tuple[int, Sequence[float]]],
+        edges: Sequence[float],
+        uniform_macs: Sequence[float],
+) -> bool:
+    """Draw how the distribution over groups moved, above where uniform sampling would have trained (a PNG, 900 x 560).
+
+    Both parts share the axis of MACs. Above, time runs upwards, and the colour of group k is `P_k * K`: 1 is the share
+    of a uniform P. Below, a histogram of uniformly sampled archs, with the last P as a line in the same unit.
+
+    Args:
+        path: Where to write.
+        history: (update, [P_1, ..., P_K]) with P in force from that optimizer update on.
+        edges: The K + 1 bounds of the groups, in MACs, increasing.
+        uniform_macs: MACs of uniformly sampled archs.
+
+    Returns:
+        Whether the picture was written; it is not without matplotlib.
+
+    Raises:
+        ValueError: If the history is empty or not of as many groups as there are edges, less one.
+    """
+    if not history:
+        raise ValueError('the history of P is empty; give at least one (update, P) pair')
+    if wrong := [p for _, p in history if len(p) != len(edges) - 1]:
+        raise ValueError(f'P has {len(wrong[0])} entries, but {len(edges)} edges bound {len(edges) - 1} groups')
+    if not _has_matplotlib():
+        return False
+    history = sorted(dict(history).items())
+    figure = _figure()
+    grid = figure.add_gridspec(2, 2, height_ratios=(2.2, 1), width_ratios=(40, 1))
+    heat = figure.add_subplot(grid[0, 0])
+    histogram = figure.add_subplot(grid[1, 0], sharex=heat)
+    scale, unit = _unit(edges[-1])
+    bounds = [edge / scale for edge in edges]
+    mesh, ticks = _draw_heat_map(heat, history, bounds)
+    heat.tick_params(labelbottom=False)
+    heat.set_ylabel('training update')
+    heat.set_title('Where training went: probability of each budget group', loc='left', fontweight='bold')
+    colour_bar = figure.colorbar(mesh, cax=figure.add_subplot(grid[0, 1]), ticks=ticks)
+    colour_bar.ax.set_yticklabels([f'{tick:.3g}×' for tick in ticks])
+    colour_bar.ax.minorticks_off()
+    colour_bar.set_label('P relative to uniform')
+    _draw_uniform_samples(histogram, [macs / scale for macs in uniform_macs], bounds, history[-1][1])
+    histogram.set_xlabel(f'{unit} per image')
+    histogram.set_xlim(bounds[0], bounds[-1])
+    _save(figure, path)
+    return True
+
+
+def _draw_subnets(
+        ax: Any,
+        rows: Sequence[Row],
+        scale: float,
+        colour: str,
+        end_colour: str,
+        label: str,
+) -> list[tuple[str, tuple[float, float]]]:
+    """Draw the groups' subnets as a line and the two ends as triangles; returns the ends' names and points."""
+    points = [(row['name'], (row['macs'] / scale, row['top1'])) for row in rows]
+    markers = {'smallest': 'v', 'largest': '^'}
+    if line := sorted(point for name, point in points if name not in markers):
+        ax.plot(*zip(*line), '-o', color=colour, linewidth=2, markersize=5, label=label)
+    ends = [(name, point) for name, point in points if name in markers]
+    for name, point in ends:
+        ax.plot(*point, markers[name], color=end_colour, markersize=10, zorder=3)
+    return ends
+
+
+def _label_height(ax: Any, point: tuple[float, float], side: str) -> int:
+    """How far above a point, in typographical points, its label meets least of what is drawn already.
+
+    Args:
+        ax: Axes of a whole figure, with limits that stay as they are.
+        point: In data.
+        side: The side of the label that is at the point.
+    """
+    (x, y), pixel = point, 100 / 72
+    wide, high = (float(np.ptp(limits)) for limits in (ax.get_xlim(), ax.get_ylim()))
+    places = np.linspace(x - wide / 7, x, 200) if side == 'right' else np.linspace(x, x + wide / 7, 200)
+    rises = [np.interp(places, *line.get_data(), left=np.nan, right=np.nan) - y for line in ax.get_lines()]
+    rises = [rise * 470 / high / pixel for rise in rises]  # 470 pixels are the height of these axes
+
+    def met(height: int) -> int:
+        return sum(int(((height - 7 < rise) & (rise < height + 14)).sum()) for rise in rises)
+
+    heights = (10, -20, -34, 24) if side == 'right' else (-20, 10, 24, -34)
+    return min(heights, key=met)
+
+
+def _draw_heat_map(
+        ax: Any,
+        history: Sequence[tuple[int, Sequence[float]]],
+        bounds: Sequence[float],
+) -> tuple[Any, list[float]]:
+    """Draw P_k * K over MACs and time; returns the coloured mesh and the ticks of its colour bar."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    ratios = [[value * len(p) for value in p] for _, p in history]
+    # At least a quarter each way, so that the noise of a uniform P does not light up; at most 8, so that a group which
+    # starves does not flatten the colours of all others.
+    limit = min(8.0, max(1.25, *(max(value, 1 / max(value, 1e-9)) for row in ratios for value in row)))
+    updates = [update for update, _ in history]
+    step = updates[-1] - updates[-2] if len(updates) > 1 else 1
+    # Colours beyond the limits are those of the limits; a P of zero has no logarithm.
+    clipped = [[min(max(value, 1 / limit), limit) for value in row] for row in ratios]
+    mesh = ax.pcolormesh(
+        bounds, [*updates, updates[-1] + step], clipped, cmap='RdBu_r', norm=LogNorm(1 / limit, limit))
+    _draw_edges(ax, bounds)
+    if len(updates) == 1:
+        ax.set_yticks(updates)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=(1, 2, 2.5, 5, 10)))
+    steps = (1.1, 1.25) if limit < 1.5 else (1.25, 1.5) if limit < 2 else (1.5, 2, 3) if limit < 4 else (2, 4, 8)
+    above = [tick for tick in steps if tick <= limit * 1.001]
+    return mesh, [*(1 / tick for tick in reversed(above)), 1, *above]
+
+
+def _draw_uniform_samples(ax: Any, samples: Sequence[float], bounds: Sequence[float], last: Sequence[float]) -> None:
+    """Draw the share of uniform samples per bin of MACs, and the share that the last P gives to the same bin."""
+    bins = 60
+    width = (bounds[-1] - bounds[0]) / bins
+    if len(samples):
+        percent, limits = [100 / len(samples)] * len(samples), (bounds[0], bounds[-1])
+        ax.hist(samples, bins, range=limits, weights=percent, color='#c3c8d0', label='archs sampled uniformly')
+    density = [100 * p * width / (right - left) for p, left, right in zip(last, bounds, bounds[1:])]
+    ax.stairs(density, bounds, baseline=None, color=DARK, linewidth=1.8, label='budgets drawn by the last P')
+    _draw_edges(ax, bounds)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel('share per bin (%)')
+    ax.spines[['top', 'right']].set_visible(False)
+    # above the axes, where no curve can run into it
+    ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
+
+
+def _draw_edges(ax: Any, bounds: Sequence[float]) -> None:
+    for bound in bounds[1:-1]:
+        ax.axvline(bound, color=DARK, alpha=0.12, linewidth=0.6)
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    """The scale of an axis of MACs, and its name."""
+    return (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs') if largest >= 1e6 else (1e3, 'kMACs')
+
+
+@functools.cache
+def _has_matplotlib() -> bool:
+    """Whether pictures can be drawn; cached, so that a run is told once and not at every evaluation."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        _logger.warning("No pictures without matplotlib: to get them, pip install 'timm_shiftnas[quickstart]'")
+        return False
+    return True
+
+
+def _figure() -> Any:
+    """A figure on the Agg canvas; pyplot, with its backend and list of open figures, stays out of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, dpi=100, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format='png')

@@ -1,0 +1,64 @@
+"""The search of one-shot NAS: the best of sampled archs for each budget."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..method.generator import ArchitectureGenerator
+from ..method.groups import BudgetGroups
+from ..models.calibration import BatchNormCalibration
+from ..space import complexity
+from ..space.core import Arch, SearchSpace
+from ..utils.distributed import Ranks
+from ..utils.streams import stream
+from .accuracy import Loader, at_arch, evaluate
+
+__all__ = ['search_archs']
+
+
+def search_archs(
+        space: SearchSpace,
+        generator: ArchitectureGenerator,
+        groups: BudgetGroups,
+        samples: int,
+        net: nn.Module,
+        loader: Loader,
+        device: torch.device,
+        seed: int = 0,
+        calibration: BatchNormCalibration | None = None,
+        ranks: Ranks = Ranks(),
+        **kwargs: Any,
+) -> list[Arch]:
+    """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
+
+    Candidates are uniform archs that fall into the group. Uniform sampling hardly reaches the ends of the range; what
+    is missing there is drawn from the generator for the group's upper edge, whose proposal is always among them. Of
+    equally accurate archs, the one with most MACs is taken.
+
+    Args:
+        samples: Candidates per group.
+        net: The supernet.
+        loader: Held-out images and class indices.
+        seed: Of the candidates.
+        calibration: Gives candidates their BatchNorm statistics, where there is BatchNorm.
+        ranks: The processes that share the candidates; each has a loader of all images.
+        **kwargs: As for `evaluate`.
+    """
+    noise = stream(seed, 'search', 0)
+    uniform = list(dict.fromkeys(space.sample(noise) for _ in range(100 * samples)))
+    macs = complexity.macs(space, uniform).tolist()
+    best = []
+    for low, high in zip(groups.edges, groups.edges[1:]):
+        candidates = {generator.propose(high): None}
+        candidates |= {arch: None for arch, count in zip(uniform, macs) if low < count <= high}
+        if len(candidates) < samples:
+            drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
+            candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
+        tried = list(candidates)[:samples]
+        mine = {arch: evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0]
+                for arch in ranks.share(tried)}
+        top1 = {arch: value for part in ranks.gather(mine) for arch, value in part.items()}
+        best.append(max(tried, key=lambda arch: (top1[arch], complexity.macs(space, arch))))
+    return best

@@ -1,0 +1,46 @@
+"""The table of a run, as text and as CSV."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..utils.files import atomic_write
+from ..utils.units import format_count
+
+__all__ = ['COLUMNS', 'format_table', 'write_budgets_csv', 'write_shift_csv']
+
+Row = Mapping[str, Any]
+COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Rows as aligned plain text: name, budget, MACs, params, top-1 and top-5 in percent; no newline at the end."""
+    cells = [('name', 'budget', 'MACs', 'params', 'top-1', 'top-5')]
+    for row in rows:
+        budget = '-' if row['budget'] is None else format_count(row['budget'])
+        counts = format_count(row['macs']), format_count(row['params'])
+        cells.append((row['name'], budget, *counts, f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return '\n'.join(
+        '  '.join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in cells)
+
+
+def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Rows as CSV with a header line; the arch as JSON in the last column, an absent budget as an empty cell."""
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**{column: row[column] for column in COLUMNS}, 'arch': json.dumps(row['arch'])})
+
+
+def write_shift_csv(path: str | os.PathLike, history: Sequence[tuple[int, Sequence[float]]]) -> None:
+    """The distribution over groups as CSV: the optimizer update from which on it was in force, and P_1 ... P_K."""
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['update', *(f'group {k + 1}' for k in range(len(history[0][1])))])
+        writer.writerows([update, *(f'{p:.6g}' for p in probabilities)] for update, probabilities in history)

@@ -1,0 +1,124 @@
+"""The model card."""
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..utils.units import format_count
+from .load import KEY, SavedModel, static_counts
+
+__all__ = ['MARK', 'model_card']
+
+CARD, TABLE, ACCURACY, SHIFT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png'
+MARK = f'<!-- written by {KEY}: replaced when the model is published again -->'
+CITATION = '''```bibtex
+@inproceedings{zhang2023shiftnas,
+  title     = {ShiftNAS: Improving One-shot NAS via Probability Shift},
+  author    = {Zhang, Mingyang and Yu, Xinyi and Zhao, Haodong and Ou, Linlin},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2023}
+}
+```'''
+
+
+def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), license: str | None = None) -> ModelCard:
+    """The card of a saved model: metadata that the Hub reads, the table, the pictures, how to load, how it was trained.
+
+    Args:
+        saved: The model.
+        repo_id: The repository.
+        files: Names of what lies beside the card: pictures among them are shown.
+        license: One of the Hub's names.
+    """
+    training: Mapping[str, Any] = saved.info.get('training', {})
+    name = saved.config['architecture']
+    source, _, dataset = str(training.get('dataset', '')).partition('/')
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification',
+        license=license,
+        tags=['timm', KEY, 'neural-architecture-search', 'image-classification'],
+        datasets=[dataset] if source == 'hfds' else None,  # the others are none of the Hub
+        model_name=name, eval_results=_eval_results(saved, training) or None)
+    parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
+    if saved.info.get('results'):
+        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
+        parts += [title, _table(saved.info['results'], training)]
+        if ACCURACY in files:
+            parts.append(f'![top-1 against MACs]({ACCURACY})')
+    if SHIFT in files:
+        parts.append(f'![probability of each budget group over training]({SHIFT})')
+    parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
+    return ModelCard('\n\n'.join(parts) + '\n', ignore_metadata_errors=False)
+
+
+def _eval_results(saved: SavedModel, training: Mapping[str, Any]) -> list[EvalResult]:
+    dataset = training.get('dataset') or 'unknown'
+    return [EvalResult(
+        task_type='image-classification', dataset_type=str(dataset), dataset_name=str(dataset), metric_type='accuracy',
+        metric_name=f'top-1, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row['top1'], 3))
+        for row in saved.info.get('results', ())]
+
+
+def _introduction(saved: SavedModel) -> str:
+    net = saved.skeleton()
+    if saved.kind == 'subnet':
+        macs, params = static_counts(net)
+        return (
+            f'An image classifier of {format_count(macs)} MACs and {format_count(params)} parameters for '
+            f'{net.num_classes} classes: a subnet taken out of a supernet that was trained with '
+            f'[ShiftNAS](https://arxiv.org/abs/2307.08300), weights included.')
+    low, high = (net.macs(arch) for arch in (net.space.smallest, net.space.largest))
+    return (
+        f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {format_count(low)} '
+        f'to {format_count(high)} MACs, trained with [ShiftNAS](https://arxiv.org/abs/2307.08300). Take the one for '
+        f'your budget out of it: no search, no retraining.')
+
+
+def _table(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> str:
+    lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | ---: | ---: | ---: | ---: | ---: |']
+    for row in rows:
+        budget = '' if row['budget'] is None else _digits(row['budget'])
+        counts = f'{_digits(row["macs"])} | {_digits(row["params"])}'
+        lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {row["top1"]:.2f} | {row["top5"]:.2f} |')
+    where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
+    return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; accuracy in percent{where}.'
+
+
+def _digits(value: float) -> str:
+    """A count with all of its four digits, so that those of a column line up: '3.970M', elsewhere '3.97M'."""
+    text = format_count(value)
+    return text if text[-1].isdigit() else f'{float(text[:-1]):#.4g}'.rstrip('.') + text[-1]
+
+
+def _plain(text: Any) -> str:
+    """Text of a config as one line in which nothing is Markdown."""
+    return ' '.join(str(text).replace('|', '/').replace('`', "'").replace('<', '(').split())
+
+
+def _usage(saved: SavedModel, repo_id: str) -> str:
+    if saved.kind == 'subnet':
+        return (f"```python\nimport timm, timm_shiftnas\n\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
+                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same\n```")
+    net = saved.skeleton()
+    budgets = [row['budget'] for row in saved.info.get('results', ()) if row['budget'] is not None]
+    middle = budgets[len(budgets) // 2] if budgets else (net.macs(net.space.smallest) + net.macs(net.space.largest)) / 2
+    which = f"flops='{format_count(middle)}'" if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
+    return (f"```python\nimport timm, timm_shiftnas\n\n"
+            f"# a plain, static network\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})\n"
+            f"# all of them\nsupernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)\n```")
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    lines = []
+    if training.get('command'):
+        # a flag stays on the line of its values
+        command = re.sub(' (?!--)', '\xa0', _plain(training['command']))
+        command = ' \\\n    '.join(textwrap.wrap(command, 88, break_long_words=False, break_on_hyphens=False))
+        lines.append('```\n' + command.replace('\xa0', ' ') + '\n```')
+    if training.get('versions'):
+        lines.append(', '.join(f'{_plain(name)} {_plain(version)}' for name, version in training['versions'].items()))
+    return '\n\n'.join(lines) or 'Not recorded.'

@@ -1,0 +1,1 @@
+"""Training a supernet from the command line: the only package that knows argparse, beside `cli`."""

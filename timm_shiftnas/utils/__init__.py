@@ -1,0 +1,11 @@
+"""What knows nothing of architecture search: processes, files, random streams, counts with units."""
+from .distributed import Ranks
+from .files import atomic_write, zip_is_intact
+from .streams import seed_process, stream, stream_seed
+from .text import one_line
+from .units import format_count, parse_count
+
+__all__ = [
+    'Ranks', 'atomic_write', 'format_count', 'one_line', 'parse_count', 'seed_process', 'stream', 'stream_seed',
+    'zip_is_intact',
+]
