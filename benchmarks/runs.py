@@ -214,11 +214,11 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
         from timm.data import resolve_input_data_config
 
         import timm_shiftnas
-        from timm_shiftnas.models import BatchNormCalibration, has_batch_norm
         from timm_shiftnas.evaluation.accuracy import evaluate_budgets
         from timm_shiftnas.method import BudgetGroups
-        from timm_shiftnas.training.flags import parse_args
+        from timm_shiftnas.models import BatchNormCalibration, has_batch_norm
         from timm_shiftnas.training.data import create_calibration_loader, create_loaders, open_data
+        from timm_shiftnas.training.flags import parse_args
 
         args = parse_args(run.command())
         net, generator = timm_shiftnas.load_supernet(folder / 'model')

@@ -20,8 +20,8 @@ import multiprocessing
 import resource
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_shiftnas
-from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.layers import RelativePosition2d
-from timm_shiftnas.method import BudgetGroups
-from timm_shiftnas.space import Arch
-from timm_shiftnas.method.task import EveryArch, ShiftNASTask
+from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.config import ShiftNASConfig
+from timm_shiftnas.method.task import EveryArch, ShiftNASTask
+from timm_shiftnas.space import Arch
 
 REAL = (
     'shiftformer_tiny_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet', 'shiftmobilenet_supernet',

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs
 import timm
 import torch
 from timm.data import resolve_input_data_config
@@ -23,15 +24,14 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 
-import runs
 import timm_shiftnas
-from timm_shiftnas.models import has_batch_norm
 from timm_shiftnas.evaluation.accuracy import evaluate
-from timm_shiftnas.training.flags import parse_args
-from timm_shiftnas.training.data import Loaders, create_loaders, open_data
-from timm_shiftnas.utils import seed_process
 from timm_shiftnas.method import BudgetGroups
-from train import create_supernet, scaled_lr
+from timm_shiftnas.models import has_batch_norm
+from timm_shiftnas.training.data import Loaders, create_loaders, open_data
+from timm_shiftnas.training.flags import parse_args
+from timm_shiftnas.training.trainer import create_supernet, scaled_lr
+from timm_shiftnas.utils import seed_process
 
 
 def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, device: torch.device) -> None:

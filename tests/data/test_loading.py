@@ -7,9 +7,8 @@ import torch
 from timm.data import FastCollateMixup, create_loader
 from torch.utils.data import Dataset
 
-from timm_shiftnas.data import DatasetView, create_dataset
+from timm_shiftnas.data import DatasetView, TrainLoader, create_dataset
 from timm_shiftnas.utils import Ranks
-from timm_shiftnas.data import TrainLoader
 
 COUNT, BATCH = 90, 8
 

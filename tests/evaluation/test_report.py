@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_shiftnas import evaluation as report
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, write_budgets_csv
+from timm_shiftnas.evaluation import plots as report
 
 
 def row(name, budget, macs, params, top1, top5):

@@ -15,13 +15,13 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from support.hub_server import Fault, Hub
 
 import timm_shiftnas as tsn
-from support.hub_server import Fault, Hub
-from timm_shiftnas.models import bn_statistics
-from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.card import model_card
+from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.push import published_files
+from timm_shiftnas.models import bn_statistics
 
 ROOT = Path(__file__).parents[2]
 BUDGET = 3_276_000.  # of a group, less what rounding may take

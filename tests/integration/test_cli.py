@@ -9,16 +9,16 @@ import sys
 import time
 
 import pytest
-from support import stock_script
 import timm
 import torch
+from support import stock_script
 from support.processes import call
 
 from timm_shiftnas import extract
 from timm_shiftnas.cli import main
-from timm_shiftnas.utils import format_count
-from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.utils import format_count
 
 ARCH = dict(depth=4, embed_dim=48, num_heads=[1, 2, 3, 1], mlp_ratio=[1.0, 2.0, 3.0, 1.0])
 

@@ -7,8 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_shiftnas.layers import (
-    BlockWidths, ElasticAttention, ElasticBlock, ElasticLayerNorm, ElasticLinear, ElasticMlp, ElasticPatchEmbed,
-    ElasticQKV, RelativeAttention, RelativePosition2d, extend_table,
+    BlockWidths,
+    ElasticAttention,
+    ElasticBlock,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticMlp,
+    ElasticPatchEmbed,
+    ElasticQKV,
+    RelativeAttention,
+    RelativePosition2d,
+    extend_table,
 )
 
 F64 = dict(dtype=torch.float64)

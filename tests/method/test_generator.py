@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_shiftnas.space import complexity
 from timm_shiftnas.method import ArchitectureGenerator
-from timm_shiftnas.space import shiftformer_space
+from timm_shiftnas.space import complexity, shiftformer_space
+from timm_shiftnas.utils import format_count, parse_count
 
 GEOMETRY = dict(
     img_size=(32, 32), patch_size=(8, 8), in_chans=3, num_classes=10, relative_position=True, max_relative_position=3,
@@ -404,10 +404,10 @@ def test_params_budget(fitted):
     larger = [  # where the fitting proposal of most MACs is not the one of most parameters
         size for _, size in proposals.values() if best(size) != best(size, order=lambda counts: counts[::-1])]
     for budget in (larger[len(larger) // 2], '0.1M', high - 1):
-        assert proposals[fitted.propose_for_params(budget)] == best(complexity.parse_count(budget))
+        assert proposals[fitted.propose_for_params(budget)] == best(parse_count(budget))
     with pytest.raises(ValueError) as error:
         fitted.propose_for_params(low - 1)
-    assert all(complexity.format_count(end) in str(error.value) for end in (low, high))
+    assert all(format_count(end) in str(error.value) for end in (low, high))
     assert fitted.propose_for_params(str(error.value).split('give params=')[1].split()[0]) == SMALL.smallest
     with pytest.raises(ValueError, match="params='abc'"):
         fitted.propose_for_params('abc')

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_shiftnas.space import macs
 from timm_shiftnas.method import ESTIMATORS, BudgetGroups, ProbabilityShift, frozen, hypergradient
+from timm_shiftnas.space import macs
 from timm_shiftnas.utils import stream
 
 

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3, unwrap_model
 
 import timm_shiftnas
-from timm_shiftnas.training.checkpoints import check_checkpoint
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
-from timm_shiftnas.method import ArchitectureGenerator
-from timm_shiftnas.space import arch_masks
-from timm_shiftnas.method import BudgetGroups
-from timm_shiftnas.utils import stream
+from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.config import ShiftNASConfig
-from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.method.distillation import Teacher
+from timm_shiftnas.method.task import ShiftNASTask
+from timm_shiftnas.space import arch_masks
+from timm_shiftnas.training.checkpoints import check_checkpoint
+from timm_shiftnas.utils import stream
 
 STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
 
@@ -276,7 +275,7 @@ def test_fixed_weights_of_groups(fitted):
     task = make_task(fitted, None, shift='none', group_weights=(1., 0., 3.))
     assert task.shift.probabilities.tolist() == [.25, 0., .75] == task.history[0][1]
     for wrong in ((1., 2.), (0., 0., 0.), (1., -1., 1.), (1., math.nan, 1.)):
-        with pytest.raises(ValueError, match='group weights .* must be 3 numbers'):
+        with pytest.raises(ValueError, match='weights'):
             make_task(fitted, None, shift='none', group_weights=wrong)
 
 

@@ -8,11 +8,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from support.flops import counted_macs
 from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed
 from timm.utils import unwrap_model
 from torch import nn
-
-from support.flops import counted_macs
 
 import timm_shiftnas as tsn
 from timm_shiftnas import layers

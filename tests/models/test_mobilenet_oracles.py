@@ -10,14 +10,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from support.flops import counted_macs
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
-from support.flops import counted_macs
-
 import timm_shiftnas as tsn
-from timm_shiftnas.space import arch_masks
 from timm_shiftnas.models.shiftmobilenet import _convert_published
+from timm_shiftnas.space import arch_masks
 
 DATA = Path(__file__).parents[1] / 'support' / 'data'
 MINIS = ('attentivenas_mini', 'attentivenas_nov3_mini', 'ofa_mini', 'ofa_fracexp_mini')

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._input import get_model_args
 
 import timm_shiftnas as tsn
-from timm_shiftnas.space import arch_masks
 from timm_shiftnas.models.shiftformer import checkpoint_filter_fn
+from timm_shiftnas.space import arch_masks
 
 DATA = Path(__file__).parents[1] / 'support' / 'data'
 FILE = DATA / 'autoformer_micro.safetensors'

@@ -18,8 +18,8 @@ from timm.utils import ModelEmaV3
 
 import timm_shiftnas as tsn
 from timm_shiftnas.layers import extend_table
-from timm_shiftnas.space import ArchMasks, arch_masks
 from timm_shiftnas.models.shiftformer import ShiftFormer, ShiftFormerSupernet, checkpoint_filter_fn
+from timm_shiftnas.space import ArchMasks, arch_masks
 
 NAMES = [
     'shiftformer_base_supernet', 'shiftformer_small_supernet', 'shiftformer_subnet', 'shiftformer_supernet',

@@ -9,15 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from support.flops import counted_macs
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
-from support.flops import counted_macs
-
 import timm_shiftnas as tsn
-from timm_shiftnas.space import BlockMasks, MobileNetMasks, arch_masks
-from timm_shiftnas.space import space_from_dict
-from timm_shiftnas.space import block_choices
+from timm_shiftnas.space import BlockMasks, MobileNetMasks, arch_masks, block_choices, space_from_dict
 
 NAMES = (
     'shiftmobilenet_supernet', 'attentivenas_supernet', 'ofa_mobilenetv3_supernet', 'ofa_mobilenetv3_w12_supernet',

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-
 from support.flops import counted_macs
 
 import timm_shiftnas as tsn
-from timm_shiftnas.utils import format_count, parse_count
 from timm_shiftnas.space import macs_range
+from timm_shiftnas.utils import format_count, parse_count
 
 TABLE = json.loads((Path(__file__).parents[1] / 'support' / 'data' / 'autoformer_table.json').read_text())['spaces']
 NAMES = {'T': 'shiftformer_tiny_supernet', 'S': 'shiftformer_small_supernet', 'B': 'shiftformer_base_supernet'}

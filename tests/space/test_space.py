@@ -13,8 +13,7 @@ import timm
 import torch
 
 import timm_shiftnas as tsn
-from timm_shiftnas.space import arch_masks
-from timm_shiftnas.space import Arch, space_from_dict
+from timm_shiftnas.space import Arch, arch_masks, space_from_dict
 
 TABLE = json.loads((Path(__file__).parents[1] / 'support' / 'data' / 'autoformer_table.json').read_text())['spaces']
 NAMES = {'T': 'shiftformer_tiny_supernet', 'S': 'shiftformer_small_supernet', 'B': 'shiftformer_base_supernet'}

@@ -1,5 +1,4 @@
 """What the tests of `train.py` share: the script itself, flags of a run of seconds, and a look at checkpoints."""
-import sys
 from argparse import Namespace
 from pathlib import Path
 

@@ -15,11 +15,20 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.task import (
-    ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask, load_task_ema_checkpoint,
+    ClassificationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    load_task_ema_checkpoint,
     resume_task_checkpoint,
 )
 from timm.utils import (
-    CheckpointSaver, NativeScaler, ParseKwargs, dispatch_clip_grad, distribute_bn, init_distributed_device, random_seed,
+    CheckpointSaver,
+    NativeScaler,
+    ParseKwargs,
+    dispatch_clip_grad,
+    distribute_bn,
+    init_distributed_device,
+    random_seed,
 )
 
 parser = argparse.ArgumentParser()

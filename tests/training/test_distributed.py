@@ -17,11 +17,10 @@ from support.small_runs import FAST, ROOT, load, run_script
 from support.small_runs import train as script
 
 from timm_shiftnas.data import create_dataset
-from timm_shiftnas.utils import Ranks
-from timm_shiftnas.method import ArchitectureGenerator
-from timm_shiftnas.method import BudgetGroups
+from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.config import ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
+from timm_shiftnas.utils import Ranks
 
 IMAGES, UPDATES = 16, 5
 VARIANTS = {

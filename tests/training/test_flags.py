@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from support.small_runs import train
 
-from timm_shiftnas.training.flags import build_parser, in_flags, parse_args, training_facts
-from timm_shiftnas.method.config import ShiftNASConfig
+from timm_shiftnas.method.config import ShiftNASConfig, settings_of
+from timm_shiftnas.training.flags import build_parser, dest_of, parse_args, training_facts
 
 ROOT = Path(__file__).parents[2]
 OURS = {  # flags that timm's script does not have, outside the group of ShiftNAS' own
@@ -60,7 +60,7 @@ def test_a_config_of_every_flag_gives_its_values_back(tmp_path):
     import yaml
     args = parse_args([
         '--data-dir', 'd', '--torchcompile', '--group-weights', '1', '2', '--opt-kwargs', 'a=1', '--wandb-tags', 'x',
-        '--resume', 'auto', '--experiment', 'e', '--sandwich', '--arch-per-rank', '--kd-model', 'resnet18'])
+        '--resume', 'auto', '--experiment', 'e', '--sandwich', '--archs-per-step', '4', '--arch-per-rank', '--kd-model', 'resnet18'])
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
     again = parse_args(['-c', str(tmp_path / 'args.yaml')])
     assert {**vars(again), 'config': None} == vars(args)
@@ -120,15 +120,23 @@ def test_values_in_range():
     assert args.epochs == 100 and isinstance(args.epochs, int)
 
 
-def test_errors_of_the_settings_name_flags():
-    messages = []
-    for wrong in (dict(sandwich=True), dict(inplace_distillation=True), dict(temperature=0.),
-                  dict(group_weights=(1., 2.), shift='variation'), dict(shift_interval=0)):
-        with pytest.raises(ValueError) as error:
-            ShiftNASConfig(**wrong)
-        messages.append(in_flags(str(error.value)))
-    assert messages[0].startswith('--archs-per-step 1 leaves a sandwich without filling')
-    assert messages[1].endswith('give --sandwich too, and --archs-per-step 4')
-    assert messages[2].startswith('--kd-temperature 0.0 must be positive')
-    assert messages[3].startswith('--group-weights 1.0 2.0 fix P, which needs --sampler shiftnas and --shift none')
-    assert messages[4] == '--shift-interval 0 must be at least 1'
+@pytest.mark.parametrize('argv, named', [
+    ('--sandwich', '--archs-per-step 1'),
+    ('--inplace-distillation', 'give --sandwich and --archs-per-step 4'),
+    ('--kd-temperature 0', "'0' must be a number above 0"),
+    ('--group-weights 1 2 --shift variation', '--group-weights 1.0 2.0'),
+    ('--shift-interval 0', "--shift-interval: '0' must be a whole number of 1 or more"),
+    ('--group-width wide', "--group-width: 'wide'"),
+])
+def test_errors_of_the_settings_name_flags(argv, named, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv.split())
+    assert named in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_settings_are_those_of_the_flags():
+    args = parse_args([])
+    for setting in settings_of(ShiftNASConfig):
+        if setting.flag:
+            value = getattr(args, dest_of(setting))
+            assert (tuple(value) if isinstance(value, list) else value) == setting.default

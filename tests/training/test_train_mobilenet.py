@@ -3,7 +3,6 @@ import csv
 import json
 import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from timm.data import resolve_data_config
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
-from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics
 from timm_shiftnas.cli import main as cli
 from timm_shiftnas.evaluation.accuracy import evaluate, evaluate_budgets
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.method import BudgetGroups
+from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics
 
 ROOT = Path(__file__).parents[2]
 from timm_shiftnas.training import trainer as train

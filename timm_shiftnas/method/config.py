@@ -1,101 +1,261 @@
-"""The settings of ShiftNAS, each declared once."""
+"""The settings of ShiftNAS, each declared once: default, meaning, kind and range.
+
+The flags of `train.py`, the variables of `timm_shiftnas.patch`, the arguments of `create_task` and the table in
+`docs/training.md` are all read from these fields.
+"""
 from __future__ import annotations
 
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from .signals import ESTIMATORS
+from ..utils.units import parse_count
 
-__all__ = ['ShiftNASConfig']
+__all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
+
+Spell = Callable[[str, Any], str]  # how a message names a setting and its value: shift='none', or --shift none
+
+
+def setting(default: Any, help: str, *, flag: str | None = '', choices: tuple[str, ...] = (), least: float = -math.inf,
+            above: float = -math.inf, most: float = math.inf, below: float = math.inf, metavar: str = '', unit: str = '') -> Any:
+    """A dataclass field that knows all about itself.
+
+    Args:
+        default: Its default.
+        help: One line for `--help` and for the docs, with the default where `default` does not say it.
+        flag: Its command-line flag; '' is the name with dashes, `None` means that the command line derives it.
+        choices: The allowed words.
+        least, above, most, below: The range of a number: [least, most], without `above` and `below` themselves.
+        metavar: What `--help` shows for the value.
+        unit: What a number with k, M or G counts, as in '0.1G'; such a value stays as it was typed.
+    """
+    about = dict(help=help, flag=flag, choices=choices, least=least, above=above, most=most, below=below,
+                 metavar=metavar, unit=unit)
+    return dataclasses.field(default=default, metadata=about)
+
+
+class Setting(NamedTuple):
+    """One setting, as the front ends read it."""
+    name: str
+    default: Any
+    kind: type  # of a value, or of one of its items
+    count: int | None  # how many items it has: 1; 2 for a pair; None for a list
+    optional: bool  # None is a value
+    help: str
+    flag: str | None
+    choices: tuple[str, ...]
+    least: float
+    above: float
+    most: float
+    below: float
+    metavar: str
+    unit: str
+
+    def convert(self, value: Any) -> Any:
+        """A value, or a text that holds it, as the kind of this setting; lists become tuples.
+
+        Raises:
+            ValueError: If it is of another kind or out of range; the message says what is allowed.
+        """
+        if value is None and self.optional:
+            return None
+        if self.count == 1:
+            return self.convert_item(value)
+        if not isinstance(value, list | tuple) or self.count not in (None, len(value)):
+            raise ValueError(f'must be {self.describe()}')
+        return tuple(self.convert_item(item) for item in value)
+
+    def convert_item(self, value: Any) -> Any:
+        """`convert` for one item of a list."""
+        if self.unit:
+            parse_count(value, self.name)
+            return value
+        item = self._parse(value)
+        number = self.kind in (int, float)
+        inside = not number or math.isfinite(item) and (
+            self.least <= item <= self.most and self.above < item < self.below)
+        if type(item) is not self.kind or not inside or self.choices and item not in self.choices:
+            raise ValueError(f'must be {self.describe()}')
+        return item
+
+    def _parse(self, value: Any) -> Any:
+        """Numbers out of texts (YAML reads 1e-3 as a text), and whole numbers where any number is allowed."""
+        if self.kind in (int, float) and isinstance(value, str):
+            with suppress(ValueError):
+                return self.kind(value)
+        return float(value) if self.kind is float and type(value) is int else value
+
+    def describe(self) -> str:
+        """What is allowed, as in 'a whole number of 1 or more'."""
+        if self.count != 1:
+            return f'{"two" if self.count == 2 else "one or more"} numbers{self._range()} in brackets'
+        none = ' or null' if self.optional else ''
+        if self.unit:
+            return f"a number of {self.unit} such as '0.1G'{none}"
+        if self.choices:
+            return f'one of {", ".join(self.choices)}'
+        kinds = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
+        return kinds[self.kind] + self._range() + none
+
+    def _range(self) -> str:
+        if self.kind not in (int, float):
+            return ''
+        low = f' above {self.above:g}' if self.above > -math.inf else ''
+        if self.least > -math.inf:
+            low = f' of {self.least:g} or more'
+        high = f' below {self.below:g}' if self.below < math.inf else ''
+        if self.most < math.inf:
+            return f' from {self.least:g} to {self.most:g}' if self.least > -math.inf else f'{low}, at most {self.most:g}'
+        return f' from {self.least:g} to below {self.below:g}' if high and self.least > -math.inf else low + high
+
+
+def settings_of(config: type) -> Iterator[Setting]:
+    """The settings of a dataclass whose fields are made by `setting`, in their order."""
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, optional = hints[field.name], False
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in get_args(kind) if option is not types.NoneType)
+            optional = True
+        count: int | None = 1
+        if get_origin(kind) is tuple:
+            items = get_args(kind)
+            kind, count = items[0], None if ... in items else len(items)
+        about = dict(field.metadata)
+        if about['flag'] == '':
+            about['flag'] = '--' + field.name.replace('_', '-')
+        yield Setting(field.name, field.default, kind, count, optional, **about)
+
+
+def as_keyword(name: str, value: Any) -> str:
+    return f'{name}={value!r}'
+
+
+def check(config: Any) -> None:
+    """Raise a `ValueError` that names the first setting of a config whose value is out of its range."""
+    for each in settings_of(type(config)):
+        value = getattr(config, each.name)
+        try:
+            each.convert(value)
+        except ValueError as error:
+            raise ValueError(f'{as_keyword(each.name, value)} {error}') from None
 
 
 @dataclass(frozen=True)
 class ShiftNASConfig:
     """How archs are drawn and what is learned about drawing them. Intervals and lengths count optimizer updates.
 
-    Args:
-        sampler: 'shiftnas', or 'uniform' for the baseline (archs uniform, nothing learned).
-        archs_per_step: Archs that a micro-batch trains; its loss is the mean of theirs.
-        sandwich: Two of them are the largest and the smallest (Yu & Huang, Universally Slimmable Networks, ICCV 2019).
-        inplace_distillation: Of a sandwich, only the largest learns from the targets; the others learn from its
-            probabilities (the same paper; BigNAS, Yu et al., ECCV 2020).
-        arch_per_rank: In a distributed run, every process trains archs of its own, whose gradients are averaged;
-            otherwise all train the same ones on images of their own.
-        task_loss_weight: With a teacher, weight of the loss on the targets.
-        distill_loss_weight: Weight of the divergence from the teacher.
-        temperature: Of the softmax of both in that divergence, which counts by its square (Hinton et al., 2015).
-        warmup_sampler: During warm-up, archs from the 'generator' at uniform P, or 'uniform' (the paper's first step).
-        warmup_updates: Length of the warm-up, in which P stays uniform.
-        total_updates: Length of the training; the Gumbel temperature falls over it.
-        shift: Signal of the probability shift ('hypergradient', 'grad_norm', 'variation'), or 'none': P stays uniform.
-        group_weights: With 'none', the fixed P is proportional to these, one for each group; `None` is uniform.
-        shift_interval: Updates between two shifts.
-        shift_lr: Rate of the shift, see `sampling.ProbabilityShift`.
-        shift_momentum: Decay of the moving averages of the signal.
-        shift_floor: Share of probability spread evenly over the groups.
-        shift_epsilon: Length, in weight space, of the finite difference that the hypergradient is taken with.
-        generator_interval: Updates between two steps of the generator; 0 leaves it as it was fitted.
-        generator_images: Images of a micro-batch that the generator's task loss sees, over all processes; `None` is an
-            eighth of them, and no more than 32: a masked network costs what the full one does. At least two.
-        generator_lr: Learning rate of the generator (Adam).
-        resource_weight: Weight of the resource term beside the task loss (lambda).
-        resource_batch: Budgets in the resource term.
-        tau: Gumbel temperature at the first and at the last update.
-        accum_steps: Micro-batches per update; `None` if that is not known: then `end_update()` tells.
-        seed: Of everything that is drawn.
+    Every field says what it means in its `help`; `python train.py --help` prints all of them.
+
+    Raises:
+        ValueError: If a value is out of its range, or two settings exclude each other.
     """
-    sampler: str = 'shiftnas'
-    archs_per_step: int = 1
-    sandwich: bool = False
-    inplace_distillation: bool = False
-    arch_per_rank: bool = False
-    task_loss_weight: float = 1.
-    distill_loss_weight: float = 1.
-    temperature: float = 4.
-    warmup_sampler: str = 'generator'
-    warmup_updates: int = 0
-    total_updates: int = 1
-    shift: str = 'none'
-    group_weights: tuple[float, ...] | None = None
-    shift_interval: int = 100
-    shift_lr: float = 0.01
-    shift_momentum: float = 0.8
-    shift_floor: float = 0.2
-    shift_epsilon: float = 1e-3
-    generator_interval: int = 10
-    generator_images: int | None = None
-    generator_lr: float = 1e-3
-    resource_weight: float = 1000.
-    resource_batch: int = 64
-    tau: tuple[float, float] = (1., .3)
-    accum_steps: int | None = 1
-    seed: int = 0
+    sampler: str = setting(
+        'shiftnas', 'where archs come from; uniform is the one-shot baseline: archs uniform, nothing learned',
+        choices=('shiftnas', 'uniform'))
+    archs_per_step: int = setting(1, 'archs trained by one batch; the loss is the mean of theirs', least=1)
+    sandwich: bool = setting(
+        False, 'two of the archs of a step are the largest and the smallest (Yu & Huang, ICCV 2019)')
+    inplace_distillation: bool = setting(
+        False, 'with sandwich: the other archs learn from the probabilities of the largest instead of the targets')
+    arch_per_rank: bool = setting(False, 'every process of a distributed run trains archs of its own')
+    task_loss_weight: float | None = setting(
+        None, 'with a teacher: weight of the loss on the targets (default: 1)', least=0)
+    distill_loss_weight: float | None = setting(
+        None, 'with a teacher: weight of the divergence from it (default: 1, or 1 minus a given task-loss-weight)',
+        least=0)
+    temperature: float = setting(
+        4., 'of the softmax in that divergence, which counts by its square (Hinton et al., 2015)', above=0,
+        flag='--kd-temperature')
+    warmup_sampler: str = setting(
+        'generator', 'archs during warm-up: from the generator at even P, or uniform (the first step of the paper)',
+        choices=('generator', 'uniform'))
+    warmup_updates: int = setting(0, 'length of the warm-up, in which P stays even', least=0, flag=None)
+    total_updates: int = setting(1, 'length of the training, over which the temperature tau falls', least=1, flag=None)
+    shift: str = setting(
+        'none', 'signal of the probability shift; none keeps P even over the groups',
+        choices=('hypergradient', 'grad_norm', 'variation', 'none'))
+    group_weights: tuple[float, ...] | None = setting(
+        None, 'with shift none: how often each group is trained, one weight for each (default: all alike)', least=0,
+        metavar='W')
+    shift_interval: int = setting(100, 'updates between two shifts', least=1)
+    shift_lr: float = setting(0.01, 'share of the way to its target that theta goes in a shift', above=0, most=1)
+    shift_momentum: float = setting(0.8, 'decay of the moving averages of the signal', least=0, below=1)
+    shift_floor: float = setting(0.2, 'share of P spread evenly over the groups', least=0, most=1)
+    shift_epsilon: float = setting(
+        1e-3, 'length of the finite difference of the hypergradient, in units of weights', above=0, flag=None)
+    generator_interval: int = setting(
+        10, 'updates between two steps of the generator; 0 leaves it as it was fitted', least=0)
+    generator_images: int | None = setting(
+        None, "images of a generator's step, over all processes (default: an eighth of the batch, 2 to 32)", least=1)
+    generator_lr: float = setting(1e-3, "learning rate of the generator's Adam", least=0, metavar='LR')
+    resource_weight: float = setting(1000., "lambda, the weight of the generator's resource term", least=0)
+    resource_batch: int = setting(64, 'budgets in the resource term', least=1)
+    tau: tuple[float, float] = setting((1., .3), 'Gumbel temperature at the first and at the last update', above=0)
+    accum_steps: int | None = setting(
+        1, 'micro-batches per update; null if that is not known: then end_update() tells', least=1, flag=None)
+    seed: int = setting(0, 'of everything that is drawn', flag=None)
 
     def __post_init__(self) -> None:
-        for name, allowed in (('sampler', ('shiftnas', 'uniform')), ('warmup_sampler', ('generator', 'uniform')),
-                              ('shift', (*ESTIMATORS, 'none'))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose one of {allowed}')
-        for name in ('archs_per_step', 'total_updates', 'shift_interval', 'generator_images', 'resource_batch',
-                     'accum_steps'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-        if not self.temperature > 0:
-            raise ValueError(f'temperature={self.temperature} must be positive, such as 4')
-        if self.generator_interval < 0:
-            raise ValueError(f'generator_interval={self.generator_interval} must be at least 1, or 0 for never')
-        if self.sandwich and self.archs_per_step < 3:
-            raise ValueError(
-                f'archs_per_step={self.archs_per_step} leaves a sandwich without filling: the largest and the smallest '
-                'arch are two of them; give 3 or more, such as 4')
-        if self.inplace_distillation and not self.sandwich:
-            raise ValueError(
-                'inplace_distillation needs the largest arch in every step, to learn from; give sandwich=True too, and '
-                'archs_per_step=4')
-        if self.group_weights is not None and (self.shift != 'none' or self.sampler != 'shiftnas'):
-            raise ValueError(
-                f"group_weights={self.group_weights} fix P, which needs sampler='shiftnas' and shift='none', not "
-                f'{self.sampler!r} and {self.shift!r}')
+        check(self)
+        if conflict := find_conflict(dataclasses.asdict(self), as_keyword):
+            raise ValueError(conflict)
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the loss on the targets and of the divergence from a teacher."""
+        task, distill = self.task_loss_weight, self.distill_loss_weight
+        if distill is None:
+            distill = 1. if task is None else 1. - task
+        return 1. if task is None else task, distill
 
     def images_for_generator(self, images: int) -> int:
-        """How many of the images of a micro-batch the generator's task loss sees, over all processes."""
+        """How many of the images of a micro-batch the generator's task loss sees, over all processes.
+
+        Not all of them, because a masked network costs what the full one does.
+        """
         return self.generator_images or min(images // 8, 32)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is decided about a run before its task exists.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    num_groups: int | None = setting(None, 'number of budget groups, in place of a width', least=1)
+    group_width: str | float | None = setting(
+        None, "width of a budget group in MACs, such as '0.1G' (default: 0.1G, or 8 groups if that makes more)",
+        metavar='MACS', unit='MACs')
+    generator_fit_steps: int = setting(1000, 'steps on the resource term before training, without images', least=0)
+    shift_images: int = setting(
+        32, 'training images of a shift, and as many held-out ones, over all processes', least=1,
+        flag='--shift-batch-size')
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def find_conflict(settings: Mapping[str, Any], spell: Spell) -> str | None:
+    """What is wrong with settings that are each in range, or `None`.
+
+    Args:
+        settings: The values of a `ShiftNASConfig`, by name.
+        spell: How the message names a setting and a value that it has or needs.
+    """
+    archs = settings['archs_per_step']
+    if settings['sandwich'] and archs < 3:
+        return (f'{spell("archs_per_step", archs)} is too few for the sandwich rule, which needs at least 3 archs per '
+                f'step: the largest, the smallest and others; give {spell("archs_per_step", 4)}')
+    if settings['inplace_distillation'] and not settings['sandwich']:
+        return (f'{spell("inplace_distillation", True)} needs the largest arch in every step; give '
+                f'{spell("sandwich", True)} and {spell("archs_per_step", 4)}')
+    if settings['group_weights'] is not None and (settings['shift'] != 'none' or settings['sampler'] != 'shiftnas'):
+        return (f'{spell("group_weights", settings["group_weights"])} fixes P; give {spell("shift", "none")} and '
+                f'{spell("sampler", "shiftnas")} with it')
+    return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
+from ..utils.units import format_count, parse_count
 
 __all__ = ['ArchitectureGenerator', 'Rollout']
 
@@ -306,8 +307,8 @@ class ArchitectureGenerator(nn.Module):
         return complexity.macs(self.space, self.space.one_hot_of_indices(indices))
 
     def _check_budget(self, flops: float | str) -> float:
-        limit, low, high = complexity.parse_count(flops), self.macs_min, self.macs_max
-        reach = f'the archs of this space have {complexity.format_count(low)} to {complexity.format_count(high)} MACs'
+        limit, low, high = parse_count(flops), self.macs_min, self.macs_max
+        reach = f'the archs of this space have {format_count(low)} to {format_count(high)} MACs'
         if limit < low:
             raise ValueError(f'flops={flops!r} is too small a budget: {reach}; give flops={low} or more')
         if limit > high * 1.01:  # people type rounded figures
@@ -323,10 +324,10 @@ class ArchitectureGenerator(nn.Module):
         Raises:
             ValueError: If the smallest arch has more parameters, no arch has as many, or `params` is no number.
         """
-        limit = complexity.parse_count(params, 'params')
+        limit = parse_count(params, 'params')
         low, high = (complexity.params(self.space, arch) for arch in (self.space.smallest, self.space.largest))
         if limit < low:
-            reach = f'{complexity.format_count(low)} to {complexity.format_count(high)} parameters'
+            reach = f'{format_count(low)} to {format_count(high)} parameters'
             raise ValueError(
                 f'params={params!r} is too small a budget: the archs of this space have {reach}; '
                 f'give params={low} or more')

@@ -206,8 +206,8 @@ class ShiftNASTask(ClassificationTask):
                 continue
             loss = self.criterion(output, target)
             if logits is not None:
-                loss = config.task_loss_weight * loss + config.distill_loss_weight * divergence(
-                    output, logits, config.temperature)
+                task_weight, distill_weight = config.loss_weights
+                loss = task_weight * loss + distill_weight * divergence(output, logits, config.temperature)
             losses.append(loss)
         return losses
 

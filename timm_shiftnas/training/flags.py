@@ -4,10 +4,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import re
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from timm.utils import ParseKwargs
 
 from .. import __version__
 from ..hub.load import check_repo_id
-from ..method.config import ShiftNASConfig
+from ..method.config import RunConfig, Setting, ShiftNASConfig, find_conflict, settings_of
 from ..utils.text import one_line
 
-__all__ = ['build_parser', 'in_flags', 'parse_args', 'training_facts']
+__all__ = ['build_parser', 'as_flag', 'parse_args', 'training_facts']
 
 
 # -- kinds of values ---------------------------------------------------------------------------------------------------
@@ -121,6 +120,30 @@ def backend(text: str) -> str:
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
+
+
+OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm has these flags too
+SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
+
+
+def add_setting(group: Any, setting: Setting) -> None:
+    """The flag of a setting of ShiftNAS, with its help, kind and range."""
+    if setting.kind is bool:
+        group.add_argument(setting.flag, action='store_true', help=setting.help)
+        return
+
+    def convert(text: str) -> Any:
+        try:
+            return setting.convert_item(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f'{text!r} {error}') from None
+
+    metavar = setting.metavar or {int: 'N', float: 'X', str: 'NAME'}[setting.kind]
+    default = list(setting.default) if isinstance(setting.default, tuple) else setting.default
+    nargs = '+' if setting.count is None else None if setting.count == 1 else setting.count
+    group.add_argument(
+        setting.flag, type=convert, default=default, nargs=nargs, choices=setting.choices or None,
+        metavar=None if setting.choices else metavar, help=setting.help.replace('%', '%%'))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -287,14 +310,10 @@ def build_parser() -> argparse.ArgumentParser:
     add('--model-ema-warmup', action='store_true')
     add('--model-ema-force-cpu', action='store_true')
 
-    group = parser.add_argument_group('distillation')
+    distillation = group = parser.add_argument_group('distillation')
     add = group.add_argument
     add('--kd-model', '--kd-model-name', metavar='NAME', help='teacher: a model of timm with pretrained weights')
     add('--kd-model-path', metavar='FILE', help='weights of the teacher, in the place of published ones')
-    add('--task-loss-weight', type=NOT_NEGATIVE, metavar='X', help='weight of the targets (default: 1)')
-    add('--distill-loss-weight', type=NOT_NEGATIVE, metavar='X',
-        help='weight of the teacher (default: 1, or 1 minus a given --task-loss-weight)')
-    add('--kd-temperature', type=POSITIVE, default=ShiftNASConfig.temperature, metavar='X')
 
     group = parser.add_argument_group('run')
     add = group.add_argument
@@ -325,45 +344,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('ShiftNAS')
     add = group.add_argument
-    config = ShiftNASConfig
-    add('--sampler', default=config.sampler, choices=('shiftnas', 'uniform'), help='uniform is the one-shot baseline')
-    add('--archs-per-step', type=COUNT, default=config.archs_per_step, metavar='N', help='archs trained by one batch')
-    add('--sandwich', action='store_true', help='two of them are the largest and the smallest arch')
-    add('--inplace-distillation', action='store_true',
-        help='with --sandwich: the other archs learn from the probabilities of the largest')
-    add('--arch-per-rank', action='store_true', help='every process trains archs of its own')
+    for each in SETTINGS:
+        if each.flag is not None:
+            add_setting(distillation if each.name in OF_A_TEACHER else group, each)
     add('--search-samples', type=COUNT, default=25, metavar='N',
         help='archs searched per budget with --sampler uniform')
-    add('--warmup-sampler', default=config.warmup_sampler, choices=('generator', 'uniform'),
-        help='archs before the shift begins: from the generator at uniform P, or uniform (the paper\'s first step)')
-    add('--shift', default=config.shift, choices=('hypergradient', 'grad_norm', 'variation', 'none'),
-        help='signal of the probability shift; none keeps P even over the groups (default)')
-    add('--group-weights', type=NOT_NEGATIVE, nargs='+', metavar='W',
-        help='with --shift none: how often each group is trained, one weight for each (default: all alike)')
     add('--shift-warmup-epochs', type=NOT_NEGATIVE, metavar='N',
         help='epochs before the shift begins (default: a tenth)')
-    add('--shift-interval', type=COUNT, default=config.shift_interval, metavar='N', help='updates between two shifts')
-    add('--shift-batch-size', type=COUNT, default=32, metavar='N', help='training, and held-out, images of a shift')
-    add('--shift-lr', type=NOT_NEGATIVE, default=config.shift_lr, metavar='X')
-    add('--shift-momentum', type=SHARE, default=config.shift_momentum, metavar='X')
-    add('--shift-floor', type=SHARE, default=config.shift_floor, metavar='X', help='share of P spread evenly')
     add('--held-out', type=SHARE, metavar='X',
         help='share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)')
-    add('--group-width', metavar='MACS', help="width of a budget group (default: '0.1G', or 8 groups if more)")
-    add('--num-groups', type=COUNT, metavar='N', help='number of budget groups instead')
-    add('--generator-fit-steps', type=COUNT, default=1000, metavar='N',
-        help='steps on the resource term before training')
-    add('--generator-interval', type=NATURAL, default=config.generator_interval, metavar='N',
-        help='updates between two steps of the generator; 0 leaves it as it was fitted')
-    add('--generator-images', type=COUNT, metavar='N',
-        help='images of the generator\'s step (default: an eighth of the batch, 2 to 32)')
-    add('--generator-lr', type=NOT_NEGATIVE, default=config.generator_lr, metavar='LR')
-    add('--resource-weight', type=NOT_NEGATIVE, default=config.resource_weight, metavar='X', help='lambda')
-    add('--resource-batch', type=COUNT, default=config.resource_batch, metavar='N', help='budgets in the resource term')
     add('--bn-images', type=COUNT, default=2000, metavar='N',
         help='training images that the BatchNorm statistics of a subnet are taken from')
-    add('--tau', type=POSITIVE, nargs=2, default=list(config.tau), metavar='X',
-        help='Gumbel temperature, first and last')
     return parser
 
 
@@ -396,6 +387,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ('initial_checkpoint', 'pretrained_path', 'kd_model_path', 'class_map'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.error(f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}')
+    values = {each.name: getattr(args, dest_of(each), each.default) for each in SETTINGS}
+    if conflict := find_conflict(values, as_flag):
+        parser.error(conflict)
     if args.push_to_hub:
         try:
             check_repo_id(args.push_to_hub)
@@ -404,21 +398,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def in_flags(message: str) -> str:
-    """An error about fields of `ShiftNASConfig`, with the flags of `train.py` in their place."""
-    there = {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
-    names = {field.name: there[field.name] for field in fields(ShiftNASConfig) if field.name in there}
-    names.update(temperature='--kd-temperature', accum_steps='--grad-accum-steps')
+def dest_of(setting: Setting) -> str:
+    """Where `parse_args` keeps a setting."""
+    return (setting.flag or setting.name).lstrip('-').replace('-', '_')
 
-    def flag(match: re.Match) -> str:
-        name, value = match['name'], match['value']
-        if name not in names or not (value or '_' in name):  # a word such as 'shift'
-            return match[0]
-        if value in (None, '=True'):
-            return names[name]
-        return ' '.join([names[name], *re.findall(r'[\w.-]+', value)])
 
-    return re.sub(r"\b(?P<name>[a-z_]+)\b(?P<value>=[\w-][\w.-]*\b|='\w*'|=\([^)]*\))?", flag, message)
+def as_flag(name: str, value: Any) -> str:
+    """A setting of ShiftNAS and its value, as they are typed: '--shift none', or '--sandwich'."""
+    flag = next(each.flag for each in SETTINGS if each.name == name)
+    values = value if isinstance(value, list | tuple) else [value]
+    return ' '.join([flag, *('' if value is True else str(each) for each in values)]).strip()
 
 
 def training_facts(args: argparse.Namespace, processes: int = 1) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, write_budgets_csv, write_shift_csv
 from ..hub.load import save_pretrained
 from ..hub.push import push_directory
-from ..method.config import ShiftNASConfig
+from ..method.config import ShiftNASConfig, settings_of
 from ..method.distillation import Teacher
 from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
@@ -71,7 +71,7 @@ from ..utils.text import one_line
 from ..utils.units import format_count, parse_count
 from .checkpoints import Checkpoints, check_checkpoint, newest_checkpoint
 from .data import ShiftBatches, create_calibration_loader, create_loaders, open_data
-from .flags import in_flags, parse_args, training_facts
+from .flags import dest_of, parse_args, training_facts
 from .tracking import Tracker
 
 _logger = logging.getLogger('train')
@@ -121,24 +121,11 @@ def create_task(args: argparse.Namespace, net: nn.Module, shift_batches: ShiftBa
     width = None if args.group_width is None else parse_count(args.group_width, '--group-width')
     groups = BudgetGroups.of_space(space, width=width, count=args.num_groups)
     warmup = args.epochs / 10 if args.shift_warmup_epochs is None else args.shift_warmup_epochs
-    weight = 1. if args.task_loss_weight is None else args.task_loss_weight
-    distill_weight = args.distill_loss_weight
-    if distill_weight is None:
-        distill_weight = 1. if args.task_loss_weight is None else 1. - weight
-    try:
-        task_config = ShiftNASConfig(
-            sampler=args.sampler, archs_per_step=args.archs_per_step, sandwich=args.sandwich,
-            inplace_distillation=args.inplace_distillation, arch_per_rank=args.arch_per_rank, task_loss_weight=weight,
-            distill_loss_weight=distill_weight, temperature=args.kd_temperature,
-            group_weights=args.group_weights and tuple(args.group_weights),
-            warmup_sampler=args.warmup_sampler, warmup_updates=round(warmup * updates_per_epoch),
-            total_updates=args.epochs * updates_per_epoch, shift=args.shift, shift_interval=args.shift_interval,
-            shift_lr=args.shift_lr, shift_momentum=args.shift_momentum, shift_floor=args.shift_floor,
-            generator_interval=args.generator_interval, generator_images=args.generator_images,
-            generator_lr=args.generator_lr, resource_weight=args.resource_weight, resource_batch=args.resource_batch,
-            tau=tuple(args.tau), accum_steps=args.grad_accum_steps, seed=args.seed)
-    except ValueError as error:
-        raise ValueError(in_flags(str(error))) from None
+    given = {each.name: getattr(args, dest_of(each)) for each in settings_of(ShiftNASConfig) if each.flag}
+    task_config = ShiftNASConfig(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
+        warmup_updates=round(warmup * updates_per_epoch), total_updates=args.epochs * updates_per_epoch,
+        accum_steps=args.grad_accum_steps, seed=args.seed)
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     loss = args.loss or ('bce' if args.bce_loss else 'ce')
     criterion = dict(
