@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..models import static_counts
 from ..utils.units import format_count
-from .load import KEY, SavedModel, static_counts
+from .load import KEY, SavedModel
 
 __all__ = ['MARK', 'model_card']
 

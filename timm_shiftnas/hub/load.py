@@ -32,15 +32,15 @@ from torch import Tensor, nn
 
 from ..evaluation.tables import COLUMNS
 from ..method.generator import ArchitectureGenerator
+from ..models import present_args, static_counts, static_space, stock_description
 from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
-from ..models.shiftmobilenet import arch_space, stock_blocks
 from ..models.subnet import extract
 from ..space import complexity, is_supernet
-from ..space.core import Arch, SearchSpace, shiftformer_space
+from ..space.core import Arch, SearchSpace
 from ..utils.units import format_count, parse_count
 from .download import download, explained
 
-__all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained', 'static_counts']
+__all__ = ['SavedModel', 'from_pretrained', 'load_supernet', 'save_pretrained']
 
 KEY = 'timm_shiftnas'
 FORMAT = 1
@@ -114,11 +114,8 @@ def save_pretrained(
     if generator is not None:
         tensors[GENERATOR] = _own(generator.state_dict())
         ours['generator'] = dict(hidden_size=generator.hidden_size)
-    if kind == 'subnet' and net.model_args.get('structure', {}).get('shortcut') == 'identity':
-        # for timm without this package
-        ours['stock'] = dict(
-            stock_blocks(*arch_space(net.arch, net.model_args['structure'])), in_chans=net.in_chans,
-            global_pool=_model_args(net)['global_pool'])
+    if kind == 'subnet' and (stock := stock_description(net)) is not None:
+        ours['stock'] = stock
     for arch, stats in bn_stats.items():
         if not isinstance(arch, Arch):
             raise ValueError(f'bn_stats has the key {arch!r}; give statistics by arch')
@@ -149,7 +146,7 @@ def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
     """The content of `config.json` as timm writes it, and our key."""
     # drop rates belong to a training, not to the weights: timm leaves them out too
-    args = _model_args(net)
+    args = present_args(net)
     args = {name: value for name, value in args.items() if not name.endswith(('drop_rate', 'drop_path_rate'))}
     if ours['kind'] == 'supernet':
         args['space'] = net.space.unbind().to_dict()
@@ -163,12 +160,6 @@ def _timm_config(net: nn.Module, ours: dict, data_config: dict | None, model_con
         save_config_for_hf(
             net, path, model_config={**model_config, KEY: ours}, model_args=args, data_config=data_config)
         return json.loads(path.read_text(encoding='utf-8'))
-
-
-def _model_args(net: nn.Module) -> dict[str, Any]:
-    """What reconstructs a network as it is now: a head may have been reset since it was made."""
-    pool = getattr(net.global_pool, 'pool_type', net.global_pool)
-    return dict(net.model_args, num_classes=net.num_classes, global_pool=pool)
 
 
 def _plain(value: Any) -> Any:
@@ -479,23 +470,6 @@ class SavedModel:
         return generator.eval()
 
 
-def static_counts(net: nn.Module) -> tuple[int, int]:
-    """MACs and parameters of an extracted subnet."""
-    args = {name: value for name, value in _model_args(net).items() if name != 'structure'}
-    space = _own_space(net)
-    supernet = create_model(f'{space.family}_supernet', space=space, device='meta', **args)
-    return supernet.macs(net.arch), sum(weight.numel() for weight in net.parameters())
-
-
-def _own_space(net: nn.Module) -> SearchSpace:
-    """The space of a subnet's own values."""
-    if 'structure' in net.model_args:
-        return arch_space(net.arch, net.model_args['structure'])[0]
-    values = {
-        name: sorted(set(value)) if isinstance(value, list) else [value] for name, value in net.arch.to_dict().items()}
-    return shiftformer_space(**values)
-
-
 def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapping[str, Any] | None) -> None:
     """Refuse a saved subnet that is not what was asked for."""
     counts = dict(zip(('flops', 'params'), static_counts(net))) if limits else {}
@@ -507,7 +481,7 @@ def _check_static(net: nn.Module, limits: Mapping[str, float], arch: Arch | Mapp
     if arch is None:
         return
     try:
-        same = _own_space(net).from_dict(arch.to_dict() if isinstance(arch, Arch) else arch) == net.arch
+        same = static_space(net).from_dict(arch.to_dict() if isinstance(arch, Arch) else arch) == net.arch
     except ValueError:
         same = False
     if not same:
