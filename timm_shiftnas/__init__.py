@@ -2,6 +2,8 @@
 
 Importing the package registers its supernets with timm.
 """
+from typing import Any
+
 from .hub import from_pretrained, load_supernet, push_directory, push_to_hub, save_pretrained
 from .method import ArchitectureGenerator
 from .models import Subnet, calibrate_bn, extract, ofa_space
@@ -9,7 +11,15 @@ from .space import Arch, SearchSpace, macs, params, shiftformer_space, shiftmobi
 
 __version__ = '0.1.0'
 __all__ = [
-    'Arch', 'ArchitectureGenerator', 'SearchSpace', 'Subnet', 'calibrate_bn', 'extract', 'from_pretrained',
-    'load_supernet', 'macs', 'ofa_space', 'params', 'push_directory', 'push_to_hub', 'save_pretrained',
-    'shiftformer_space', 'shiftmobilenet_space',
+    'Arch', 'ArchitectureGenerator', 'SearchSpace', 'Subnet', 'calibrate_bn', 'create_task', 'extract',
+    'from_pretrained', 'load_supernet', 'macs', 'ofa_space', 'params', 'push_directory', 'push_to_hub',
+    'save_pretrained', 'shiftformer_space', 'shiftmobilenet_space',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `create_task` when it is used: it needs `timm.task`, which is young and not in every timm."""
+    if name == 'create_task':
+        from .method.loop import create_task
+        return create_task
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
