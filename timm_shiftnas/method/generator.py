@@ -127,7 +127,7 @@ class ArchitectureGenerator(nn.Module):
             previous = from_budget.new_zeros(batch, self.choices.most)
             hidden = cell = from_budget.new_zeros(batch, hidden_size)
             all_logits, all_indices, one_hots = [], [], []
-            for head, head_bias, noise in zip(heads, head_biases, noises, strict=True):
+            for head, head_bias, noise in zip(heads, head_biases, noises):
                 gates = torch.addmm(from_budget, torch.cat((previous, hidden), 1), step_weight)
                 enter, forget, leave = gates[:, :3 * hidden_size].sigmoid().chunk(3, 1)
                 cell = forget * cell + enter * gates[:, 3 * hidden_size:].tanh()
@@ -147,7 +147,7 @@ class ArchitectureGenerator(nn.Module):
             log_probs = torch.stack(all_logits, 1).log_softmax(-1).gather(-1, indices[..., None])[..., 0]
         return Rollout(
             one_hots=tuple(one_hot[:, :len(choice.values)]
-                           for one_hot, choice in zip(one_hots, self.space.choices, strict=True)),
+                           for one_hot, choice in zip(one_hots, self.space.choices)),
             indices=indices,
             log_prob=(log_probs * self.choices.active(indices)).sum(-1))
 

@@ -47,7 +47,7 @@ def propose_many(generator: CandidateGenerator, budgets: Sequence[float | str]) 
     for start in range(0, len(limits), 16):  # larger batches do not fit into the processor's cache
         part = torch.tensor(limits[start:start + 16], dtype=torch.float64, device='cpu')
         indices, log_probs = generator.candidates(part)
-        for case in zip(part, indices, generator.choices.macs(indices), log_probs, strict=True):
+        for case in zip(part, indices, generator.choices.macs(indices), log_probs):
             archs.append(generator.space.decode(select(generator.choices, *case).tolist()))
     return archs
 

@@ -103,7 +103,7 @@ def hypergradient(
     parameters: list[Tensor] = [p for p in net.parameters() if p.requires_grad]
     direction = [torch.zeros_like(p) for p in parameters]
     batches = held_out if isinstance(held_out, list) else [held_out] * len(archs)
-    for arch, batch in ranks.shard(list(zip(archs, batches, strict=True))):
+    for arch, batch in ranks.shard(list(zip(archs, batches))):
         torch._foreach_add_(direction, _gradient(loss(arch, batch) / len(archs), parameters))
     ranks.sum_(direction)
     norm = _norm(direction)
@@ -159,7 +159,7 @@ def held_out_losses(loss: Loss, archs: Sequence[Arch], held_out: Any, ranks: Ran
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradient of a loss, with zeros for parameters outside the subnet; `.grad` stays untouched."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

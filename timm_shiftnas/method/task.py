@@ -287,7 +287,7 @@ class ShiftNASTask(ClassificationTask):
             gradients = torch.autograd.grad(loss, parameters)
         self.ranks.mean_(gradients)
         if all(bool(gradient.isfinite().all()) for gradient in gradients):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             nn.utils.clip_grad_norm_(parameters, 1.)  # straight-through gradients have rare large outliers
             self._optimizer.step()
