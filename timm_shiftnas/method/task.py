@@ -146,7 +146,7 @@ class ShiftNASTask(ClassificationTask):
         self.trainable_module, self._one_call = EveryArch(self.trainable_module), True
         if self.device.type == 'cpu':
             device_ids = None
-        super().prepare_distributed(device_ids, **dict(dict(find_unused_parameters=True), **ddp_kwargs))
+        super().prepare_distributed(device_ids, **{'find_unused_parameters': True, **ddp_kwargs})
         return self
 
     def _broadcast_generator(self) -> None:
@@ -164,7 +164,7 @@ class ShiftNASTask(ClassificationTask):
             raise ValueError(
                 'a supernet with elastic kernel sizes has too many graphs to compile; train without --torchcompile, '
                 'and compile the extracted subnets')
-        return super().compile(backend, mode, **dict(dict(dynamic=True), **compile_kwargs))
+        return super().compile(backend, mode, **{'dynamic': True, **compile_kwargs})
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """Compute the loss of the archs of this micro-batch.
