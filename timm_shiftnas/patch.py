@@ -74,7 +74,7 @@ def _install() -> None:
             raise ImportError(f'{unknown}: {name} takes ({found or "it is missing"}) and not ({known}); {hint}')
     if any(cls.__new__ is not object.__new__ and cls.__new__.__module__ != __name__ for cls in classes.values()):
         raise ImportError(f'{unknown}: its tasks already have a __new__; {hint}')
-    TrainingTask.__new__ = staticmethod(_dispatch)
+    TrainingTask.__new__ = staticmethod(_dispatch)  # type: ignore[method-assign, assignment]
 
 
 _install()

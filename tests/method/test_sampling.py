@@ -271,3 +271,12 @@ def test_signals_restore_everything(name):
     assert net.layers[5].bias.grad is None
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_variation_resumes_with_its_losses_and_images():
+    net = nn.Linear(1, 1)
+    first, resumed = create_signal('variation'), create_signal('variation')
+    first(net, lambda arch, batch: torch.tensor(arch * batch), [1., 2.], None, 4.)
+    resumed.load_state_dict(first.state_dict())
+    scores = resumed(net, lambda arch, batch: torch.tensor(arch * batch + 4.), [1., 2.], None, 100.)
+    assert scores.tolist() == [4 / 8, 4 / 12]  # on the first batch, 4., with a loss that is higher by 4
