@@ -24,7 +24,7 @@ from .choices import ChoiceTable
 
 __all__ = ['ArchitectureGenerator', 'Rollout', 'generator_loss', 'resource_loss']
 
-SAMPLES = 64  # candidates of a proposal beside the likeliest arch
+SAMPLES = 64  # candidates of a proposal besides the likeliest arch
 
 
 def resource_loss(macs: Tensor, budgets: Tensor, macs_min: float, macs_max: float) -> Tensor:
@@ -268,7 +268,7 @@ class ArchitectureGenerator(nn.Module):
         Example:
             >>> from timm_shiftnas.space import macs, shiftformer_space
             >>> space = shiftformer_space(embed_dim=(32, 48, 64), depth=(1, 2), num_heads=(1, 2), mlp_ratio=(1., 2.))
-            >>> space = space.bind(  # a model binds the space by itself: timm.create_model(...).space
+            >>> space = space.bind(  # the space of a model is bound: timm.create_model(...).space
             ...     img_size=(32, 32), patch_size=(8, 8), in_chans=3, num_classes=10, class_token=True,
             ...     no_embed_class=False, pos_embed=True, relative_position=True, max_relative_position=3,
             ...     qkv_bias=True, proj_bias=True, final_norm=True, global_pool='avg')

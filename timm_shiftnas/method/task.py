@@ -234,7 +234,7 @@ class ShiftNASTask(ClassificationTask):
         return (*ends, *ranks.shard(self._draw_uniform(count) if uniform else self._draw_generated(count)))
 
     def _draw_uniform(self, count: int) -> list[Arch]:
-        """Archs that the search space samples by itself."""
+        """Archs sampled from the search space, without the generator."""
         self._archs.clear()
         noise = stream(self.config.seed, 'arch', self._micro_step)
         return [self.space.sample(noise) for _ in range(count)]
@@ -330,7 +330,7 @@ class ShiftNASTask(ClassificationTask):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """All that a resumed run needs beside the weights, as tensors and plain values."""
+        """All that a resumed run needs besides the weights, as tensors and plain values."""
         if ema:
             return {}
         return dict(
