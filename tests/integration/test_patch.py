@@ -336,6 +336,7 @@ def test_settings_from_environment_and_file(tmp_path):
     assert plain == read_settings({}) == read_environment({'SHIFTNAS_CONFIG': str(path)})
     # without the number of updates, the temperature stays at its first value
     assert read_settings(dict(tau=[.7, .2], group_width=100_000))[0].tau == (.7, .7)
+    assert read_settings(dict(total_updates='1e5'))[0].total_updates == 100_000  # YAML reads 1e5 as a text
 
 
 @pytest.mark.parametrize('environment, named', [
@@ -351,7 +352,8 @@ def test_settings_from_environment_and_file(tmp_path):
     (dict(SHIFTNAS_TAU='[1, x]'), "tau=[1, 'x']"),
     (dict(SHIFTNAS_TAU='[1, 0.5'), "SHIFTNAS_TAU='[1, 0.5'"),
     (dict(SHIFTNAS_GROUP_WEIGHTS='3'), 'group_weights=3'),
-    (dict(SHIFTNAS_TOTAL_UPDATES='1e5'), "total_updates='1e5' must be a whole number"),
+    (dict(SHIFTNAS_TOTAL_UPDATES='1.5'), 'total_updates=1.5 must be a whole number'),
+    (dict(SHIFTNAS_TOTAL_UPDATES='1e-5'), "total_updates='1e-5' must be a whole number"),
     (dict(SHIFTNAS_TOTAL_UPDATES='true'), 'total_updates=True must be a whole number'),
     (dict(SHIFTNAS_NUM_GROUPS='8.5'), 'num_groups=8.5 must be a whole number'),
     (dict(SHIFTNAS_GROUP_WIDTH='wide'), "group_width='wide' must be a number of MACs"),

@@ -95,6 +95,9 @@ class Setting:
         if self.kind in (int, float) and isinstance(value, str):
             with suppress(ValueError):
                 return self.kind(value)
+            with suppress(ValueError):  # 1e2 and 5.0 are whole numbers, too
+                number = float(value)
+                return int(number) if number.is_integer() else number
         return float(value) if self.kind is float and type(value) is int else value
 
     def describe(self) -> str:
