@@ -57,7 +57,7 @@ def train(variant, group, distributed):
     gradients, archs, number = [], [], 0
     for _ in range(UPDATES):
         for micro in range(config.accum_steps):
-            images, targets = (group.share(part) for part in batch(number))
+            images, targets = (group.shard(part) for part in batch(number))
             number += 1
             with task.no_sync() if micro + 1 < config.accum_steps else torch.enable_grad():
                 result = task(images, targets)
