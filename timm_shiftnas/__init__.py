@@ -6,7 +6,6 @@ from typing import Any
 
 from .hub import from_pretrained, load_supernet, push_directory, push_to_hub, save_pretrained
 from .method import ArchitectureGenerator
-from .method.loop import create_task
 from .models import Subnet, calibrate_bn, extract, ofa_space
 from .space import Arch, SearchSpace, macs, params, shiftformer_space, shiftmobilenet_space
 
