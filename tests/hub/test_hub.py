@@ -16,7 +16,8 @@ from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 
 from timm_shiftnas import Arch, Subnet, extract, shiftformer_space
-from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.models import static_counts
 

@@ -16,7 +16,8 @@ from support.processes import call
 
 from timm_shiftnas import extract
 from timm_shiftnas.cli import main
-from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.utils import format_count
 
