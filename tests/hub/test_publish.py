@@ -266,10 +266,11 @@ result = train.main([*flags, '--experiment', 'a', '--push-to-hub', 'org/trained'
     assert {'shift.png', 'accuracy.png', 'budgets.csv', 'model.safetensors'} <= set(files)
     card = files['README.md'].decode()
     assert '--model test_shiftformer_supernet' in card and 'sklearn/digits' in card and str(tmp_path) not in card
-    # a refused push leaves the model where it is
-    hub.faults.append(Fault('POST .*/commit/main', '403', times=9))
-    code = client("result = train.main([*flags, '--seed', '7', '--experiment', 'b', '--push-to-hub', 'org/trained'])")
-    assert code == 2 and (tmp_path / 'b' / 'model' / 'config.json').exists()
+    # resuming the finished run publishes again; a refused push leaves the model where it is
+    hub.faults.append(Fault('POST .*/preupload/main', '403', times=9))
+    resumed = client(
+        "result = train.main([*flags, '--experiment', 'a', '--resume', 'auto', '--push-to-hub', 'org/trained'])")
+    assert resumed == 2 and hub.faults[0].times < 9 and (tmp_path / 'a' / 'model' / 'config.json').exists()
 
 
 def test_files_of_others_stay(hub, client, net, plain, tmp_path):

@@ -281,7 +281,8 @@ class Handler(BaseHTTPRequestHandler):
             if 'blobs' in self.query:
                 sibling |= dict(size=len(content), blobId=blob_id(content))
                 if path.endswith(self.server.large):
-                    sibling['lfs'] = dict(sha256=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)
+                    sha256 = hashlib.sha256(content).hexdigest()
+                    sibling['lfs'] = dict(sha256=sha256, size=len(content), pointerSize=130)
             siblings.append(sibling)
         self.answer(200, dict(
             _id='0', id=self.name, modelId=self.name, sha=sha, private=self.repo.private, tags=[], downloads=0, likes=0,
