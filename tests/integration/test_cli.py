@@ -254,7 +254,7 @@ def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_pa
     (['info'], 'the following arguments are required: DIR'),
     (['info', '/nowhere'], '/nowhere is not a directory'),
     (['info', 'owner/name'], 'owner/name is not a directory'),
-    (['info', '.'], 'holds no config.json'),
+    (['info', '.'], 'config.json is missing'),
     (['extract', 'SAVED', '--output', 'OUT'], 'one of the arguments --flops --params --arch is required'),
     (['extract', 'SAVED', '--flops', '2M'], 'the following arguments are required: --output'),
     (['extract', 'SAVED', '--flops', '2M', '--params', '1M', '--output', 'OUT'], 'not allowed with argument'),

@@ -65,18 +65,14 @@ def _eval_results(results: Sequence[Row], training: Training) -> list[EvalResult
 
 
 def _introduction(saved: SavedModel) -> str:
-    net = saved.skeleton()
+    net, paper = saved.skeleton(), '[ShiftNAS](https://arxiv.org/abs/2307.08300)'
     if saved.kind == 'subnet':
-        macs, params = static_counts(net)
-        return (
-            f'An image classifier of {format_count(macs)} MACs and {format_count(params)} parameters for '
-            f'{net.num_classes} classes: a subnet taken out of a supernet that was trained with '
-            f'[ShiftNAS](https://arxiv.org/abs/2307.08300), weights included.')
-    low, high = (net.macs(arch) for arch in (net.space.smallest, net.space.largest))
-    return (
-        f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {format_count(low)} '
-        f'to {format_count(high)} MACs, trained with [ShiftNAS](https://arxiv.org/abs/2307.08300). Take the one for '
-        f'your budget out of it: no search, no retraining.')
+        macs, params = map(format_count, static_counts(net))
+        return (f'An image classifier with {macs} MACs and {params} parameters for {net.num_classes} classes: a subnet '
+                f'extracted, with its weights, from a supernet that was trained with {paper}.')
+    low, high = (format_count(net.macs(arch)) for arch in (net.space.smallest, net.space.largest))
+    return (f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {low} to {high} '
+            f'MACs, trained with {paper}. Extract the one for your budget: no search, no retraining.')
 
 
 def _table(rows: Sequence[Row], training: Training) -> str:
@@ -101,16 +97,17 @@ def _plain(text: Any) -> str:
 
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
-    if saved.kind == 'subnet':
-        return (f"```python\nimport timm, timm_shiftnas\n\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
-                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same\n```")
-    net = saved.skeleton()
-    budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None]
-    middle = budgets[len(budgets) // 2] if budgets else (net.macs(net.space.smallest) + net.macs(net.space.largest)) / 2
-    which = f"flops='{format_count(middle)}'" if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
-    return (f"```python\nimport timm, timm_shiftnas\n\n"
-            f"# a plain, static network\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})\n"
-            f"# all of them\nsupernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)\n```")
+    ours = f"timm_shiftnas.from_pretrained('{repo_id}'"
+    timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
+    lines = [f'net = {ours})', f'net = {timms}  # the same']
+    if saved.kind == 'supernet':
+        net = saved.skeleton()
+        ends = net.macs(net.space.smallest), net.macs(net.space.largest)
+        budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [sum(ends) / 2]
+        budget = f"flops='{format_count(budgets[len(budgets) // 2])}'"
+        which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
+        lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
+    return '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
 
 
 def _training(training: Training) -> str:

@@ -107,8 +107,7 @@ def _problems(config: Any) -> Iterator[str]:
                'upgrade it: pip install -U timm_shiftnas')
     for name in sorted(set(ours) - set(types)):
         yield f'has an unknown entry {KEY}.{name}; this timm_shiftnas writes no such entry'
-    wrong = [name for name, kind in types.items() if not _fits(ours.get(name), kind)]
-    for name in wrong or _contradictions(ModelRecord(**ours)):
+    for name in [name for name, kind in types.items() if not _fits(ours.get(name), kind)] or _contradictions(**ours):
         yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
     if not isinstance(config.get('architecture'), str) or not is_model(config['architecture']):
         yield f'names an unknown architecture {short(config.get("architecture"))}'
@@ -122,13 +121,13 @@ def _problems(config: Any) -> Iterator[str]:
         yield f'has model_args.{name}, which is not an argument of a network'
 
 
-def _contradictions(record: ModelRecord) -> list[str]:
-    """Names of entries that do not go with the others."""
-    agree = dict(
-        probabilities=record.probabilities is None or len(record.probabilities) + 1 == len(record.groups or ()),
-        generator=GENERATOR not in record.files or record.generator is not None,
-        bn_archs=(BN_STATS in record.files) == (record.bn_archs is not None))
-    return [name for name, agrees in agree.items() if not agrees]
+def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
+    """Names of entries that do not agree with the others."""
+    wrong = dict(
+        probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
+        generator=GENERATOR in files and generator is None,
+        bn_archs=(BN_STATS in files) != (bn_archs is not None))
+    return [name for name in wrong if wrong[name]]
 
 
 def _oversized(config: Mapping[str, Any]) -> Iterator[str]:

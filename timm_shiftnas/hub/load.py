@@ -1,7 +1,7 @@
 """Loading a saved model from a directory or from the Hugging Face Hub.
 
-Nothing that is loaded is trusted: the config is checked first, the size and sha256 of every file before it is used, and
-a network is built without memory before weights of exactly its shapes are put in.
+Nothing is trusted: the config is checked first, every file before it is used, and weights have to fit a network that
+was built without memory.
 """
 from __future__ import annotations
 
@@ -149,7 +149,6 @@ class SavedModel:
         self._is_local = bool(self.name) and Path(self.name).is_dir()
         if not self._is_local:
             check_repo_id(directory_or_repo)
-        self._remedy = 'copy or save the model again' if self._is_local else 'force_download=True fetches it again'
         self.config = self._read_config()
         self.record = ModelRecord.of_config(self.config, self.where(CONFIG))
         self.info, self.kind = self.record.to_dict(), self.record.kind
@@ -161,27 +160,27 @@ class SavedModel:
         """The name of a file in error messages."""
         return f'{self.name}/{name}'
 
+    def _damage(self, name: str, what: str) -> ValueError:
+        remedy = 'copy or save the model again' if self._is_local else 'force_download=True fetches it again'
+        return ValueError(f'{self.where(name)} {what}; {remedy}')
+
     def _path(self, name: str) -> Path:
-        if self._is_local:
-            return Path(self.name, name)
-        path = download(self.name, name, self._hub)
+        path = Path(self.name, name) if self._is_local else download(self.name, name, self._hub)
+        if not path.is_file():
+            raise self._damage(name, 'is missing: this is not a model directory, or saving was interrupted')
         if is_commit(path.parent.name):
             self._hub.revision = path.parent.name  # of all further files, even if the branch moves on
         return path
 
     def _read_config(self) -> Any:
-        path, where = self._path(CONFIG), self.where(CONFIG)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise ValueError(
-                f'{self} holds no {CONFIG}: it is not a model directory, or saving was interrupted') from None
+        path = self._path(CONFIG)
+        content = path.read_bytes()
         if not self._is_local and not matches_etag(path, content):
-            raise ValueError(f'{where} is not the file that was published: its hash differs; {self._remedy}')
+            raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f'{where} is not JSON ({error}); {self._remedy}') from None
+            raise self._damage(CONFIG, f'is not JSON ({error})') from None
 
     def read(self, name: str) -> bytes:
         """The content of a file that `config.json` lists: exactly the bytes that were checked.
@@ -190,15 +189,12 @@ class SavedModel:
             ValueError: If the file is not the one that was saved.
         """
         expected, path = self.record.files[name], self._path(name)
-        try:
-            size = path.stat().st_size
-            content = path.read_bytes() if size == expected['size'] else b''
-        except FileNotFoundError:
-            raise ValueError(f'{self.where(name)} is missing; {self._remedy}') from None
-        found = f'it has {size} bytes instead of {expected["size"]}' if size != expected['size'] else (
-            'its sha256 differs' if hashlib.sha256(content).hexdigest() != expected['sha256'] else '')
-        if found:
-            raise ValueError(f'{self.where(name)} is not the file that was saved: {found}; {self._remedy}')
+        if (size := path.stat().st_size) != expected['size']:
+            raise self._damage(
+                name, f'is not the file that was saved: it has {size} bytes instead of {expected["size"]}')
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected['sha256']:
+            raise self._damage(name, 'is not the file that was saved: its sha256 differs')
         return content
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -206,10 +202,10 @@ class SavedModel:
         try:
             return safetensors.torch.load(self.read(name))
         except SafetensorError as error:
-            raise ValueError(f'{self.where(name)} is not a safetensors file: {error}') from None
+            raise self._damage(name, f'is not a safetensors file ({error})') from None
 
     def skeleton(self) -> nn.Module:
-        """The network on the meta device: without weights and memory."""
+        """The network on the meta device, without weights."""
         return build_network(self.config, self.where(CONFIG))
 
     def network(self, num_classes: int | None = None) -> nn.Module:
@@ -273,11 +269,11 @@ def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: float = math.inf,
 
 def _check_subnet(net: nn.Module, limits: Mapping[str, float], arch: Any) -> None:
     """Raise a `ValueError` unless a saved subnet is within the limits and has the arch, if one is given."""
-    for name, count in zip(('flops', 'params'), static_counts(net) if limits else ()):
-        if count > limits.get(name, math.inf):
-            raise ValueError(
-                f'this saved subnet has {count:,} {name}, more than the budget of {format_count(limits[name])}; '
-                'load a smaller one from its supernet')
+    counts = dict(zip(('flops', 'params'), static_counts(net), strict=True)) if limits else {}
+    for name, limit in limits.items():
+        if counts[name] > limit:
+            raise ValueError(f'this saved subnet has {counts[name]:,} {name}, more than the budget of '
+                             f'{format_count(limit)}; load a smaller one from its supernet')
     same = arch is None
     with suppress(ValueError):  # an arch outside its space
         same = same or static_space(net).from_dict(arch) == net.arch

@@ -69,9 +69,9 @@ def push_directory(
 ) -> str:
     """Publish what `save_pretrained` or `train.py` wrote, in one commit; in none if the repository has it already.
 
-    Every file is checked against `config.json` first. The table and the accuracy picture are created from the results
-    in it; the picture of the shift comes from the directory of the training. Files of an earlier model of this package
-    that the new one lacks are deleted. Other files stay, and so does a README.md that was not written by this package.
+    Every file is checked against `config.json` first. Table and accuracy picture show the results in it; the picture of
+    the shift comes from the directory of the training. Files of an earlier model of this package that the new one lacks
+    are deleted. All other files stay, and so does a README.md that this package did not write.
 
     Args:
         directory: A directory of `save_pretrained`, or one of `train.py` with such a directory `model`.
@@ -88,8 +88,7 @@ def push_directory(
 
     Raises:
         ValueError: If the directory holds no valid model, or `repo_id` or `revision` cannot be pushed to.
-        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses. The message says what to do, and whether there is a
-            commit.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses; the message says whether there is a commit.
     """
     check_repo_id(repo_id)
     if is_commit(revision):
@@ -149,16 +148,13 @@ def _ensure_repo(api: HfApi, repo_id: str, revision: str | None, private: bool |
     except errors.RepositoryNotFoundError as error:
         if create_pr or isinstance(error, errors.GatedRepoError):
             raise
+        retry(api.create_repo, repo_id, private=private, exist_ok=True)
+        created.append('the repository is new and empty: push again, or delete it')
         try:
-            retry(api.create_repo, repo_id, private=private)
-            created.append('the repository is new and empty: push again, or delete it')
-        except errors.HfHubHTTPError as refused:
-            if status_of(refused) != 409:
-                raise
-            # it exists: either hidden from this token, or the answer to the first try was lost; the next line shows
-        info = retry(api.repo_info, repo_id)
-        if not created:
-            created.append('the repository is new')
+            info = retry(api.repo_info, repo_id)
+        except errors.RepositoryNotFoundError:  # it existed, but is hidden from this token
+            created.clear()
+            raise
     if private and not info.private:
         raise ValueError(f'{repo_id} is public already: make it private on its page, or publish without private')
     if revision in (None, 'main'):
@@ -180,9 +176,8 @@ def _content(api: HfApi, info: ModelInfo, name: str) -> str:
 
 def _stale_files(api: HfApi, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
     """Files to delete: those of an earlier model of this package that the new one lacks."""
-    if CONFIG not in present or f'"{KEY}"' not in _content(api, info, CONFIG):
-        return []
-    return sorted({GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} & set(present) - set(files))
+    ours = CONFIG in present and f'"{KEY}"' in _content(api, info, CONFIG)
+    return sorted({GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} & set(present) - set(files)) if ours else []
 
 
 def _was_sent(error: Exception) -> bool:
