@@ -291,7 +291,7 @@ def test_broken_models_end_in_one_line(capsys, folder, tmp_path):
 
 def test_traceback_on_demand(capsys, tmp_path):
     code, _, err = run(capsys, 'info', tmp_path, '--traceback')
-    assert code == 2 and err.startswith('Traceback') and 'hub.py' in err
+    assert code == 2 and err.startswith('Traceback') and 'load.py' in err
     assert err.splitlines()[-1].startswith('timm-shiftnas: error: ')
 
 

@@ -166,7 +166,7 @@ class SavedModel:
 
     def _path(self, name: str) -> Path:
         path = Path(self.name, name) if self._is_local else download(self.name, name, self._hub)
-        if not path.is_file():
+        if not path.exists():
             raise self._damage(name, 'is missing: this is not a model directory, or saving was interrupted')
         if is_commit(path.parent.name):
             self._hub.revision = path.parent.name  # of all further files, even if the branch moves on

@@ -72,8 +72,7 @@ def save_pretrained(
         raise ValueError(f'this {type(net).__name__} has no pretrained_cfg; create it with timm.create_model')
     if kind == 'subnet' and (generator is not None or bn_stats):
         raise ValueError(
-            'a subnet has no generator, and its BatchNorm statistics are in its weights; save it without generator '
-            'and bn_stats')
+            'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
     if generator is not None and generator.space.unbind() != net.space.unbind():
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
 
