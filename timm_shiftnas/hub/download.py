@@ -74,8 +74,8 @@ def _cached(repo_id: str, name: str, options: HubOptions) -> str | None:
         if not isinstance(error, errors.HfHubHTTPError) and not _from_http_library(error):
             raise
         _logger.warning(
-            f'{repo_id}: {type(error).__name__}: loading commit {commit} from the cache, but '
-            f'{options.revision or "main"!r} may have a newer one; {_hint(error, name)}')
+            f'{repo_id}: loading commit {commit} from the cache, but {options.revision or "main"!r} may have a newer '
+            f'one: the Hub did not answer ({type(error).__name__}). {_hint(error, name)}')
         return path
 
 
@@ -145,7 +145,9 @@ def with_hints(repo_id: str, file: str = '') -> Iterator[None]:
         if _from_http_library(found) and not isinstance(found, OSError):
             raise ConnectionError(f'{repo_id}: {type(found).__name__}: {found}; {_hint(found, file)}') from error
         append_line(found, _hint(found, file))
-        raise found from (error.__cause__ if found is error else None)
+        if found is error:
+            raise
+        raise found from None
 
 
 def append_line(error: BaseException, line: str) -> None:
@@ -163,4 +165,4 @@ def _hint(error: BaseException, file: str) -> str:
                 else f'{file} was removed from the repository; give a revision= that has it')
     if isinstance(error, errors.RepositoryNotFoundError) or status_of(error) in (401, 403):
         return 'check the name and the access; give another token=, or log in again (hf auth login)'
-    return 'the connection failed: try again' if _from_http_library(error) and not status_of(error) else ''
+    return 'the connection failed: try again' if _from_http_library(error) else ''

@@ -108,7 +108,7 @@ def push_directory(
     try:
         with with_hints(repo_id):
             info = _ensure_repo(api, repo_id, revision, private, create_pr, created)
-            present = {file.rfilename for file in info.siblings}
+            present = {file.rfilename for file in info.siblings or ()}
             if CARD in present and MARK not in _content(api, info, CARD):
                 _logger.warning(f'{repo_id} has its own {CARD}, which stays')
                 del files[CARD]
@@ -196,7 +196,7 @@ def _find_commit(api: HfApi, repo_id: str, revision: str | None, parent: str, fi
         head = retry(api.repo_info, repo_id, revision=revision, files_metadata=True)
     except Exception:  # the error of the push is raised instead
         return None
-    found = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in head.siblings}
+    found = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in head.siblings or ()}
     same = all(
         found.get(name) in (git_hash(content), hashlib.sha256(content).hexdigest()) for name, content in files.items())
     return '' if head.sha == parent else f'{api.endpoint}/{repo_id}/commit/{head.sha}' if same else None
