@@ -22,8 +22,10 @@ from .data.shift_batches import preprocessing
 from .data.views import DatasetView
 from .evaluation.accuracy import evaluate
 from .evaluation.tables import format_table
-from .hub.load import SavedModel, check_repo_id, from_pretrained, save_pretrained
+from .hub.download import check_repo_id
+from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
+from .hub.save import save_pretrained
 from .models import static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .training.checkpoints import load_checkpoint

@@ -16,7 +16,8 @@ from support.processes import call
 
 from timm_shiftnas import extract
 from timm_shiftnas.cli import main
-from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.utils import format_count
 
@@ -253,7 +254,7 @@ def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_pa
     (['info'], 'the following arguments are required: DIR'),
     (['info', '/nowhere'], '/nowhere is not a directory'),
     (['info', 'owner/name'], 'owner/name is not a directory'),
-    (['info', '.'], 'holds no config.json'),
+    (['info', '.'], 'config.json is missing'),
     (['extract', 'SAVED', '--output', 'OUT'], 'one of the arguments --flops --params --arch is required'),
     (['extract', 'SAVED', '--flops', '2M'], 'the following arguments are required: --output'),
     (['extract', 'SAVED', '--flops', '2M', '--params', '1M', '--output', 'OUT'], 'not allowed with argument'),
@@ -290,7 +291,7 @@ def test_broken_models_end_in_one_line(capsys, folder, tmp_path):
 
 def test_traceback_on_demand(capsys, tmp_path):
     code, _, err = run(capsys, 'info', tmp_path, '--traceback')
-    assert code == 2 and err.startswith('Traceback') and 'hub.py' in err
+    assert code == 2 and err.startswith('Traceback') and 'load.py' in err
     assert err.splitlines()[-1].startswith('timm-shiftnas: error: ')
 
 

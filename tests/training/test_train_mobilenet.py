@@ -279,7 +279,7 @@ def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
 def test_statistics_of_something_else_are_not_saved(tmp_path):
     net = timm.create_model('test_shiftmobilenet_supernet')
     arch = net.space.smallest
-    for stats, message in (({'a': {}}, "has the key 'a'"), ({arch: {'foo': torch.zeros(1)}}, 'not of the network')):
+    for stats, message in (({'a': {}}, "'a'"), ({arch: {'foo': torch.zeros(1)}}, 'running_mean')):
         with pytest.raises(ValueError, match=message):
             tsn.save_pretrained(tmp_path / 'out', net, bn_stats=stats)
     assert not (tmp_path / 'out').exists()

@@ -19,7 +19,7 @@ from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
 from .. import __version__
-from ..hub.load import check_repo_id
+from ..hub.download import check_repo_id
 from ..method.config import RunConfig, Setting, ShiftNASConfig, find_conflict, settings_of
 from ..utils.text import one_line
 

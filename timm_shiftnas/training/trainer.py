@@ -54,8 +54,8 @@ from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, write_budgets_csv, write_shift_csv
-from ..hub.load import save_pretrained
 from ..hub.push import push_directory
+from ..hub.save import save_pretrained
 from ..method.config import ShiftNASConfig, settings_of
 from ..method.distillation import Teacher
 from ..method.generator import ArchitectureGenerator
