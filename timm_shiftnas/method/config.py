@@ -75,18 +75,23 @@ class Setting(NamedTuple):
             parse_count(value, self.name)
             return value
         item = self._parse(value)
-        number = self.kind in (int, float)
-        inside = not number or math.isfinite(item) and (
-            self.least <= item <= self.most and self.above < item < self.below)
-        if type(item) is not self.kind or not inside or self.choices and item not in self.choices:
+        if type(item) is not self.kind or not self._allows(item):
             raise ValueError(f'must be {self.describe()}')
         return item
+
+    def _allows(self, item: Any) -> bool:
+        if self.kind not in (int, float):
+            return not self.choices or item in self.choices
+        return math.isfinite(item) and self.least <= item <= self.most and self.above < item < self.below
 
     def _parse(self, value: Any) -> Any:
         """Numbers out of texts (YAML reads 1e-3 as a text), and whole numbers where any number is allowed."""
         if self.kind in (int, float) and isinstance(value, str):
             with suppress(ValueError):
                 return self.kind(value)
+            with suppress(ValueError):  # 1e2 and 5.0 are whole numbers, too
+                number = float(value)
+                return int(number) if number.is_integer() else number
         return float(value) if self.kind is float and type(value) is int else value
 
     def describe(self) -> str:
