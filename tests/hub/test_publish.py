@@ -33,7 +33,7 @@ answers = os.fdopen(os.dup(1), 'w')
 os.dup2(2, 1)
 import timm, torch
 import timm_shiftnas as tsn
-from timm_shiftnas.cli import main as cli
+from timm_shiftnas_cli import main as cli
 names = dict(timm=timm, torch=torch, tsn=tsn, cli=cli, io=io, contextlib=contextlib, os=os)
 for line in sys.stdin:
     try:
@@ -305,8 +305,9 @@ result = [codes, stream.getvalue()]
 ''', directory=str(directory), out=str(tmp_path / 'out'), budget=str(BUDGET))
     codes, text = out
     with pytest.raises(Remote, match='not published: .* holds no BatchNorm statistics .* give --data-dir'):
-        client("from timm_shiftnas.cli import _parser\nargs = _parser().parse_args(['extract', directory + '/model', "
-               "'--flops', '2M', '--output', out, '--overwrite', '--push', 'org/cli-none'])\nargs.command(args)",
+        client("from timm_shiftnas.cli import run_extract\nfrom timm_shiftnas_cli import build_parser\n"
+               "run_extract(build_parser().parse_args(['extract', directory + '/model', '--flops', '2M', '--output', "
+               "out, '--overwrite', '--push', 'org/cli-none']))",
                directory=str(directory), out=str(tmp_path / 'none'))
     assert codes == [0, 0, 2, 2], text
     assert f'{hub.url}/org/cli/commit/' in text and f'{hub.url}/org/cli-sub/commit/' in text

@@ -1,4 +1,4 @@
-"""A MobileNet from training to deployment: train.py, the model directory with its BatchNorm statistics, and the CLI."""
+"""A MobileNet from training to deployment: train.py, the model directory with BatchNorm statistics, the CLI."""
 import csv
 import json
 import re
@@ -15,14 +15,16 @@ from timm.data import resolve_data_config
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
-from timm_shiftnas.cli import main as cli
 from timm_shiftnas.evaluation.accuracy import evaluate, evaluate_budgets
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics, static_counts
+from timm_shiftnas.training import trainer as train
+from timm_shiftnas.training.data import create_loaders, open_data
+from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas_cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-from timm_shiftnas.training import trainer as train
 
 FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt',
          'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40',
@@ -47,8 +49,8 @@ def validation():
     args = train.parse_args(FLAGS)
     args.num_classes = 10
     net = timm.create_model('test_shiftmobilenet_supernet', device='meta')
-    return train.create_loaders(
-        args, train.open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu')).validation
+    return create_loaders(
+        args, open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu')).validation
 
 
 def table(folder):
@@ -161,12 +163,12 @@ def test_the_imagenet_config_is_bignas_recipe():
     args = train.parse_args(['-c', str(ROOT / 'configs' / 'shiftmobilenet_imagenet.yaml'), '--data-dir', '/data'])
     assert (args.epochs, args.opt, args.momentum, args.weight_decay) == (360, 'rmsproptf', .9, 1e-5)
     assert args.batch_size * args.grad_accum_steps == args.lr_base_size == 4096
-    assert train.scaled_lr(args) == .256 and (args.sched, args.decay_rate, args.decay_epochs) == ('step', .97, 2.4)
+    assert scaled_lr(args) == .256 and (args.sched, args.decay_rate, args.decay_epochs) == ('step', .97, 2.4)
     assert (args.drop, args.drop_path, args.smoothing) == (.2, .2, .1)
     assert args.sandwich and args.archs_per_step == 4 and args.shift == 'none'
     args.num_classes = 10
     with torch.device('meta'):
-        net = train.create_supernet(args, torch.device('meta'))
+        net = create_supernet(args, torch.device('meta'))
     assert net.pretrained_cfg['input_size'] == (3, 320, 320) and net.drop_rate == .2
     assert net.blocks[-1][1].drop_path.drop_prob == pytest.approx(.2 * 25 / 26)
 
