@@ -73,8 +73,8 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
             assert static_counts(net) == (int(row['macs']), int(row['params']))
 
 
-def test_it_learns(tmp_path):
-    """By uniform sampling, whose archs are searched: candidates are calibrated as well."""
+def test_uniform_sampling_learns(tmp_path):
+    """With uniform sampling and a search, whose candidates are calibrated, too."""
     assert train.main([
         *FLAGS, '--epochs', '4', '--val-interval', '4', '-b', '64', '--lr', '1e-2', '--sampler', 'uniform',
         '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
@@ -83,7 +83,7 @@ def test_it_learns(tmp_path):
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 
-def test_plain_timm_loads_a_supernet_that_works(finished, validation):
+def test_timm_loads_the_largest_subnet_of_a_model_directory(finished, validation):
     net = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     top1, _ = evaluate(net, validation, torch.device('cpu'))  # net(x): the largest, at the loader's size
     assert top1 == pytest.approx(float(table(finished)[-1]['top1']), abs=1e-3)
@@ -214,7 +214,7 @@ def test_evaluation_without_calibration_is_refused(validation):
 
 
 def test_an_ofa_subnet_loads_in_timm_without_this_package(tmp_path):
-    """By the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
+    """With the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
     torch.manual_seed(0)
     space = tsn.ofa_space(.2, (32, 48), (1, 2), (3, 5), (1.5, 2.5))
     net = timm.create_model('ofa_mobilenetv3_supernet', space=space, num_classes=4).eval()
@@ -238,8 +238,7 @@ save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
     assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))
 
 
-def test_a_new_head_counts(finished, tmp_path):
-    """For budgets, and for saving: a network is what it is now."""
+def test_a_new_classifier_counts_in_budgets_and_is_saved(finished, tmp_path):
     budget = float(table(finished)[2]['budget'])
     sub = tsn.from_pretrained(finished / 'model', flops=budget)
     tsn.save_pretrained(tmp_path / 'sub', sub)
@@ -267,7 +266,7 @@ def test_unusable_archs_of_statistics(finished, tmp_path, archs, message):
         tsn.from_pretrained(folder, flops=3e6)
 
 
-def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
+def test_absurd_depths_are_refused_before_a_network_is_built(finished, tmp_path):
     folder = shutil.copytree(finished / 'model', tmp_path / 'model')
     config = json.loads((folder / 'config.json').read_text())
     config['model_args']['space'].update(
@@ -278,7 +277,7 @@ def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
         tsn.from_pretrained(folder, flops=3e6)
 
 
-def test_statistics_of_something_else_are_not_saved(tmp_path):
+def test_statistics_of_other_networks_are_not_saved(tmp_path):
     net = timm.create_model('test_shiftmobilenet_supernet')
     arch = net.space.smallest
     for stats, message in (({'a': {}}, "has the key 'a'"), ({arch: {'foo': torch.zeros(1)}}, 'not of the network')):
@@ -287,7 +286,7 @@ def test_statistics_of_something_else_are_not_saved(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_view_is_not_evaluated(validation):
+def test_a_view_with_batch_norm_is_not_evaluated(validation):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     with pytest.raises(ValueError, match='extract one and call calibrate_bn'):
         evaluate(tsn.Subnet(net, net.space.smallest), validation, torch.device('cpu'))
