@@ -33,8 +33,7 @@ def same(a, b, where=''):
         for key in a:
             same(a[key], b[key], f'{where}/{key}')
     elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
             same(x, y, f'{where}/{i}')
     else:
         assert a == b, where

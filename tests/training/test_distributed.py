@@ -101,7 +101,7 @@ def two(tmp_path_factory):
 def close(a, b, tolerance=1e-6):
     assert list(a) == list(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text: f'{name}: {text}')
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=f'{name} differs')
 
 
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'each its own'])
@@ -115,8 +115,8 @@ def test_two_processes_with_half_the_batch_train_like_one_with_all_of_it(two, na
             close({key: a[key] for key in sorted(used)}, {key: b[key] for key in sorted(used)})
         close(result['generator'], one['generator'])
         assert [update for update, _ in result['history']] == [update for update, _ in one['history']]
-        for (_, p), (_, q) in zip(result['history'], one['history']):
-            assert p == pytest.approx(q, abs=2e-5)  # finite differences and counts of zeros enlarge rounding
+        for (_, p), (_, q) in zip(result['history'], one['history'], strict=True):
+            assert p == pytest.approx(q, abs=2e-5)  # finite differences and counts of zeros amplify rounding errors
     depths = {len(arch['num_heads']) for archs in one['archs'] for arch in archs}
     assert len(depths) > 1  # blocks were skipped
     # generator and P are equal in both processes, bit for bit
@@ -136,7 +136,7 @@ def test_archs_per_process(two):
     archs = [result['each its own']['archs'] for result in two]
     assert archs[0] != archs[1]
     drawn = train(dict(VARIANTS['each its own'], archs_per_step=2), Ranks(), distributed=False)['archs']
-    assert [[a[0], b[0]] for a, b in zip(*archs)] == drawn
+    assert [[a[0], b[0]] for a, b in zip(*archs, strict=True)] == drawn
     torch.manual_seed(0)
     net = timm.create_model('test_shiftformer_supernet', num_classes=10)
     images, targets = batch(0)

@@ -64,7 +64,7 @@ def test_output_files(finished):
     shifts = list(csv.DictReader((output / 'shift.csv').open()))
     history = load(output / 'last.pth.tar')['task_state']['history']
     assert [int(row['update']) for row in shifts] == [update for update, _ in history] and len(shifts) > 3
-    for row, (_, p) in zip(shifts, history):
+    for row, (_, p) in zip(shifts, history, strict=True):
         assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_uniform_baseline_searches(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
     assert len(rows) == 5
     edges = [float(rows[0]['macs']), *(float(row['budget']) for row in rows[1:-1])]
-    for row, low, high in zip(rows[1:-1], edges, edges[1:]):
+    for row, low, high in zip(rows[1:-1], edges[:-1], edges[1:], strict=True):
         assert low < float(row['macs']) <= high
         served = tsn.from_pretrained(tmp_path / 'run' / 'model', flops=float(row['budget']))
         assert served.arch.to_dict() == json.loads(row['arch'])  # users get the arch that the search has found

@@ -79,7 +79,7 @@ def test_uniform_sampling_learns(tmp_path):
         *FLAGS, '--epochs', '4', '--val-interval', '4', '-b', '64', '--lr', '1e-2', '--sampler', 'uniform',
         '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
     rows = table(tmp_path / 'run')
-    assert float(rows[-1]['top1']) > 25 and float(rows[0]['top1']) > 15  # ten classes
+    assert float(rows[-1]['top1']) > 20 and float(rows[0]['top1']) > 15  # chance is 10
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 

@@ -86,9 +86,9 @@ def open_data(args: argparse.Namespace) -> Data:
         calibration = train.with_transform(None)
     processes = Ranks.current().size
     if len(train) < args.batch_size * processes:
+        times = f' in each of {processes} processes' if processes > 1 else ''
         raise ValueError(
-            f'--batch-size {args.batch_size} in {processes} process(es) is more than the {len(train)} training images; '
-            'lower it')
+            f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
     return Data(train, held_out, validation, calibration, num_classes)
 
 
