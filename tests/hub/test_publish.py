@@ -226,7 +226,7 @@ def test_a_missing_branch_is_created(hub, client, directory, plain, expected, tm
 def test_the_command_line(hub, client, directory, tmp_path):
     codes, text = client('''
 import contextlib, io
-from timm_shiftnas.cli import main as cli
+from timm_shiftnas_cli import main as cli
 stream = io.StringIO()
 with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
     codes = [cli(['push', directory, 'org/cli', '--private']),
@@ -238,8 +238,9 @@ result = codes, stream.getvalue()
     assert f'{hub.url}/org/cli/commit/' in text and f'{hub.url}/org/cli-sub/commit/' in text
     assert 'not a repo' in text and f'{tmp_path}/out/nowhere' in text
     with fails('ValueError', 'BatchNorm', '--data-dir'):
-        client("from timm_shiftnas.cli import _parser\nargs = _parser().parse_args(['extract', directory + '/model', "
-               "'--flops', '2M', '--output', out, '--overwrite', '--push', 'org/cli-none'])\nargs.command(args)",
+        client("from timm_shiftnas.cli import run_extract\nfrom timm_shiftnas_cli import build_parser\n"
+               "run_extract(build_parser().parse_args(['extract', directory + '/model', '--flops', '2M', '--output', "
+               "out, '--overwrite', '--push', 'org/cli-none']))",
                directory=str(directory), out=str(tmp_path / 'none'))
     assert hub.repos['org/cli'].private
     assert json.loads(files_of(hub, 'org/cli-sub')['config.json'])['timm_shiftnas']['kind'] == 'subnet'

@@ -377,7 +377,7 @@ def test_the_state_of_another_run_raises(fitted, shift_batches, tmp_path):
         check_checkpoint(tmp_path / 'a.pt', other)
     (tmp_path / 'b.pt').write_bytes(b'not a checkpoint')
     torch.save(dict(state_dict={}), tmp_path / 'c.pt')
-    for name, message in (('b.pt', 'cannot read'), ('c.pt', '--initial-checkpoint'), ('d.pt', 'no checkpoint at')):
+    for name, message in (('b.pt', 'cannot be read'), ('c.pt', '--initial-checkpoint'), ('d.pt', 'does not exist')):
         with pytest.raises(ValueError, match=message):
             check_checkpoint(tmp_path / name, task.space)
 
