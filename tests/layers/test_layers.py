@@ -45,26 +45,26 @@ def ones(count: int, width: int) -> torch.Tensor:
 
 def test_linear():
     layer, x = noise(ElasticLinear(8, 12, **F64)), torch.randn(3, 5, **F64)
-    torch.testing.assert_close(layer(x, 7), x @ layer.weight[:7, :5].T + layer.bias[:7])
+    torch.testing.assert_close(layer(x, out=7), x @ layer.weight[:7, :5].T + layer.bias[:7])
     torch.testing.assert_close(layer(x), x @ layer.weight[:, :5].T + layer.bias)
     assert layer(torch.randn(2, 8, **F64)).shape == (2, 12)
-    assert ElasticLinear(8, 12, bias=False, **F64)(x, 7).shape == (3, 7)
+    assert ElasticLinear(8, 12, bias=False, **F64)(x, out=7).shape == (3, 7)
 
 
 def test_qkv_slices_the_first_heads_of_each_role():
     layer, x = noise(ElasticQKV(8, 3, **F64)), torch.randn(2, 5, **F64)
     for heads in (1, 2, 3):
-        q, k, v = layer(x, heads).chunk(3, dim=-1)
+        q, k, v = layer(x, heads=heads).chunk(3, dim=-1)
         for role, out in enumerate((q, k, v)):
             rows = slice(role * 192, role * 192 + 64 * heads)
             torch.testing.assert_close(out, x @ layer.weight[rows, :5].T + layer.bias[rows])
-    assert torch.equal(layer(x), layer(x, 3))
+    assert torch.equal(layer(x), layer(x, heads=3))
 
 
 def test_qkv_joint_bias_is_autoformers_prefix():
     layer, x = noise(ElasticQKV(8, 3, bias_slicing='joint', **F64)), torch.randn(2, 8, **F64)
     for heads in (1, 2, 3):
-        out = layer(x, heads) - ElasticQKV.forward(_without_bias(layer), x, heads)
+        out = layer(x, heads=heads) - _without_bias(layer)(x, heads=heads)
         torch.testing.assert_close(out, layer.bias[:3 * 64 * heads].expand_as(out))
 
 
@@ -76,7 +76,7 @@ def _without_bias(layer: ElasticQKV) -> ElasticQKV:
 
 def test_layer_norm():
     layer, x = noise(ElasticLayerNorm(8, eps=1e-5, **F64)), torch.randn(3, 5, **F64)
-    torch.testing.assert_close(layer(x, 5), F.layer_norm(x, (5,), layer.weight[:5], layer.bias[:5], 1e-5))
+    torch.testing.assert_close(layer(x, width=5), F.layer_norm(x, (5,), layer.weight[:5], layer.bias[:5], 1e-5))
 
 
 def test_patch_embed():
@@ -85,7 +85,7 @@ def test_patch_embed():
     full = nn.functional.conv2d(x, layer.proj.weight, layer.proj.bias, stride=4).flatten(2).transpose(1, 2)
     assert layer(x).shape == (3, 6, 6)
     torch.testing.assert_close(layer(x), full)
-    torch.testing.assert_close(layer(x, 4), full[..., :4])
+    torch.testing.assert_close(layer(x, out=4), full[..., :4])
     with pytest.raises(ValueError, match=r'\(8, 8\).*\(8, 12\).*set_input_size'):
         layer(x[..., :8])
 
@@ -93,12 +93,12 @@ def test_patch_embed():
 def test_mlp():
     layer, x = noise(ElasticMlp(8, 16, **F64)), torch.randn(3, 5, **F64)
     hidden = F.gelu(x @ layer.fc1.weight[:9, :5].T + layer.fc1.bias[:9])
-    torch.testing.assert_close(layer(x, 9, 5), hidden @ layer.fc2.weight[:5, :9].T + layer.fc2.bias[:5])
+    torch.testing.assert_close(layer(x, hidden=9, out=5), hidden @ layer.fc2.weight[:5, :9].T + layer.fc2.bias[:5])
 
 
 def test_slices_share_memory_and_gradients_fill_only_them():
     layer = noise(ElasticLinear(8, 12, **F64))
-    layer(torch.randn(3, 5, **F64), 7).sum().backward()
+    layer(torch.randn(3, 5, **F64), out=7).sum().backward()
     used = torch.zeros(12, 8, dtype=torch.bool)
     used[:7, :5] = True
     assert torch.equal(layer.weight.grad != 0, used)
@@ -109,15 +109,15 @@ def test_slices_share_memory_and_gradients_fill_only_them():
 
 def test_masked_norm_equals_sliced():
     layer, x = noise(ElasticLayerNorm(8, eps=1e-5, **F64)), torch.randn(3, 8, **F64)
-    masked = layer(x, ones(5, 8))
-    torch.testing.assert_close(masked[:, :5], layer(x[:, :5], 5))
+    masked = layer(x, width=ones(5, 8))
+    torch.testing.assert_close(masked[:, :5], layer(x[:, :5], width=5))
     assert (masked[:, 5:] == 0).all()
 
 
 def test_masked_mlp_equals_sliced():
     layer, x = noise(ElasticMlp(8, 16, **F64)), torch.randn(3, 8, **F64)
-    torch.testing.assert_close(layer(x, ones(9, 16)), layer(x, 9))
-    assert layer.fc2(torch.randn(3, 16, **F64), 5).shape == (3, 5)
+    torch.testing.assert_close(layer(x, hidden=ones(9, 16)), layer(x, hidden=9))
+    assert layer.fc2(torch.randn(3, 16, **F64), out=5).shape == (3, 5)
 
 
 @pytest.mark.parametrize('bias_slicing', ['role', 'joint'])

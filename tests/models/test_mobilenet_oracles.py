@@ -15,7 +15,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
-from timm_shiftnas.models.shiftmobilenet import _convert_published
+from timm_shiftnas.models._published import convert_mobilenet
 from timm_shiftnas.space import arch_masks
 
 DATA = Path(__file__).parents[1] / 'support' / 'data'
@@ -222,7 +222,7 @@ def test_gradients(mini):
         mini.net.zero_grad()
         loss = torch.nn.functional.cross_entropy(mini.net(mini.images(arch), arch), mini.io['labels'])
         loss.backward()
-        expected = _convert_published(norms, mini.net)
+        expected = convert_mobilenet(norms, mini.net)
         found = {name: p.grad.norm().item() for name, p in mini.net.named_parameters() if p.grad is not None}
         for name, norm in expected.items():
             # where BatchNorm cancels a gradient, what is left is rounding

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 import timm_shiftnas as tsn
 from timm_shiftnas.layers import extend_table
 from timm_shiftnas.models.shiftformer import ShiftFormer, ShiftFormerSupernet, checkpoint_filter_fn
-from timm_shiftnas.space import ArchMasks, arch_masks
+from timm_shiftnas.space import ShiftFormerMasks, arch_masks
 
 NAMES = [
     'shiftformer_base_supernet', 'shiftformer_small_supernet', 'shiftformer_subnet', 'shiftformer_supernet',
@@ -55,7 +55,7 @@ def images(model, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=weight.dtype)
 
 
-def masks_of(arch, **kwargs) -> ArchMasks:
+def masks_of(arch, **kwargs) -> ShiftFormerMasks:
     return arch_masks(SPACE, [one_hot.to(**kwargs) for one_hot in SPACE.one_hot(arch)])
 
 
@@ -145,7 +145,7 @@ def test_initial_values():
 # -- masks, through the whole network ----------------------------------------------------------------------------------
 
 
-def reference(net, x, masks: ArchMasks) -> torch.Tensor:
+def reference(net, x, masks: ShiftFormerMasks) -> torch.Tensor:
     """The masked network in plain float64 arithmetic, written from DESIGN 3 and AutoFormer's definition."""
     w = {name: weight.detach().double() for name, weight in net.state_dict().items()}
     embed, depth, heads, hidden = masks
@@ -233,10 +233,10 @@ def test_gradients_of_masks(relative, bias_slicing, fused):
     x = images(net)
     cotangent = torch.randn(2, 5, dtype=torch.float64)
     for arch in (SPACE.smallest, MIDDLE, ARCHS[3]):
-        leaves = ArchMasks(*(mask.requires_grad_() for mask in masks_of(arch)))
+        leaves = ShiftFormerMasks(*(mask.requires_grad_() for mask in masks_of(arch)))
         out, expected = net(x, leaves), reference(net, x, leaves)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-        gradients = ArchMasks(*torch.autograd.grad((out * cotangent).sum(), leaves))
+        gradients = ShiftFormerMasks(*torch.autograd.grad((out * cotangent).sum(), leaves))
         references = torch.autograd.grad((expected * cotangent).sum(), leaves)
         for gradient, other in zip(gradients, references):
             torch.testing.assert_close(gradient, other, rtol=1e-7, atol=1e-9)
@@ -250,7 +250,7 @@ def test_gradients_of_masks(relative, bias_slicing, fused):
 def test_masks_off_the_corners():
     """The reference and the network are the same function of continuous masks, not only of 0 and 1."""
     net = noise(create()).double().eval()
-    masks = ArchMasks(*(.2 + .8 * torch.rand_like(mask) for mask in masks_of(MIDDLE)))
+    masks = ShiftFormerMasks(*(.2 + .8 * torch.rand_like(mask) for mask in masks_of(MIDDLE)))
     x = images(net)
     torch.testing.assert_close(net(x, masks), reference(net, x, masks), rtol=1e-9, atol=1e-9)
 
@@ -453,7 +453,7 @@ def test_gradient_checkpointing():
     for name, weight in net.named_parameters():
         expected = sum(gradient[name] for gradient in gradients if name in gradient)
         torch.testing.assert_close(weight.grad, expected, rtol=1e-10, atol=1e-10)
-    masks = ArchMasks(*(mask.requires_grad_() for mask in masks_of(MIDDLE)))
+    masks = ShiftFormerMasks(*(mask.requires_grad_() for mask in masks_of(MIDDLE)))
     checkpointed = torch.autograd.grad(net(x, masks).sum(), masks)
     net.set_grad_checkpointing(False)
     for gradient, expected in zip(checkpointed, torch.autograd.grad(net(x, masks).sum(), masks)):
