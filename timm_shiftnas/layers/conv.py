@@ -239,21 +239,19 @@ def _pad_channels(x: Tensor, channels: int) -> Tensor:
 
 class ProjectedDepthwiseSeparableConv(DepthwiseSeparableConv):
     """timm's block, plus the `Projection` of its input."""
-    projection: Projection
 
     def forward(self, x: Tensor) -> Tensor:  # TorchScript cannot compile a call of super()
         y = self.se(self.bn1(self.conv_dw(x)))
-        return self.bn2(self.conv_pw(y)) + self.projection(x)
+        return self.bn2(self.conv_pw(y)) + self.projection(x)  # type: ignore[operator]
 
 
 class ProjectedInvertedResidual(InvertedResidual):
     """timm's block, plus the `Projection` of its input."""
-    projection: Projection
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv_pw(x))
         y = self.se(self.bn2(self.conv_dw(y)))
-        return self.bn3(self.conv_pwl(y)) + self.projection(x)
+        return self.bn3(self.conv_pwl(y)) + self.projection(x)  # type: ignore[operator]
 
 
 # -- elastic blocks ----------------------------------------------------------------------------------------------------
