@@ -1,13 +1,16 @@
-"""Elastic layers against plain slices, masks against widths, relative position against its definition."""
+"""Elastic layers against plain slices, masks against widths, relative position against its definition, CNN blocks."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import nn
 
 from timm_shiftnas.layers import (
     BlockWidths,
+    ConvWidths,
     ElasticAttention,
     ElasticBlock,
     ElasticLayerNorm,
@@ -15,9 +18,14 @@ from timm_shiftnas.layers import (
     ElasticMlp,
     ElasticPatchEmbed,
     ElasticQKV,
+    Projection,
     RelativeAttention,
     RelativePosition2d,
+    WidthShortcut,
+    elastic_kernel,
     extend_table,
+    make_elastic,
+    masked,
 )
 
 F64 = dict(dtype=torch.float64)
@@ -206,13 +214,13 @@ def test_attention_masks_on_both_paths(relative, mask):
         outputs.append(layer(x, **arguments))
     torch.testing.assert_close(*outputs)
     assert not torch.allclose(outputs[0], layer(x))
-    # what a token may not see does not change its output
+    # tokens that are masked out do not change an output
     x[:, 4] += 1
     torch.testing.assert_close(layer(x, **arguments)[:, :4], outputs[0][:, :4])
 
 
 def test_attention_dropout():
-    """Dropout of the attention, not of the relative position: with p close to 1, hardly anything arrives."""
+    """Dropout acts on the attention as a whole: with p = 1 the output is zero."""
     rel_pos = noise(RelativePosition2d((3, 3), 1, 2, **F64))
     q, k, v = torch.randn(3, 400, 1, 10, 64, **F64)
     index = rel_pos.index(q)
@@ -228,3 +236,48 @@ def test_extend_table():
     assert extend_table(table, 3, 5)[:, 0].tolist() == [0, 3, 3, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert extend_table(table, 9, 7)[:, 0].tolist() == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11]
     assert extend_table(table, 9, 2)[:, 0].tolist() == [0, 4, 5, 6, 7, 8]
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+
+def conv_block(kind, width_in: int, width_out: int, stride: int, shortcut: nn.Module | None = None) -> nn.Module:
+    """An elastic block of timm's with elastic kernels, in evaluation."""
+    block = kind(width_in, width_out, stride=stride, norm_layer=BatchNormAct2d, se_layer=SqueezeExcite)
+    make_elastic(block)
+    elastic_kernel(block.conv_dw, (3,), transform=False)
+    if shortcut is not None:
+        make_elastic(shortcut)
+        block.projection = shortcut
+    return noise(block.double()).eval()
+
+
+@pytest.mark.parametrize('kind', [DepthwiseSeparableConv, InvertedResidual])
+@pytest.mark.parametrize('name, width_in, width_out, stride, narrow', [
+    ('identity', 8, 8, 1, (8, 8)), ('none', 8, 12, 2, (4, 6)),
+    ('where widths are equal', 8, 12, 1, (6, 6)), ('where widths are equal', 8, 12, 1, (4, 6)),
+    ('projection', 8, 12, 2, (4, 6)), ('projection', 8, 12, 2, (6, 6)), ('pooling', 8, 8, 2, (8, 8)),
+])
+def test_masked_blocks_equal_sliced(kind, name, width_in, width_out, stride, narrow):
+    """With every kind of shortcut; the stream is full-width, with noise beyond the narrow width."""
+    shortcut = {
+        'where widths are equal': WidthShortcut(), 'projection': Projection(width_in, width_out, stride, True),
+        'pooling': Projection(width_in, width_out, stride, False)}.get(name)
+    block = conv_block(kind, width_in, width_out, stride, shortcut)
+    full = block.conv_dw.weight.shape[0]
+    hidden = narrow[0] if kind is DepthwiseSeparableConv else full // 2
+    se = block.se.conv_reduce.out_channels
+    x = torch.randn(2, width_in, 5, 5, **F64)
+    sliced = block(x[:, :narrow[0]], widths=ConvWidths(hidden, narrow[1], 3, se))
+    masks = ConvWidths(
+        ones(hidden, full), None, ones(1, 1), ones(se, se), width_in=ones(narrow[0], width_in),
+        equal=torch.tensor(float(narrow[0] == narrow[1]), **F64), active=torch.tensor(1., **F64))
+    torch.testing.assert_close(block(x, widths=masks)[:, :narrow[1]], sliced)
+
+
+def test_masked():
+    x = torch.randn(2, 3, 4, 5, **F64)
+    assert masked(x, 3) is x and masked(x, None) is x
+    assert torch.equal(masked(x, ones(2, 3)), torch.cat([x[:, :2], 0 * x[:, 2:]], 1))
+    assert torch.equal(masked(x, ones(2, 5), -1), torch.cat([x[..., :2], 0 * x[..., 2:]], -1))
+    assert torch.equal(masked(x, torch.tensor(0., **F64)), 0 * x)
