@@ -14,8 +14,8 @@ from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, write_budgets_csv, write_shift_csv
-from ..hub.save import save_pretrained
 from ..hub.push import push_directory
+from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
 from ..space.complexity import macs
 from ..space.core import Arch
