@@ -74,10 +74,11 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
 def test_it_learns(tmp_path):
     """By uniform sampling, whose archs are searched: candidates are calibrated as well."""
     assert train.main([
-        *FLAGS, '--epochs', '4', '--val-interval', '4', '-b', '64', '--lr', '1e-2', '--sampler', 'uniform',
+        *FLAGS, '--epochs', '2', '--val-interval', '2', '-b', '32', '--lr', '3e-2', '--no-aug', '--sampler', 'uniform',
         '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
     rows = table(tmp_path / 'run')
-    assert float(rows[-1]['top1']) > 25 and float(rows[0]['top1']) > 15  # ten classes
+    # of ten classes; other seeds reach 77 to 88 and 58 to 66
+    assert float(rows[-1]['top1']) > 50 and float(rows[0]['top1']) > 35
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 
