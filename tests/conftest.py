@@ -1,15 +1,81 @@
-"""One thread, here and in the processes that tests start: the models are too small to gain from more."""
-import os
+"""Markers, the order of the tests, and fixtures that several rooms share.
 
-os.environ['OMP_NUM_THREADS'] = '1'  # read when torch is imported, which the tests do after this
+Every process runs one thread, here and in the processes that tests start: the models are too small to gain from more.
+"""
+import inspect
+import os
+from pathlib import Path
+
+os.environ['OMP_NUM_THREADS'] = '1'  # torch reads it when it is imported, which the tests do after this
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+# Files that take longest come first, so that no worker of pytest-xdist starts one when the others are done.
+LONGEST = (
+    'training/test_train.py', 'training/test_faults.py', 'integration/test_benchmarks.py', 'method/test_task.py',
+    'hub/test_publish.py', 'training/test_train_mobilenet.py', 'training/test_distributed.py',
+    'integration/test_patch.py', 'integration/test_cli.py', 'method/test_generator.py', 'hub/test_hub.py',
+    'models/test_extract.py')
+
+# A test is a `process` test if it or a fixture of it uses one of these names.
+STARTERS = {'Client', 'Job', 'Popen', 'call', 'client', 'ranks', 'script', 'start', 'subprocess', 'torchrun'}
+
+# Parts of names of tests that take more than about two seconds, and fixtures whose tests do, by file.
+SLOW = {
+    'data/test_data.py': ('killed_worker',),
+    'hub/test_hub.py': ('fresh_process', 'subnet_for_params'),
+    'hub/test_publish.py': ('xet', 'publishes', 'one_commit', 'wrapped', 'branch'),
+    'integration/test_benchmarks.py': ('comparison', 'separately', 'wrong_flags'),
+    'integration/test_cli.py': ('ctrl_c', 'console_script'),
+    'integration/test_patch.py': (
+        'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes'),
+    'method/test_generator.py': ('fitted', 'params_budget', 'autoformer_t'),
+    'method/test_task.py': ('untrained', 'graphs', 'function_of_seed', 'saves_and_restores', 'exact_inner_products'),
+    'models/test_extract.py': ('onnx', 'torch_export'),
+    'models/test_mobilenet_oracles.py': ('logits_in_evaluation',),
+    'models/test_shiftformer.py': ('compiled',),
+    'models/test_shiftmobilenet.py': ('onnx',),
+    'training/test_distributed.py': ('',),
+    'training/test_faults.py': ('',),
+    'training/test_train.py': (
+        'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation'),
+    'training/test_train_mobilenet.py': ('finished', 'learns', 'resume'),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Let `pytest -n 2` run whole files in the order of the collection, because most fixtures belong to a file."""
+    if getattr(config.option, 'numprocesses', None) and config.option.dist == 'no':
+        config.option.dist, config.option.loadscopereorder = 'loadfile', False
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests and sort their files, longest first."""
+    rank = {path: number for number, path in enumerate(LONGEST)}
+    for item in items:
+        file = item.path.relative_to(TESTS).as_posix()
+        fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        used = {*item.fixturenames, *(name for function in (item.obj, *fixtures) for name in names_in(function))}
+        if used & STARTERS:
+            item.add_marker('process')
+        if any(part in item.name or part in item.fixturenames for part in SLOW.get(file, ())):
+            item.add_marker('slow')
+    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
+
+
+def names_in(function):
+    """Global names and attributes that the code of a function uses."""
+    return inspect.unwrap(function).__code__.co_names
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of two classes with twelve grey images each."""
+    """A data folder: two splits of two classes with twelve grey images each."""
     for split in ('train', 'validation'):
         for label in 'ab':
             path = tmp_path / 'data' / split / label
@@ -17,3 +83,9 @@ def folder(tmp_path):
             for i in range(12):
                 Image.new('RGB', (32, 32), (i * 20,) * 3).save(path / f'{i}.png')
     return tmp_path / 'data'
+
+
+@pytest.fixture
+def seeded():
+    """A fixed seed of torch's global generator."""
+    torch.manual_seed(0)
