@@ -3,10 +3,9 @@
     python benchmarks/ablations.py group-width
     python benchmarks/ablations.py room
 
-All variants of an experiment are measured at the same eight budgets; differences are paired with the variant that is
-named first. Writes `ablation_EXPERIMENT_TASK.csv` and a table `.md`. `room` asks what there is to win for any
-probability shift: it trains at fixed P, with twice its share or everything for one group, tilted to one end, or
-concentrated on a few groups.
+All variants of an experiment are measured at the same eight budgets. Differences are paired with the first variant.
+Writes `ablation_EXPERIMENT_TASK.csv` and a table `.md`. `room` measures what any probability shift could gain: it
+trains with a fixed P that gives one group twice its share or everything, tilts to one end, or favours a few groups.
 """
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def weights(*values: float) -> list[str]:
 
 
 def boosted(group: int, factor: float) -> list[str]:
-    """P with `factor` times its even share for one group, and what is left shared by the others."""
+    """P with `factor` times the even share for one group; the others share the rest."""
     other = (GROUPS - factor) / (GROUPS - 1)
     return weights(*(factor if k == group else other for k in range(1, GROUPS + 1)))
 
@@ -64,7 +63,7 @@ EXPERIMENTS = {
 
 
 def folder_name(flags: list[str]) -> str:
-    """One folder per setting, so that experiments share their trainings."""
+    """Name of the folder of a setting. Experiments with the same setting share its training."""
     for name, known in SAMPLERS.items():
         if flags == known:
             return name
@@ -100,7 +99,7 @@ def main() -> None:
 
 
 def room_table(scores: dict[str, dict[int, list[float]]]) -> str:
-    """What a group gains from its own share, and what the others gain on average; paired differences from even P."""
+    """Table of what a group gains from its share and what the others gain on average, paired with even P."""
     lines = []
     for name, by_seed in scores.items():
         if not name.startswith('group'):

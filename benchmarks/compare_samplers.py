@@ -1,13 +1,13 @@
-"""Compare how archs are drawn in training: uniform, sandwich rule, generator with P uniform, three probability shifts.
+"""Compare samplers: uniform, sandwich rule, generator with even P, and three probability shifts.
 
     python benchmarks/compare_samplers.py --task digits
     python benchmarks/compare_samplers.py --task glyphs
 
-Paired seeds, equal images seen, and again at the training time of uniform sampling (`--match time`). Uniform sampling
-and the sandwich rule are reported twice: at the archs of the generator that was fitted to the resource constraint, and
-at the best of 25 archs per budget by held-out accuracy. `--alone` adds every group's subnet trained by itself: from
-scratch with all the steps, and fine-tuned for a fifth of them from the weights it inherits. Writes
-`samplers_TASK.csv`, a table (`samplers_TASK.md`) and pictures.
+Seeds are paired. Samplers are compared at equal images seen, and at the training time of uniform sampling (`--match
+time`). Uniform sampling and the sandwich rule are reported twice: at the archs of a generator that was fitted to
+budgets alone, and at the best of 25 archs per budget by held-out accuracy. `--alone` also trains every group's subnet
+alone: from scratch with all steps, and fine-tuned from inherited weights for a fifth of them. Writes
+`samplers_TASK.csv`, a table `samplers_TASK.md` and pictures.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from statistics import mean, stdev
 import runs
 from runs import FINE_TUNING, SAMPLERS, Run
 
-ALONE = 'generator'  # whose archs are trained by themselves
+ALONE = 'generator'  # the sampler whose archs are trained alone
 COLOURS = dict(zip(
     ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
      'variation', 'from scratch', 'fine-tuned'),
@@ -29,7 +29,7 @@ COLOURS = dict(zip(
 
 
 def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
-    """What a training contributes to the table: a line per group, two where archs are searched."""
+    """Rows of a training: one per group, two where archs are searched."""
     common = dict(task=run.task, match=match, seed=run.seed, epochs=run.epochs)
     kinds = {run.name: runs.group_rows(folder)}
     if run.searches:
@@ -38,7 +38,7 @@ def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
 
 
 def alone(args: argparse.Namespace, trained: list[Run]) -> list[dict]:
-    """Every group's subnet of a sampler trained by itself, from scratch and from inherited weights."""
+    """Train every group's subnet alone, from scratch and from inherited weights; returns the rows of both."""
     jobs, outputs = [], []
     for run in trained:
         source = run.folder(args.output).resolve()
@@ -89,7 +89,7 @@ def plot_curves(path: Path, rows: list[dict], match: str, title: str) -> None:
 
 
 def plot_shifts(path: Path, trained: list[tuple[Run, Path]]) -> None:
-    """P over time: a row per estimator, a column per seed, a line per group."""
+    """Plot P over time: a row of axes per signal, a column per seed, a line per group."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -121,7 +121,7 @@ def main() -> None:
                         help='method that differences are taken from')
     parser.add_argument('--match', nargs='+', default=['images', 'time'], choices=('images', 'time'),
                         help='equal images seen, equal training time, or both')
-    parser.add_argument('--alone', action='store_true', help="also train every group's subnet by itself")
+    parser.add_argument('--alone', action='store_true', help="also train every group's subnet alone")
     args = parser.parse_args()
     if 'time' in args.match and 'uniform' not in args.samplers:
         parser.error('--match time takes the time of uniform sampling: add uniform to --samplers, or --match images')
@@ -136,11 +136,11 @@ def main() -> None:
     done = [(run, run.folder(args.output), 'images') for run in equal_images]
     lengths = {}
     if 'time' in args.match:
-        # of the seed that was disturbed least by whatever else the machine did
+        # the fastest seed: other programs disturbed it least
         cost = {name: min(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
                 for name in args.samplers}
         lengths = {name: max(round(epochs * cost['uniform'] / cost[name]), 1) for name in args.samplers}
-        # times vary, but what has been trained for them is kept
+        # measured times vary from run to run; the first ones are kept, so that finished trainings stay valid
         kept = args.output / args.task / f'equal_time_{epochs}.json'
         lengths |= json.loads(kept.read_text()) if kept.exists() else {}
         runs.write(kept, json.dumps(lengths))

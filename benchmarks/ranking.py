@@ -1,10 +1,10 @@
-"""Does inherited accuracy rank archs as training them alone does? Kendall's tau and Spearman's rho, per sampler.
+"""Does inherited accuracy rank archs as training them alone does? Kendall's tau and Spearman's rho per sampler.
 
     python benchmarks/ranking.py --task glyphs
 
-The same uniformly drawn archs for all samplers: their accuracy with inherited weights, after fine-tuning for a quarter
-of the epochs, and trained from scratch with all of them. Supernets are those of `compare_samplers.py`. Ranking by MACs
-alone is reported beside it: what a supernet adds is what goes beyond. Writes `ranking_TASK.csv` and a table `.md`.
+All samplers rank the same uniformly drawn archs, by accuracy with inherited weights, after fine-tuning for a quarter of
+the epochs, and after training from scratch for all epochs. Supernets are those of `compare_samplers.py`. The ranking by
+MACs alone is the baseline that a supernet has to beat. Writes `ranking_TASK.csv` and a table `.md`.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = 2  # processes that share the archs of one supernet
 
 
 def draw(model_directory: Path, count: int) -> list[dict]:
-    """Different archs of the uniform sampler, as dicts."""
+    """Draw different archs uniformly; returns their dicts."""
     sys.path.insert(0, str(runs.ROOT))
     import timm_shiftnas
     from timm_shiftnas.utils import stream
@@ -72,7 +72,7 @@ def main() -> None:
         source = run.folder(args.output).resolve()
         kinds = {'fine_tuned': (max(epochs // 4, 2), FINE_TUNING)}
         if run.name == trained[0].name:
-            kinds['from_scratch'] = epochs, ['--from-scratch']  # no matter of the sampler: once per seed
+            kinds['from_scratch'] = epochs, ['--from-scratch']  # does not depend on the sampler: once per seed
         for kind, (length, options) in kinds.items():
             for part in range(PARTS):
                 folder = source / f'ranking-{kind}-{len(archs)}-{part}'

@@ -1,8 +1,8 @@
-"""What the benchmarks share: trainings by `train.py`, each in a process of its own, and statistics of paired seeds.
+"""Shared by the benchmarks: trainings by `train.py`, each in its own process, and statistics of paired seeds.
 
-A training is a name and flags. It counts as done when its folder holds `done.json`, which is written last; an
-interrupted one goes on from its last checkpoint. So every benchmark can be stopped and started again, and benchmarks
-share the trainings that they have in common.
+A training is a name and flags. It is done when its folder holds `done.json`, which is written last. An interrupted
+training resumes from its last checkpoint. Benchmarks can therefore be stopped and started again, and they share the
+trainings that they have in common.
 """
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Data and recipe that all samplers share. The share held out is equal, so that all see the same training images. Muon,
-# because trainings of this length leave AdamW on its first plateau.
+# Data and recipe of all samplers. All hold out the same share, so that they see the same training images. The optimizer
+# is Muon because AdamW does not leave its first plateau in trainings of this length.
 COMMON = '''
     --model test_shiftformer_supernet --workers 0 --batch-size 64 --opt muon --lr 1e-2 --warmup-epochs 1
     --warmup-lr 5e-4 --smoothing 0.1 --hflip 0 --color-jitter 0 --num-groups 8 --held-out 0.05
@@ -37,8 +37,8 @@ TASKS = dict(
     glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
 )
 TASKS['cnn'] = [*TASKS['glyphs'], '--model', 'test_shiftmobilenet_supernet']
-FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # of inherited weights
-GROUPS = 8  # at whose budgets subnets are compared; as many as trainings have, unless their flags say otherwise
+FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # flags for training from inherited weights
+GROUPS = 8  # subnets are compared at their budgets; trainings have as many unless their flags differ
 EPOCHS = dict(digits=30, glyphs=8, cnn=8)
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
@@ -55,9 +55,9 @@ class Run:
     """One training by `train.py`.
 
     Args:
-        name: What is trained; runs of one name differ in their seeds and are averaged.
+        name: What is trained. Runs of one name differ in their seeds and are averaged.
         task: A key of TASKS.
-        flags: Of `train.py`, beyond those of the task.
+        flags: Flags of `train.py` beyond those of the task.
         seed: Runs of equal seeds are paired: they share the held-out split, the initial weights and the image order.
         epochs: Length of the training.
     """
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def searches(self) -> bool:
-        """Whether it serves archs of a search, not of the generator: that of uniform sampling."""
+        """Whether subnets come from a search, as with uniform sampling, and not from the generator."""
         return '--sampler' in self.flags
 
     def folder(self, output: Path) -> Path:
@@ -77,20 +77,20 @@ class Run:
         return output / self.task / f'{self.name}{length}' / f'seed{self.seed}'
 
     def command(self) -> list[str]:
-        """Flags of `train.py` without those of its output."""
+        """Flags of `train.py`, without those that name the output."""
         return [*COMMON, *TASKS[self.task], '--epochs', str(self.epochs), '--val-interval', str(self.epochs),
                 '--seed', str(self.seed), *self.flags]
 
 
 def positive(text: str) -> int:
-    """Type of flags that count something."""
+    """A flag's text as a positive int."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, 1 or more')
     return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
-    """The flags of every benchmark that trains."""
+    """Add the flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
     parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
     parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, else 8)')
@@ -103,18 +103,18 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
 
 
 def single_thread() -> dict[str, str]:
-    """Environment of a process that keeps to one core."""
+    """Environment of a process that uses one core."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
 
 
 def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None:
-    """Run commands, (title, folder, argv) each, whose folders are not done yet; stop at the first that fails.
+    """Run the commands, (title, folder, argv) each, whose folders are not done yet. Stop at the first that fails.
 
-    A command that is started again finds what it left in its folder; trainings resume. Two benchmarks at once may need
-    the same training: the second one waits for it.
+    A training that is started again resumes. If two benchmarks need the same training at the same time, the second one
+    waits for it.
 
     Raises:
-        SystemExit: With the end of the log of a command that failed, or if a folder was made by another command.
+        SystemExit: If a command fails, with the end of its log, or if a folder was made by another command.
     """
     todo = []
     for title, folder, argv in jobs:
@@ -158,7 +158,7 @@ def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None
 
 
 def train(runs: Iterable[Run], output: Path, processes: int) -> None:
-    """Train what is not trained yet."""
+    """Train the runs that are not finished yet."""
     output, jobs = output.resolve(), []
     for run in dict.fromkeys(runs):
         folder = run.folder(output)
@@ -171,7 +171,7 @@ def train(runs: Iterable[Run], output: Path, processes: int) -> None:
 
 
 def write(path: Path, content: str | Callable[[Path], object]) -> None:
-    """Text, or what a function writes to the path that it is given: whole or not at all."""
+    """Write a file atomically: a text, or what a function writes to the path given to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
@@ -187,7 +187,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Rows under the keys of the first."""
+    """Write rows as CSV; the keys of the first are the header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
     writer.writeheader()
@@ -196,14 +196,14 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def group_rows(folder: Path) -> list[dict]:
-    """Group, budget, MACs and top-1 of the subnets that serve the groups of a finished training."""
+    """Group, budget, MACs and top-1 of the subnets of a finished training, one per group."""
     rows = [row for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
     return [dict(group=int(row['name'].split()[1]), budget=float(row['budget']), macs=int(row['macs']),
                  top1=float(row['top1'])) for row in rows]
 
 
 def rows_at(run: Run, folder: Path) -> list[dict]:
-    """As `group_rows`, at the generator's archs for GROUPS budgets, whatever it served; kept in the folder."""
+    """As `group_rows`, but always at the generator's archs for GROUPS budgets. The result is kept in the folder."""
     served = group_rows(folder)
     if not run.searches and len(served) == GROUPS:
         return served
@@ -238,7 +238,7 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
 
 
 def seconds_per_epoch(folder: Path) -> float:
-    """Median training time of an epoch, evaluation aside."""
+    """Median training time of an epoch, without evaluation."""
     return median(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))
 
 
@@ -268,13 +268,13 @@ def difference(values: Sequence[float]) -> str:
 
 
 def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> str:
-    """Top-1 by method, at both ends and as the mean over budgets, and paired differences from a reference.
+    """Table of top-1 by method, at both ends and as the mean over budgets, with paired differences from a reference.
 
-    With each difference its 95% confidence interval, of one comparison: of many, one in twenty is off by chance.
+    Each difference has its 95% confidence interval for a single comparison: one in twenty is off by chance.
 
     Args:
         scores: Per method and seed the top-1 at every budget, smallest first.
-        reference: The method that differences are taken from, over the seeds that both have.
+        reference: The method to compare with, over the seeds that both have.
     """
     lines = []
     for method, by_seed in scores.items():

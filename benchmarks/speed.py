@@ -1,4 +1,4 @@
-"""What things cost: ratios of medians from one interleaved run each.
+"""Time and memory, as ratios of medians from one interleaved run each.
 
     python benchmarks/speed.py supernet            # supernet at an arch / the extracted network
     python benchmarks/speed.py step                # a ShiftNAS step / a uniform step, and its parts
@@ -9,9 +9,9 @@
     python benchmarks/speed.py memory              # peak memory of ShiftNAS updates / of uniform ones
     python benchmarks/speed.py scaling             # an update of one process / of two with as many images each
 
-`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration). `--device cuda --amp` measures bf16
-autocast, `--channels-last` that layout of images and weights, `--torchcompile` compiled networks. Images per second and
-the share of the matrix rate (of a large matrix product of the same type, in the same run) are printed with the ratios.
+`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration), `--device cuda --amp` bf16 autocast,
+`--channels-last` that memory layout, and `--torchcompile` compiled networks. Images per second, and their share of the
+matrix rate (a large matrix product of the same type in the same run), are printed with the ratios.
 """
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PATCHES = dict(grid_size=(14, 14), num_prefix=1, max_distance=14)
 
 
 class Bench:
-    """Where and how things are timed."""
+    """Device, precision and timing of a measurement."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
@@ -63,7 +63,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def interleave(self, cases: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of every case, round after round and in turning order, after two rounds that do not count."""
+        """Seconds of every case in each round, in rotating order, after two rounds of warm-up."""
         times: dict[str, list[float]] = {name: [] for name in cases}
         names = list(cases)
         for number in range(self.args.rounds + 2):
@@ -82,11 +82,11 @@ class Bench:
         return torch.channels_last if self.args.channels_last else torch.contiguous_format
 
     def network(self) -> nn.Module:
-        """The supernet that is measured, in training mode."""
+        """The measured supernet, in training mode."""
         return timm.create_model(self.args.model).to(self.device, memory_format=self.layout).train()
 
     def images(self, net: nn.Module, arch: Arch | None = None) -> torch.Tensor:
-        """A batch for a supernet, of the size of an arch that has one."""
+        """A batch for a supernet, at the resolution of the arch if it has one."""
         size = getattr(arch, 'resolution', net.pretrained_cfg['input_size'][-1])
         images = torch.randn(self.args.batch_size, net.in_chans, size, size, device=self.device)
         return images.contiguous(memory_format=self.layout)
@@ -96,7 +96,7 @@ class Bench:
             call()
 
     def backward(self, net: nn.Module, call: Callable[[], torch.Tensor]) -> None:
-        """Forward and backward as in training: gradients start as None."""
+        """Run forward and backward as in training; gradients start as None."""
         for parameter in net.parameters():
             parameter.grad = None
         with self.autocast():
@@ -107,7 +107,7 @@ class Bench:
         return torch.compile(net, dynamic=True) if self.args.torchcompile else net
 
     def rate(self) -> float:
-        """MACs per second of a large matrix product in the type that networks run in."""
+        """MACs per second of a large matrix product in the precision of the networks."""
         if self._rate is None:
             size = 8192 if self.device.type == 'cuda' else 2048
             dtype = torch.bfloat16 if self.args.amp else torch.float32
@@ -116,12 +116,12 @@ class Bench:
         return self._rate
 
     def speed(self, macs: float, seconds: float) -> str:
-        """Images per second, and the share of the matrix rate that `macs` per batch amount to."""
+        """Images per second, and the share of the matrix rate for `macs` per batch."""
         return f'{self.args.batch_size / seconds:8.1f} images/s  {macs / seconds / self.rate():4.0%} of the matrix rate'
 
 
 def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Median of the ratios round by round: what slows a whole round down cancels."""
+    """Median of the ratios of single rounds: slowdowns of a whole round cancel."""
     return median(a / b for a, b in zip(times[above], times[below]))
 
 
@@ -147,7 +147,7 @@ def supernet(bench: Bench) -> None:
 
 
 def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callable[[], None]], ShiftNASTask, Arch]:
-    """What a ShiftNAS training does beside the uniform step, which comes first; of a middle arch or a given one."""
+    """The parts of a ShiftNAS update, the uniform step first; at a middle arch unless one is given."""
     net = bench.network()
     size, count = bench.args.batch_size, bench.args.shift_batch_size
     images, targets = bench.images(net), torch.randint(net.num_classes, (size,), device=bench.device)
@@ -185,7 +185,7 @@ def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callab
 
 
 def step(bench: Bench) -> None:
-    """The parts of a ShiftNAS step beyond a uniform one, at the intervals of the settings, and their sum."""
+    """Print the parts of a ShiftNAS step, weighted by their intervals, and their sum."""
     parts, task, arch = step_parts(bench)
     config, size, count = task.config, bench.args.batch_size, bench.args.shift_batch_size
     every = {'uniform step': 1, 'generator update': config.generator_interval,
@@ -208,7 +208,7 @@ def step(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Peaks of processes of their own, at the largest arch, which needs most."""
+    """Print peak memory, each measured in its own process, at the largest arch, which needs most."""
     peaks = {}
     for name in ('uniform', 'ShiftNAS'):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
@@ -219,7 +219,7 @@ def memory(bench: Bench) -> None:
 
 
 def peak_memory(args: argparse.Namespace, everything: bool) -> int:
-    """Bytes: of the device's allocator, or of this process where it is the CPU."""
+    """Peak bytes of the device's allocator, or of this process on the CPU."""
     torch.set_num_threads(args.threads)
     bench = Bench(args)
     parts, *_ = step_parts(bench, timm.create_model(args.model, device='meta').space.largest)
@@ -232,7 +232,7 @@ def peak_memory(args: argparse.Namespace, everything: bool) -> int:
 
 
 def scaling(bench: Bench) -> None:
-    """Two processes of one thread each, against one alone; and what finding unused parameters costs DDP."""
+    """Print the speed of two processes of one thread each against one, and the cost of DDP's parameter search."""
     with TemporaryDirectory() as folder:
         context = multiprocessing.get_context('spawn')
         with ProcessPoolExecutor(2, mp_context=context) as pool:
@@ -248,13 +248,13 @@ def scaling(bench: Bench) -> None:
 
 
 def time_process(args: argparse.Namespace, store: str, rank: int) -> dict[str, list[float]]:
-    """Seconds of updates of this process, round by round; in the rounds of 'alone' the other one waits."""
+    """Seconds of the updates of this process in each round; for 'alone' the other process waits."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2)
     bench = Bench(args)
     plain = bench.network()
     images, arch = bench.images(plain), plain.space.largest
-    nets = {None: plain} | {  # networks of their own: DDP leaves its hooks on what it wraps
+    nets = {None: plain} | {  # separate networks: DDP leaves its hooks on what it wraps
         found: nn.parallel.DistributedDataParallel(EveryArch(bench.network()), find_unused_parameters=found)
         for found in (True, False)}
     optimizers = {key: torch.optim.AdamW(net.parameters(), lr=1e-6) for key, net in nets.items()}

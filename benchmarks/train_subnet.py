@@ -1,9 +1,9 @@
-"""Train the subnets that a supernet's generator proposes by themselves: from scratch, or from inherited weights.
+"""Train the subnets that a supernet's generator proposes, each alone: from scratch or from inherited weights.
 
     python benchmarks/train_subnet.py --supernet output/NAME/model --results-file subnets.json --epochs 5 FLAGS
 
 FLAGS are those of `train.py` (data, batch size, learning rate, augmentation). `--archs FILE` takes a JSON list of archs
-instead. Results are kept from subnet to subnet, so that an interrupted run goes on with the next.
+instead. Results are saved after every subnet, so that an interrupted run continues with the next one.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from timm_shiftnas.utils import seed_process
 
 
 def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, device: torch.device) -> None:
-    """As `train.py` trains a supernet, less the choice of archs; images and augmentation are those of its seed."""
+    """Train as `train.py` does, without drawing archs; images and augmentation are those of its seed."""
     task = ClassificationTask(net, criterion_kwargs=dict(loss_type='ce', smoothing=args.smoothing), device=device,
                               verbose=False)
     optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=args))

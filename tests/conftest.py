@@ -49,9 +49,10 @@ SLOW = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Let `pytest -n 2` run whole files in the order of the collection, because most fixtures belong to a file."""
-    if getattr(config.option, 'numprocesses', None) and config.option.dist == 'no':
-        config.option.dist, config.option.loadscopereorder = 'loadfile', False
+    """Let workers of pytest-xdist take whole files in their order here: most expensive fixtures belong to a file."""
+    if getattr(config.option, 'numprocesses', None):
+        config.option.dist = 'loadfile' if config.option.dist == 'no' else config.option.dist
+        config.option.loadscopereorder = False  # not the files with the most tests first
 
 
 def pytest_collection_modifyitems(items):

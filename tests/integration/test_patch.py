@@ -484,16 +484,16 @@ def test_a_step_that_was_left_out_is_resumed_from(patch):
     assert same(fresh.get_task_state(), loaded.get_task_state())
 
 
-def test_the_five_lines_of_the_readme(patch, tmp_path):
-    """As they stand there, but for fewer steps of the generator; what they say to save is a checkpoint."""
-    readme = (Path(__file__).parents[2] / 'README.md').read_text()
-    lines = readme.split('own needs five lines')[1].split('```')[1].splitlines()[1:]
-    assert len(lines) == 5 and 'create_task(net, ' in lines[0]
-    names = dict(timm_shiftnas=timm_shiftnas, torch=torch, net=supernet(), loader=[batch(n, 64) for n in range(4)])
-    exec('\n'.join(lines).replace('(net, ', '(net, generator_fit_steps=10, '), names)
-    assert names['task'].update == 4
+def test_the_loop_of_the_docs(patch, tmp_path):
+    """As it stands there, but with a shorter fit of the generator; the file that it saves is a checkpoint."""
+    text = (Path(__file__).parents[2] / 'docs' / 'research.md').read_text()
+    code = text.split('## A training loop of your own')[1].split('```python')[1].split('```')[0]
+    assert 'create_task(net, ' in code
+    names = dict(tsn=timm_shiftnas, torch=torch, net=supernet(), loader=[batch(n, 64) for n in range(4)])
     path = tmp_path / 'last.pth.tar'
-    exec(lines[-1].split('to save: ')[1].replace("'last.pth.tar'", 'path'), names | dict(path=path))
+    code = code.replace('(net, ', '(net, generator_fit_steps=10, ').replace("'last.pth.tar'", repr(str(path)))
+    exec(code, names)
+    assert names['task'].update == 4
     net, generator, state = load_checkpoint(path)
     assert state['update'] == 4 and same(net.state_dict(), names['net'].state_dict())
     assert same(generator.state_dict(), names['task'].generator.state_dict())

@@ -1,16 +1,16 @@
 """Run timm's own model tests on the models that this package registers.
 
-    python tests/timm_contract/run.py                           # downloads the tests of the installed timm with pip
-    python tests/timm_contract/run.py timm/tests/test_models.py [pytest options]
+    python tests/integration/timm_contract/run.py              # pip downloads the tests of the installed timm
+    python tests/integration/timm_contract/run.py timm/tests/test_models.py [pytest options]
 
-timm ships the file in its source distribution only, so it is no part of this repository and of the plain suite. It
-imports `TORCH_BACKEND` before it lists models; a copy of it, in a temporary directory, gets our names in its lists:
+timm ships this file in its source distribution only, so it is not part of this repository. It imports `TORCH_BACKEND`
+before it lists models. A copy of it in a temporary directory gets our names in its lists:
 
 * models without the spatial features of a CNN: the ViTs;
-* modules that have `forward_intermediates`: ours;
-* excepted: TorchScript and FX on supernets, whose forward takes an arch (subnets pass both), and the check that every
-  parameter has a gradient on supernets whose full network leaves some alone: OFA's kernel matrices, and shortcuts that
-  only narrower archs project.
+* modules with `forward_intermediates`: ours;
+* excluded: TorchScript and FX for supernets, whose forward takes an arch (subnets pass both), and the check that every
+  parameter has a gradient for supernets whose full network does not use all of them: OFA's kernel matrices, and
+  shortcut projections that only narrower archs use.
 
 About a minute and a half on one core.
 """
@@ -31,7 +31,7 @@ ADDED = {
     'EXCLUDE_JIT_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet'],
     'EXCLUDE_FX_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet'],
 }
-# prunes a model at every layer (timm's own CI leaves the test out): the tiny ones tell the same
+# This test prunes a model at every layer (timm's own CI skips it). The tiny models cover the same code.
 SLOW = [
     f'test_prune_intermediate_layers_contract[{name}]'
     for name in ('shiftformer_supernet', 'shiftformer_small_supernet', 'shiftformer_base_supernet')]
@@ -42,7 +42,7 @@ UNUSED = [
 
 
 def download(folder: Path) -> Path:
-    """timm's tests/test_models.py, out of the source distribution of the installed version."""
+    """Download timm's tests/test_models.py from the source distribution of the installed version."""
     subprocess.run([
         sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', ':all:', '-d', str(folder),
         f'timm=={timm.__version__}'], check=True)
@@ -53,11 +53,11 @@ def download(folder: Path) -> Path:
 
 
 def adapt(source: str) -> str:
-    """timm's file with our names at the head of its lists."""
+    """timm's test file with our names added to its lists."""
     for name, entries in ADDED.items():
         start = f'{name} = [\n'
         if source.count(start) != 1:
-            raise SystemExit(f'{name} is not a list of this test file: timm {timm.__version__} is not known here')
+            raise SystemExit(f'{name} is not a list in the tests of timm {timm.__version__}; adapt ADDED in this file')
         source = source.replace(start, start + ''.join(f'    {entry!r},\n' for entry in entries))
     return source
 

@@ -1,0 +1,39 @@
+"""The examples run as their docstrings say, and stay short."""
+from pathlib import Path
+
+import pytest
+from support.processes import call, run_file
+
+EXAMPLES = Path(__file__).parents[2] / 'examples'
+
+
+def run(name, *flags, folder):
+    code, out, err = call(run_file, EXAMPLES / name, *flags, folder=folder)
+    assert code == 0, err
+    return out.splitlines()
+
+
+def test_examples_are_at_most_40_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob('*.py')}
+    assert set(lengths) == {'quickstart.py', 'own_space.py', 'own_loop.py'} and max(lengths.values()) <= 40
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    lines = run('quickstart.py', '--output', tmp_path, '--epochs', '1', '--num-groups', '2', '--generator-fit-steps',
+                '20', '--shift', 'none', folder=tmp_path)
+    assert [line.split(' MACs: top-1')[0] for line in lines[-3:]] == ['2M', '4M', '8M']
+
+
+@pytest.mark.process
+def test_own_space(tmp_path):
+    lines = run('own_space.py', '--fit-steps', '20', folder=tmp_path)
+    assert lines[0].startswith('27,864 networks') and all('Arch(embed_dim=' in line for line in lines[1:])
+    assert len(lines) == 4
+
+
+@pytest.mark.process
+def test_own_loop(tmp_path):
+    lines = run('own_loop.py', '--updates', '11', folder=tmp_path)
+    assert lines[0].startswith('update 0: loss ') and lines[-1].startswith('a network of ')
