@@ -7,7 +7,7 @@ import sys
 
 if __name__ == '__main__':
     try:
-        from timm_shiftnas.training.trainer import run
-    except KeyboardInterrupt:  # the imports take seconds
+        from timm_shiftnas.training.trainer import launch
+    except KeyboardInterrupt:  # imports take seconds
         sys.exit('train.py: interrupted')
-    sys.exit(run())
+    sys.exit(launch())

@@ -176,7 +176,7 @@ def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callab
 
     def draw() -> None:
         task._archs.clear()
-        task._next_archs()
+        task._draw_archs()
 
     parts = {'uniform step': train, 'generator update': generator, 'drawing archs': draw}
     if config.shift != 'none':

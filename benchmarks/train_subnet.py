@@ -30,7 +30,7 @@ from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import has_batch_norm
 from timm_shiftnas.training.data import Loaders, create_loaders, open_data
 from timm_shiftnas.training.flags import parse_args
-from timm_shiftnas.training.trainer import create_supernet, scaled_lr
+from timm_shiftnas.training.setup import create_supernet, scaled_lr
 from timm_shiftnas.utils import seed_process
 
 

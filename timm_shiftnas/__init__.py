@@ -2,9 +2,10 @@
 
 Importing the package registers its supernets with timm.
 """
+from typing import Any
+
 from .hub import from_pretrained, load_supernet, push_directory, push_to_hub, save_pretrained
 from .method import ArchitectureGenerator
-from .method.loop import create_task
 from .models import Subnet, calibrate_bn, extract, ofa_space
 from .space import Arch, SearchSpace, macs, params, shiftformer_space, shiftmobilenet_space
 
@@ -14,3 +15,11 @@ __all__ = [
     'from_pretrained', 'load_supernet', 'macs', 'ofa_space', 'params', 'push_directory', 'push_to_hub',
     'save_pretrained', 'shiftformer_space', 'shiftmobilenet_space',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `create_task` when it is used: it needs `timm.task`, which is young and not in every timm."""
+    if name == 'create_task':
+        from .method.loop import create_task
+        return create_task
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

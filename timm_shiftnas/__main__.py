@@ -1,7 +1,7 @@
-"""`python -m timm_shiftnas` is `timm-shiftnas`."""
+"""`python -m timm_shiftnas`, the same as `timm-shiftnas`."""
 import sys
 
-from .cli import main
+from timm_shiftnas_cli import main
 
 if __name__ == '__main__':
     sys.exit(main())

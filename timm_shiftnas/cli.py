@@ -1,143 +1,51 @@
-"""The command line: `timm-shiftnas info DIR`, `extract`, `evaluate`, `push` and `convert`.
+"""The commands of `timm-shiftnas`: info, extract, evaluate, push and convert.
 
-A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
+Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_data_config
 
-from . import __version__
 from .data.datasets import create_dataset
 from .data.shift_batches import preprocessing
 from .data.views import DatasetView
 from .evaluation.accuracy import evaluate
 from .evaluation.tables import format_table
-from .hub.load import SavedModel, check_repo_id, from_pretrained, save_pretrained
+from .hub.download import check_repo_id
+from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
+from .hub.save import save_pretrained
 from .models import static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .training.checkpoints import load_checkpoint
-from .utils.text import one_line
 from .utils.units import format_count
 
-__all__ = ['main']
-
-PROG = 'timm-shiftnas'
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = argparse.Namespace(traceback=False)
-    try:
-        _parser().parse_args(argv, args)
-        args.command(args)
-    except KeyboardInterrupt:
-        print(f'{PROG}: interrupted', file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            traceback.print_exc()
-        print(f'{PROG}: error: {one_line(error)}', file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A wrong command line is a mistake like any other: one line, and no usage text above it."""
-        raise ValueError(f'{message} (see {self.prog} --help)')
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description='Look into saved supernets, take subnets out of them, and publish either.')
-    parser.add_argument('--version', action='version', version=f'{PROG} {__version__}')
-    commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-
-    info = commands.add_parser('info', help='tell what a model directory holds')
-    info.set_defaults(command=_info)
-    info.add_argument('--json', action='store_true', help='print JSON')
-
-    extract = commands.add_parser('extract', help='save the subnet for a budget as a directory of its own')
-    extract.set_defaults(command=_extract)
-    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
-    extract.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
-
-    evaluate = commands.add_parser('evaluate', help='accuracy of the subnet for a budget on a folder of images')
-    evaluate.set_defaults(command=_evaluate)
-    evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
-    for command in (extract, evaluate):
-        which = command.add_mutually_exclusive_group(required=command is extract)
-        which.add_argument('--flops', metavar='N', help='the most MACs it may have, such as 1.4G')
-        which.add_argument('--params', metavar='N', help='the most parameters it may have, such as 6M')
-        which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
-        command.add_argument('--data-dir', metavar='DIR', required=command is evaluate,
-                             help='folder of images; those of its train/ (or, without it, all) give the BatchNorm '
-                                  'statistics of the subnet if they were not saved')
-        command.add_argument('--bn-images', metavar='N', type=int, default=2000,
-                             help='how many images for these statistics (default: 2000)')
-
-    push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
-    push.set_defaults(command=_push)
-    extract.add_argument('--push', metavar='REPO', help='publish it as well')
-    for command in (extract, push):
-        command.add_argument('--private', action='store_true', default=None, help='make it private, if it is made')
-        command.add_argument('--revision', metavar='BRANCH', help='branch of it (default: main)')
-        command.add_argument('--token', metavar='TOKEN', help='token of the Hub (default: that of hf auth login)')
-        command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
-        command.add_argument('--commit-message', metavar='TEXT')
-        command.add_argument('--license', metavar='NAME', help="for the model card, such as 'apache-2.0'")
-
-    for command in (info, extract, evaluate, push):
-        command.add_argument('directory', metavar='DIR', type=Path, help='directory of save_pretrained or train.py')
-        command.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
-    convert = commands.add_parser('convert', help='make a model directory of a checkpoint of a training')
-    convert.set_defaults(command=_convert)
-    convert.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help='file of train.py, or of timm\'s own '
-                         'script with timm_shiftnas.patch')
-    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
-    convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
-    convert.add_argument('--overwrite', action='store_true', help='replace the model that OUT holds')
-    convert.add_argument('--traceback', action='store_true', help='show where in the code an error arose')
-    push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; made if it does not exist")
-    return parser
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
+__all__ = ['COMMANDS', 'describe']
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
 
 
-def _info(args: argparse.Namespace) -> None:
-    data = describe(_saved(args.directory))
-    print(json.dumps(data, indent=2) if args.json else _info_text(data))
-
-
-def _saved(directory: Path) -> SavedModel:
-    if not directory.is_dir():
-        raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
-    return SavedModel(directory)
+def run_info(args: argparse.Namespace) -> None:
+    """Print what a model directory holds."""
+    data = describe(SavedModel(args.directory))
+    print(json.dumps(data, indent=2) if args.json else info_text(data))
 
 
 def describe(saved: SavedModel) -> dict[str, Any]:
-    """What a saved model is, as JSON-able data; its files are checked.
+    """Describe a saved model as JSON-able data, after checking its files.
 
     Raises:
-        ValueError: If a file is not the one that was saved, or the config does not describe a network.
+        ValueError: If a file has changed since it was saved, or the config does not describe a network.
     """
     for name in saved.info['files']:
         saved.read(name)
@@ -158,7 +66,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     return dict(data, **optional, files=saved.info['files'])
 
 
-def _info_text(data: dict[str, Any]) -> str:
+def info_text(data: dict[str, Any]) -> str:
+    """The description of a saved model for the terminal."""
     channels, height, width = data['input_size']
     lines = [
         f'{data["directory"]}: {data["kind"]} {data["architecture"]}',
@@ -167,61 +76,59 @@ def _info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append(f'space    {data["size"]:,} archs')
-        lines += [_field(name, values) for name, values in data['space'].items() if name != 'family']
+        lines += [field_line(name, values) for name, values in data['space'].items() if name != 'family']
     else:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append('arch')
-        lines += [_field(name, value) for name, value in data['arch'].items()]
+        lines += [field_line(name, value) for name, value in data['arch'].items()]
     if 'groups' in data:
         edges = [format_count(edge) for edge in data['groups']]
         shares = data.get('probabilities', [None] * (len(edges) - 1))
         lines.append(f'groups   {len(shares)}, of MACs')
         lines += [f'  {low} to {high}' + ('' if share is None else f': P = {share:.4f}')
-                  for low, high, share in zip(edges, edges[1:], shares)]
+                  for low, high, share in zip(edges, edges[1:], shares, strict=False)]
     if 'results' in data:
         lines += ['results', *(f'  {line}' for line in format_table(data['results']).splitlines())]
-    lines.append('files    as they were saved')
+    lines.append('files    unchanged since they were saved')
     lines += [f'  {name}: {format_count(entry["size"])}B, sha256 {entry["sha256"][:12]}'
               for name, entry in data['files'].items()]
     return '\n'.join(lines)
 
 
-def _field(name: str, value: Any) -> str:
-    """A line of a space or an arch; layers that have choices of their own are set apart by a bar."""
-    return f'  {name:<13}{_plain(value)}'
+def field_line(name: str, value: Any) -> str:
+    """A field of a space or an arch; a bar separates layers that have their own choices."""
+    def plain(value: Any) -> str:
+        if isinstance(value, list):
+            return (' | ' if any(isinstance(item, list) for item in value) else ' ').join(map(plain, value))
+        return str(value) if isinstance(value, (str, bool)) else f'{value:g}'
+
+    return f'  {name:<13}{plain(value)}'
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return (' | ' if any(isinstance(item, list) for item in value) else ' ').join(map(_plain, value))
-    return str(value) if isinstance(value, (str, bool)) else f'{value:g}'
+# -- extract, convert, push --------------------------------------------------------------------------------------------
 
 
-# -- extract -----------------------------------------------------------------------------------------------------------
-
-
-def _extract(args: argparse.Namespace) -> None:
-    saved = _saved(args.directory)
-    _check_output(args.output, args.directory, args.overwrite)
+def run_extract(args: argparse.Namespace) -> None:
+    """Save the subnet for a budget in its own directory, and publish it with --push."""
+    saved = SavedModel(args.directory)
+    check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
-        raise ValueError(f'{saved} holds a subnet already; extract takes one out of a supernet')
+        raise ValueError(f'{saved} holds a subnet already; extract needs a supernet')
     if args.push is not None:
         check_repo_id(args.push)
-    net = _load(saved, args)
+    net = load_subnet(saved, args)
     rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
     save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
     print(json.dumps(net.arch.to_dict()))
     if args.push is not None:
-        _publish(args, args.output, args.push)
+        publish(args, args.output, args.push)
 
 
-# -- convert -----------------------------------------------------------------------------------------------------------
-
-
-def _convert(args: argparse.Namespace) -> None:
-    _check_output(args.output, None, args.overwrite, flag='OUT')
+def run_convert(args: argparse.Namespace) -> None:
+    """Convert a training checkpoint into a model directory."""
+    check_output(args.output, None, args.overwrite, flag='OUT')
     net, generator, state = load_checkpoint(args.checkpoint, use_ema=not args.no_ema)
     save_pretrained(
         args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
@@ -230,78 +137,91 @@ def _convert(args: argparse.Namespace) -> None:
           f'{format_count(net.macs(net.space.largest))} MACs, after {state["update"]} updates')
 
 
-# -- push --------------------------------------------------------------------------------------------------------------
+def check_output(output: Path, source: Path | None, overwrite: bool, flag: str = '--output') -> None:
+    """Refuse to write over anything but, with --overwrite, another model.
+
+    Args:
+        output: Directory to write.
+        source: Directory to read.
+        overwrite: Whether --overwrite was given.
+        flag: Where `output` was given.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    problem = None
+    if output.exists() and not output.is_dir():
+        problem = 'is a file; give a directory'
+    elif source is not None and output.exists() and output.samefile(source):
+        problem = 'is the supernet itself; give another directory'
+    elif output.exists() and any(output.iterdir()):
+        try:
+            SavedModel(output)
+            problem = None if overwrite else 'holds a model already; add --overwrite to replace it'
+        except ValueError:
+            problem = 'is not empty and holds no model; give another directory'
+    if problem:
+        raise ValueError(f'{flag} {output} {problem}')
 
 
-def _push(args: argparse.Namespace) -> None:
-    _publish(args, args.directory, args.repo)
+def run_push(args: argparse.Namespace) -> None:
+    """Publish a model directory."""
+    publish(args, args.directory, args.repo)
 
 
-def _publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
+def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
     print(push_directory(
         directory, repo, private=args.private, revision=args.revision, token=args.token, create_pr=args.create_pr,
         commit_message=args.commit_message, license=args.license))
 
 
-def _load(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
-    """The subnet that is asked for, with BatchNorm statistics of `--data-dir` if its own were not saved."""
-    loader = None if args.data_dir is None else _training_images(saved, args.data_dir, args.bn_images)
+def load_subnet(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
+    """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from --data-dir."""
+    loader = None if args.data_dir is None else training_images(saved, args.data_dir, args.bn_images)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
-    if caught and getattr(args, 'push', None):
-        raise ValueError(f'not published: {caught[0].message}'.replace('loader= of training images', '--data-dir'))
-    for message in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
-        print(f'{PROG}: warning: {message.replace("loader= of training images", "--data-dir")}', file=sys.stderr)
+    messages = dict.fromkeys(
+        str(warning.message).replace('loader= of training images', '--data-dir')
+        for warning in caught if warning.category is UserWarning)
+    if messages and getattr(args, 'push', None):
+        raise ValueError(f'not published: {next(iter(messages))}')
+    for message in messages:
+        print(f'timm-shiftnas: warning: {message}', file=sys.stderr)
     return net
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    saved = _saved(args.directory)
-    net = _load(saved, args)
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Print the accuracy of a subnet on a folder of images."""
+    saved = SavedModel(args.directory)
+    net = load_subnet(saved, args)
     if has_batch_norm(net):
         net = ResizedInput(net)
-    images = create_dataset('', args.data_dir, split=args.split, is_training=False, input_img_mode=_mode(saved))
-    top1, top5 = evaluate(net, _loader(saved, images), torch.device('cpu'))
+    images = open_images(saved, args.data_dir, args.split)
+    top1, top5 = evaluate(net, batches(saved, images), torch.device('cpu'))
     print(f'{len(images)} images: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
 
 
-def _mode(saved: SavedModel) -> str:
-    return 'L' if saved.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
+def open_images(saved: SavedModel, folder: str, split: str) -> torch.utils.data.Dataset:
+    """A folder of images, in the color mode of a saved network."""
+    mode = 'L' if saved.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
+    return create_dataset('', folder, split=split, is_training=False, input_img_mode=mode)
 
 
-def _loader(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any]:
-    """Batches, preprocessed as the saved network expects them."""
-    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
-    return create_loader(
-        images, batch_size=64, use_prefetcher=False, num_workers=0,
-        **preprocessing(config))
-
-
-def _training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
-    """Some of the images of a folder, preprocessed as the saved network expects them, in batches."""
-    if count < 1:
-        raise ValueError(f'--bn-images {count} must be at least 1')
-    images = create_dataset('', folder, split='train' if (Path(folder) / 'train').is_dir() else '', is_training=False,
-                            input_img_mode=_mode(saved))
+def training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
+    """Batches of some images of a folder: of its train/, if there is one."""
+    images = open_images(saved, folder, 'train' if (Path(folder) / 'train').is_dir() else '')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return _loader(saved, DatasetView(images, order[:count]))
+    return batches(saved, DatasetView(images, order[:count]))
 
 
-def _check_output(output: Path, source: Path | None, overwrite: bool, flag: str = '--output') -> None:
-    """Refuse to write over anything but, when told so, another model."""
-    if not output.exists() or output.is_dir() and not any(output.iterdir()):
-        return
-    if not output.is_dir():
-        raise ValueError(f'{flag} {output} is a file; give a directory')
-    if source is not None and output.samefile(source):
-        raise ValueError(f'{flag} {output} is the supernet itself; give another directory')
-    try:
-        SavedModel(output)
-    except ValueError:
-        raise ValueError(f'{flag} {output} is not empty and holds no model; give another directory') from None
-    if not overwrite:
-        raise ValueError(f'{flag} {output} holds a model already; add --overwrite to replace it')
+def batches(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any]:
+    """Batches of images, preprocessed as a saved network expects them."""
+    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
+    return create_loader(images, batch_size=64, use_prefetcher=False, num_workers=0, **preprocessing(config))
+
+
+COMMANDS = dict(info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate)

@@ -1,18 +1,16 @@
-"""ShiftNAS in training loops that know nothing of it: timm's own script, forks of it, loops of one's own.
+"""The hook into unmodified training scripts: timm's own, and forks of it.
 
     python train.py --device-modules timm_shiftnas.patch --model shiftformer_tiny_supernet ...
 
-is timm's script, unmodified. Importing this module makes the `ClassificationTask` of a supernet a `StockTask`; what
-timm does with every other model stays as it is. Settings come from the environment or from a YAML file, under the names
-of `ShiftNASConfig` and `Settings`:
+is timm's script. Importing this module makes the `ClassificationTask` of a supernet a `StockTask`; other models train
+as before. Settings are the fields of `ShiftNASConfig` and `RunConfig`, as variables or in a YAML file:
 
     SHIFTNAS_CONFIG=shiftnas.yaml SHIFTNAS_SHIFT=hypergradient SHIFTNAS_TOTAL_UPDATES=375000 python train.py ...
 
-A script saves its checkpoints with the state of the task, and resumes with it; `timm-shiftnas convert CHECKPOINT DIR`
-makes a model directory of one. In a loop of one's own, `create_task` does without the environment.
+The script's checkpoints contain the state of the task, so that it can resume; `timm-shiftnas convert CHECKPOINT DIR`
+turns one into a model directory. Your own loop needs no hook: use `timm_shiftnas.create_task`.
 
-The one module that changes something in timm. It does so in `TrainingTask.__new__`, because scripts import the names of
-classes before they import this module: only the classes themselves can still be told.
+The hook replaces `TrainingTask.__new__`. It cannot replace the classes, because scripts import them before this module.
 """
 from __future__ import annotations
 
@@ -22,14 +20,14 @@ from typing import Any
 import timm
 from timm.task import ClassificationTask, TrainingTask
 
-from .method.loop import Settings, StockTask, create_task
+from .method.loop import StockTask, create_task
 from .method.task import ShiftNASTask
 from .space import is_supernet
 
-__all__ = ['Settings', 'StockTask', 'create_task']
+__all__ = ['StockTask', 'create_task']
 
-# of what this module relies on, the parameters in the versions of timm that it knows
-KNOWN = {
+# Parameters, in the supported versions of timm, of all that the hook and its task rely on.
+TIMM_SIGNATURES = {
     'ClassificationTask.__init__': 'self model criterion criterion_kwargs device dtype verbose',
     'ClassificationTask.forward': 'self input target',
     'ClassificationTask.prepare_distributed': 'self device_ids ddp_kwargs',
@@ -48,7 +46,7 @@ KNOWN = {
 
 
 def _dispatch(cls: type[TrainingTask], *args: Any, **kwargs: Any) -> TrainingTask:
-    """In the place of `TrainingTask.__new__`: the task of a supernet is ours."""
+    """Replacement of `TrainingTask.__new__`: a supernet gets a `StockTask`."""
     model = args[0] if args else kwargs.get('model', kwargs.get('student_model'))
     if not is_supernet(model) or issubclass(cls, ShiftNASTask):
         return object.__new__(cls)
@@ -56,29 +54,27 @@ def _dispatch(cls: type[TrainingTask], *args: Any, **kwargs: Any) -> TrainingTas
         return object.__new__(StockTask)
     raise ValueError(
         f'{cls.__name__} does not train supernets: leave out the flags that ask for it (distillation, multi-label), or '
-        'derive your own task from timm_shiftnas.patch.StockTask; train.py of timm_shiftnas distils by --kd-model')
+        'derive your own task from timm_shiftnas.patch.StockTask; train.py of timm_shiftnas distils with --kd-model')
 
 
 def _install() -> None:
-    """Tell timm, if it is one that this module knows.
+    """Install the hook.
 
     Raises:
-        ImportError: If it is not.
+        ImportError: If this version of timm has other tasks than those in `TIMM_SIGNATURES`.
     """
     classes = dict(ClassificationTask=ClassificationTask, TrainingTask=TrainingTask)
-    for name, known in KNOWN.items():
+    unknown = f'timm_shiftnas.patch does not know timm {timm.__version__}'
+    hint = 'train with train.py of timm_shiftnas, or with timm 1.0.31'
+    for name, known in TIMM_SIGNATURES.items():
         owner, _, method = name.partition('.')
         function = getattr(classes[owner], method, None)
         found = '' if function is None else ' '.join(inspect.signature(function).parameters)
         if found != known:
-            raise ImportError(
-                f'timm_shiftnas.patch does not know timm {timm.__version__}: {name} takes ({found or "it is gone"}) '
-                f'and not ({known}); train with train.py of timm_shiftnas, or with timm 1.0.31')
+            raise ImportError(f'{unknown}: {name} takes ({found or "it is missing"}) and not ({known}); {hint}')
     if any(cls.__new__ is not object.__new__ and cls.__new__.__module__ != __name__ for cls in classes.values()):
-        raise ImportError(
-            f'timm_shiftnas.patch does not know timm {timm.__version__}, whose tasks have a __new__ already; train '
-            'with train.py of timm_shiftnas, or with timm 1.0.31')
-    TrainingTask.__new__ = staticmethod(_dispatch)
+        raise ImportError(f'{unknown}: its tasks already have a __new__; {hint}')
+    TrainingTask.__new__ = staticmethod(_dispatch)  # type: ignore[method-assign, assignment]
 
 
 _install()

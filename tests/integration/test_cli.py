@@ -1,4 +1,4 @@
-"""The command line, in this process and, where that matters, in a real one."""
+"""The command line, in this process and, where it matters, in its own."""
 import argparse
 import json
 import os
@@ -15,10 +15,11 @@ from support import stock_script
 from support.processes import call
 
 from timm_shiftnas import extract
-from timm_shiftnas.cli import main
-from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet, save_pretrained
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.utils import format_count
+from timm_shiftnas_cli import main
 
 ARCH = dict(depth=4, embed_dim=48, num_heads=[1, 2, 3, 1], mlp_ratio=[1.0, 2.0, 3.0, 1.0])
 
@@ -51,13 +52,13 @@ def folder(saved, tmp_path):
 
 
 def run(capsys, *argv):
-    """Exit code, stdout, stderr."""
+    """Run a command; return exit code, stdout and stderr."""
     code = main([str(arg) for arg in argv])
     return code, *capsys.readouterr()
 
 
 def refused(capsys, message, *argv):
-    """Exit code 2, nothing on stdout, and one line on stderr."""
+    """Assert that a command ends with exit code 2 and one line on stderr."""
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, '')
     assert err.startswith('timm-shiftnas: error: ') and err.count('\n') == 1 and err.endswith('\n')
@@ -147,7 +148,7 @@ def test_extract(capsys, saved, net, generator, tmp_path, option, value):
         torch.testing.assert_close(loaded(x), net(x, arch), rtol=0, atol=1e-5)
 
 
-def test_extract_refuses_to_write_over_things(capsys, saved, folder, tmp_path):
+def test_extract_writes_over_nothing_but_models(capsys, saved, folder, tmp_path):
     def contents():
         return {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
 
@@ -183,7 +184,7 @@ def test_extract_from_a_subnet(capsys, net, tmp_path):
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """What timm's script leaves of a supernet, with an average of the weights."""
+    """A checkpoint of timm's script, with averaged weights."""
     folder = tmp_path_factory.mktemp('script')
     argv = ['--device-modules', 'timm_shiftnas.patch', '--model', 'test_shiftformer_supernet', '--batches', '4',
             '--model-ema', '--output', str(folder)]
@@ -219,7 +220,7 @@ def test_convert(capsys, checkpoint, tmp_path, flags, key):
     assert run(capsys, 'convert', checkpoint, tmp_path / 'model', '--overwrite')[0] == 0
 
 
-def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_path):
+def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     def convert(path, message):
         refused(capsys, message, 'convert', path, tmp_path / 'out')
 
@@ -230,13 +231,13 @@ def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_pa
     (tmp_path / 'bit').write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
     torch.save(dict(state_dict={}, epoch=3), tmp_path / 'other')
     torch.save([1, 2], tmp_path / 'list')
-    convert(tmp_path / 'none', 'no checkpoint at')
-    convert(tmp_path, 'no checkpoint at')
-    convert(tmp_path / 'text', 'cannot read the checkpoint')
-    convert(tmp_path / 'half', 'cannot read the checkpoint')
-    convert(tmp_path / 'bit', 'is corrupt')
-    convert(tmp_path / 'other', 'is no checkpoint of a ShiftNAS training')
-    convert(tmp_path / 'list', 'is no checkpoint of a ShiftNAS training')
+    convert(tmp_path / 'none', "none' does not exist")
+    convert(tmp_path, f"'{tmp_path}' does not exist")
+    convert(tmp_path / 'text', "text' cannot be read")
+    convert(tmp_path / 'half', "half' cannot be read")
+    convert(tmp_path / 'bit', "bit' is corrupt")
+    convert(tmp_path / 'other', "other' is not a checkpoint of ShiftNAS")
+    convert(tmp_path / 'list', "list' is not a checkpoint of ShiftNAS")
     assert not (tmp_path / 'out').exists()
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'thesis.tex').write_text('years')
@@ -253,10 +254,11 @@ def test_convert_refuses_what_is_no_checkpoint(capsys, checkpoint, saved, tmp_pa
     (['info'], 'the following arguments are required: DIR'),
     (['info', '/nowhere'], '/nowhere is not a directory'),
     (['info', 'owner/name'], 'owner/name is not a directory'),
-    (['info', '.'], 'holds no config.json'),
+    (['info', '.'], 'config.json is missing'),
     (['extract', 'SAVED', '--output', 'OUT'], 'one of the arguments --flops --params --arch is required'),
     (['extract', 'SAVED', '--flops', '2M'], 'the following arguments are required: --output'),
     (['extract', 'SAVED', '--flops', '2M', '--params', '1M', '--output', 'OUT'], 'not allowed with argument'),
+    (['extract', 'SAVED', '--flops', '2M', '--output', 'OUT', '--bn-images', '0'], "'0' must be a whole number"),
     (['extract', 'SAVED', '--flops', 'abc', '--output', 'OUT'], "flops='abc' is not a budget"),
     (['extract', 'SAVED', '--flops', '0', '--output', 'OUT'], "flops='0' is not a budget"),
     (['extract', 'SAVED', '--flops', '1k', '--output', 'OUT'], 'too small a budget'),
@@ -290,7 +292,7 @@ def test_broken_models_end_in_one_line(capsys, folder, tmp_path):
 
 def test_traceback_on_demand(capsys, tmp_path):
     code, _, err = run(capsys, 'info', tmp_path, '--traceback')
-    assert code == 2 and err.startswith('Traceback') and 'hub.py' in err
+    assert code == 2 and err.startswith('Traceback') and 'hub' in err
     assert err.splitlines()[-1].startswith('timm-shiftnas: error: ')
 
 
@@ -304,6 +306,36 @@ def test_help_and_version(capsys):
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('argv, code', [
+    (['--help'], 0), (['--version'], 0), (['extract', '--help'], 0), (['inform'], 2), (['info', '/nowhere'], 2),
+    (['extract', '.', '--flops', '2M'], 2), (['evaluate', '.', '--data-dir', '.', '--bn-images', 'x'], 2),
+    (['push', '.'], 2), (['convert'], 2)])
+def test_the_parser_answers_without_torch(argv, code):
+    program = f'''
+import sys
+from timm_shiftnas_cli import main
+try:
+    code = main({argv!r})
+except SystemExit as end:
+    code = end.code
+assert not {{'torch', 'timm', 'timm_shiftnas', 'numpy', 'yaml'}} & set(sys.modules)
+sys.exit(code)
+'''
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_train_is_the_training_script(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['train', '--help'])
+    assert end.value.code == 0 and '--grad-accum-steps' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(['train', '--epochs', '0'])
+    assert end.value.code == 2 and 'timm-shiftnas train: error: argument --epochs' in capsys.readouterr().err
+    assert main(['train', '--dataset', 'sklearn/none']) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith('timm-shiftnas train: error: ')
+
+
 def test_console_script(saved, tmp_path):
     script = shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
     done = subprocess.run(
@@ -313,7 +345,7 @@ def test_console_script(saved, tmp_path):
 
 
 def open_for_reader(fifo, child):
-    """The FIFO, open for writing, once the process has opened it for reading."""
+    """Open a FIFO for writing, once the process has opened it for reading."""
     while True:
         assert child.poll() is None
         try:
@@ -323,15 +355,15 @@ def open_for_reader(fifo, child):
 
 
 def test_ctrl_c(folder, tmp_path):
-    """The process is held while it reads a FIFO in the place of config.json; what it writes to does not appear."""
+    """The process waits while it reads config.json, which is a FIFO; its output directory does not appear."""
     (folder / 'config.json').unlink()
     os.mkfifo(folder / 'config.json')
     command = [sys.executable, '-m', 'timm_shiftnas', 'extract', folder, '--flops', '2M', '--output', tmp_path / 'out']
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore SIGINT
     pipe = open_for_reader(folder / 'config.json', child)
-    time.sleep(.5)  # in the instant between opening and reading, a signal would be noticed only after the read
+    time.sleep(.5)  # a signal between opening and reading would be handled only after the read
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=120)
     os.close(pipe)
@@ -339,7 +371,7 @@ def test_ctrl_c(folder, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_extracting_does_not_touch_the_supernet(capsys, folder, tmp_path, net):
+def test_extract_does_not_change_the_supernet(capsys, folder, tmp_path, net):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run(capsys, 'extract', folder, '--flops', '2M', '--output', tmp_path / 'out')[0] == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,4 +1,4 @@
-"""The architecture generator: its rollouts against an LSTM written out by hand, its proposals against enumeration."""
+"""The architecture generator: its rollouts against an explicit LSTM, its proposals against enumeration."""
 import copy
 import itertools
 import random
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.method.proposals import enlarge
 from timm_shiftnas.space import complexity, shiftformer_space
 from timm_shiftnas.utils import format_count, parse_count
 
@@ -45,7 +46,7 @@ def fresh():
 
 @pytest.fixture(scope='module')
 def tiny():
-    """Every arch of the tiny space, with its MACs."""
+    """All archs of the tiny space with their MACs."""
     archs = {TINY.decode(indices) for indices in itertools.product(*(range(len(c.values)) for c in TINY.choices))}
     assert len(archs) == TINY.size
     return {arch: complexity.macs(TINY, arch) for arch in archs}
@@ -55,7 +56,7 @@ def tiny():
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: the given hard decisions. Backward: the Jacobian of softmax(x / tau), (diag(p) - p p^T) / tau."""
+    """Forward: given hard decisions. Backward: the Jacobian of softmax(x / tau), (diag(p) - p p^T) / tau."""
 
     @staticmethod
     def forward(ctx, noisy, hard, tau):
@@ -71,12 +72,12 @@ class StraightThrough(torch.autograd.Function):
 
 
 def reference(gen, parameters, budgets, indices, gumbel, tau):
-    """One-hots and logits of given decisions: torch's LSTM cell, unpadded heads."""
+    """One-hots and logits for given decisions, computed with torch's LSTM cell and unpadded heads."""
     p, hidden_size = parameters, gen.hidden_size
     low, high = gen.macs_min, gen.macs_max
     position = torch.stack([(budgets - low) / (high - low), (budgets.log() - torch.tensor(low).double().log())
                             / (torch.tensor(high).double().log() - torch.tensor(low).double().log())], 1) * 2 - 1
-    i, f, o, g = range(4)  # the order of our gates; torch's is i, f, g, o
+    i, f, o, g = range(4)  # order of the gates here; torch has i, f, g, o
     order = torch.cat([torch.arange(gate * hidden_size, (gate + 1) * hidden_size) for gate in (i, f, g, o)])
     most = max(len(choice.values) for choice in gen.space.choices)
     weight_ih = torch.cat([p['budget_weight'], p['step_weight'][:most]])[:, order].T
@@ -118,7 +119,7 @@ def test_rollout_and_straight_through_gradient(fresh, noisy, tau):
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
-def test_log_prob_is_that_of_the_active_choices_without_noise(fresh):
+def test_log_prob_covers_active_choices_and_ignores_noise(fresh):
     gen = fresh
     budgets = spread(gen, 40)
     rollout = gen(budgets, noise=rng(3), tau=0.5)
@@ -129,7 +130,7 @@ def test_log_prob_is_that_of_the_active_choices_without_noise(fresh):
         arch = SMALL.decode(indices)
         depths.add(arch.depth)
         expected = 0.
-        for step in range(2 + 2 * arch.depth):  # width, depth, and two choices for every layer that exists
+        for step in range(2 + 2 * arch.depth):  # width, depth, and two choices for each active layer
             p = logits[step][row].exp()
             expected += (p[indices[step]] / p.sum()).log()
         assert abs(rollout.log_prob[row] - expected) < 1e-4
@@ -157,14 +158,14 @@ def test_task_gradients_reach_every_parameter(fresh):
     assert all((gradient != 0).any(-1).all() for gradient in gradients[-2:])  # the head of every choice
 
 
-def test_sample_is_the_rollout_decoded(fresh):
+def test_sample_decodes_the_rollout(fresh):
     budgets = spread(fresh, 30)
     archs = fresh.sample(budgets, rng(4))
     assert archs == [SMALL.decode(row) for row in fresh(budgets, noise=rng(4)).indices.tolist()]
     assert archs != fresh.sample(budgets, rng(5))
 
 
-def test_arguments_of_rollouts(fresh):
+def test_wrong_arguments_of_rollouts_raise(fresh):
     with pytest.raises(ValueError, match='torch.Generator'):
         fresh.sample(torch.tensor([3e6]), None)
     with pytest.raises(ValueError, match=r'shape \[B\]'):
@@ -178,7 +179,7 @@ def test_arguments_of_rollouts(fresh):
 # -- the resource constraint -------------------------------------------------------------------------------------------
 
 
-def test_resource_loss_is_the_squared_error_in_units_of_the_range(fresh):
+def test_resource_loss_is_the_squared_error_relative_to_the_range(fresh):
     archs = [SMALL.smallest, SMALL.largest, SMALL.sample(rng())]
     budgets = torch.tensor([2e6, 8e6, 5e6])
     low, high = complexity.macs(SMALL, SMALL.smallest), complexity.macs(SMALL, SMALL.largest)
@@ -204,18 +205,18 @@ def test_resource_loss_gradient_by_finite_differences(fresh):
             assert (shifted[0] - shifted[1]) / 2e-4 == pytest.approx(gradient[row, value].item(), rel=1e-5, abs=1e-9)
 
 
-def test_fit_meets_budgets_at_the_ends_too(fitted):
+def test_fit_meets_budgets_including_the_ends(fitted):
     def error(budget, draws=200):
         one_hots = fitted(torch.full((draws,), float(budget)), noise=rng()).one_hots
         return ((complexity.macs(SMALL, one_hots) - budget).abs().mean() / budget).item()
 
     errors = [error(budget) for budget in spread(fitted, 12).tolist()]
     assert sum(errors) / len(errors) < 0.08 and errors[-1] < 0.05  # untrained: 0.87 and 0.68
-    assert errors[0] < 0.25  # untrained: 4; the next larger arch is 6% away
+    assert errors[0] < 0.25  # untrained: 4; the MACs of the next larger arch are 6% higher
     assert len(set(fitted.sample(torch.full((256,), 4.7e6), rng()))) > 25
 
 
-def test_fit_sees_the_whole_range_and_both_ends(fresh):
+def test_fit_covers_the_whole_range_and_both_ends(fresh):
     budgets = torch.stack([fresh._fit_budgets(64, generator) for generator in [rng()] for _ in range(50)])
     assert budgets.min() == fresh.macs_min
     assert torch.allclose(budgets.max(1).values, torch.tensor(float(fresh.macs_max)).double(), rtol=1e-12)
@@ -224,14 +225,14 @@ def test_fit_sees_the_whole_range_and_both_ends(fresh):
     assert shares.min() > 0.05
 
 
-def test_fit_is_reproducible_and_leaves_no_trace(capfd):
+def test_fit_is_reproducible_and_has_no_side_effects(capfd):
     first, second = (ArchitectureGenerator(TINY).train(mode).fit(steps=5, seed=3) for mode in (True, False))
     assert first.training and not second.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert all(parameter.grad is None for parameter in first.parameters())
     other = ArchitectureGenerator(TINY).fit(steps=5, seed=4)
     assert not torch.equal(first.bias, other.bias) and not torch.equal(first.bias, ArchitectureGenerator(TINY).bias)
-    assert capfd.readouterr() == ('', '')  # not a terminal: no bar
+    assert capfd.readouterr() == ('', '')  # no progress bar, because this is not a terminal
     with torch.no_grad():
         third = ArchitectureGenerator(TINY).fit(steps=5, seed=3)
     assert torch.equal(first.bias, third.bias)
@@ -243,7 +244,7 @@ def test_fit_is_reproducible_and_leaves_no_trace(capfd):
 
 
 def reachable(space):
-    """MACs of every arch of a space: MACs add up over layers, so the sums of what layers cost are enough."""
+    """MACs of all archs of a space. MACs add up over layers, so sums of the layers' costs are enough."""
     total = set()
     kinds = list(itertools.product(space.values('num_heads'), space.values('mlp_ratio')))
 
@@ -262,7 +263,7 @@ def reachable(space):
     return torch.tensor(sorted(total), dtype=torch.float64)
 
 
-def test_proposals_use_what_the_best_arch_would(fitted):
+def test_proposals_use_nearly_as_much_as_the_best_arch(fitted):
     every = reachable(SMALL)
     assert every[0] == fitted.macs_min and every[-1] == fitted.macs_max
     budgets = spread(fitted, 50)
@@ -278,10 +279,10 @@ def test_proposals_of_autoformer_t():
     used = complexity.macs(AUTOFORMER_T, gen.propose_many(budgets.tolist())) / budgets
     assert used.max() <= 1 and used.mean() >= 0.99 and used.min() >= 0.97
     error = (complexity.macs(AUTOFORMER_T, gen.sample(budgets.repeat(4), rng())) / budgets.repeat(4) - 1).abs()
-    assert error.mean() < 0.05  # plain samples, not selected; untrained 0.14
+    assert error.mean() < 0.05  # of samples without selection; untrained: 0.14
 
 
-def test_proposals_depend_on_weights_and_budget_alone(fitted):
+def test_proposals_depend_only_on_weights_and_budget(fitted):
     budgets = [*spread(fitted, 21).tolist(), '3M', 3e6]
     single = [fitted.propose(budget) for budget in budgets]
     assert single[-1] == single[-2]
@@ -298,8 +299,9 @@ def test_proposals_depend_on_weights_and_budget_alone(fitted):
     assert torch.equal(narrow.log_prob, fitted(spread(fitted, 9), noise=rng()).log_prob)
 
 
-def test_proposal_is_the_likeliest_close_candidate(fitted, fresh):
-    nn.init.zeros_(fresh.budget_weight)  # whatever the budget: the same argmax, which none of 64 samples hits
+def test_proposal_is_the_most_probable_close_candidate(fitted, fresh):
+    # without these weights the argmax is the same for every budget, and none of the 64 samples equals it
+    nn.init.zeros_(fresh.budget_weight)
     greedy = SMALL.decode(fresh(torch.tensor([4e6])).indices[0].tolist())
     ranks, cases = set(), [(fitted, budget) for budget in spread(fitted, 30).tolist()]
     for gen, budget in [*cases, (fresh, complexity.macs(SMALL, greedy))]:
@@ -312,12 +314,12 @@ def test_proposal_is_the_likeliest_close_candidate(fitted, fresh):
             p, likeliest = max(close, key=lambda item: item[0])
             assert gen.propose(budget) == likeliest
             ranks.add(sorted({p for p, _ in candidates}, reverse=True).index(p))
-    assert len(ranks) > 3  # the likeliest of all is often not close
+    assert len(ranks) > 3  # the most probable candidate is often not close
     assert likeliest == greedy and greedy not in [arch for _, arch in candidates[1:]]
 
 
 def neighbours(space, arch):
-    """Archs that differ in one choice; layers that a larger depth adds are as small as can be."""
+    """Archs that differ in one choice; layers added by a larger depth have the smallest values."""
     here = space.encode(arch)
     active = [c.layer is None or c.layer < arch.depth for c in space.choices]
     for i, choice in enumerate(space.choices):
@@ -326,7 +328,7 @@ def neighbours(space, arch):
 
 
 def climb(macs, arch, budget):
-    """Single changes to the highest MACs within the budget, until none helps."""
+    """Repeat the single change with the most MACs within the budget until none adds any; return the MACs."""
     while True:
         fitting = [other for other in neighbours(TINY, arch) if macs[other] <= budget]
         best = max(fitting, key=lambda other: macs[other])
@@ -335,7 +337,7 @@ def climb(macs, arch, budget):
         arch = best
 
 
-def test_enlarging_against_brute_force(tiny):
+def test_enlarge_against_brute_force(tiny):
     gen = ArchitectureGenerator(TINY, seed=2)
     below, best = 0, 0
     for budget in spread(gen, 101).tolist():
@@ -346,17 +348,17 @@ def test_enlarging_against_brute_force(tiny):
             assert max(tiny[other] for other in neighbours(TINY, arch) if tiny[other] <= budget) == tiny[arch]
         best += tiny[arch] >= 0.99 * max(macs for macs in tiny.values() if macs <= budget)
         for start in (TINY.smallest, arch):
-            ended = gen._enlarge(torch.tensor(budget), torch.tensor([TINY.encode(start)]))
+            ended = enlarge(gen.choices, torch.tensor(budget), torch.tensor([TINY.encode(start)]))
             assert tiny[TINY.decode(ended.tolist())] == climb(tiny, start, budget)
     assert below > 20 and best > 90
 
 
-def test_enlarging_takes_the_best_of_several_starts(tiny):
+def test_enlarge_returns_the_best_of_several_starts(tiny):
     gen = ArchitectureGenerator(TINY)
     different = 0
     for budget in spread(gen, 60).tolist():
         starts = [arch for arch, macs in sorted(tiny.items(), key=lambda item: item[1]) if macs <= budget][:5]
-        ended = gen._enlarge(torch.tensor(budget), torch.tensor([TINY.encode(arch) for arch in starts]))
+        ended = enlarge(gen.choices, torch.tensor(budget), torch.tensor([TINY.encode(arch) for arch in starts]))
         reached = [climb(tiny, arch, budget) for arch in starts]
         different += len(set(reached)) > 1
         assert tiny[TINY.decode(ended.tolist())] == max(reached)
@@ -364,7 +366,7 @@ def test_enlarging_takes_the_best_of_several_starts(tiny):
 
 
 @pytest.mark.parametrize('steps', [0, 3])
-def test_ends_of_the_range(steps):
+def test_proposals_at_the_ends_of_the_range(steps):
     gen = ArchitectureGenerator(SMALL).fit(steps=steps)
     low, high = gen.macs_min, gen.macs_max
     assert (low, high) == complexity.macs_range(SMALL)
@@ -377,7 +379,7 @@ def test_ends_of_the_range(steps):
         message = str(error.value)
         assert repr(budget) in message and '572k' in message and '8.845M' in message
         typed = message.split('give flops=')[1].split()[0]
-        gen.propose(typed)  # what the message says to type works
+        gen.propose(typed)  # the value that the message suggests is accepted
     for budget in ('abc', 0, -1e6, float('nan'), None, '3 apples'):
         with pytest.raises(ValueError, match='is not a budget'):
             gen.propose_many([high, budget])
@@ -392,7 +394,7 @@ def test_a_space_of_one_arch():
     assert rollout.log_prob.tolist() == [0.] and all(p.isfinite().all() for p in gen.parameters())
 
 
-def test_params_budget(fitted):
+def test_proposals_for_a_number_of_parameters(fitted):
     low, high = complexity.params(SMALL, SMALL.smallest), complexity.params(SMALL, SMALL.largest)
     proposals = {
         arch: (complexity.macs(SMALL, arch), complexity.params(SMALL, arch))
@@ -401,7 +403,7 @@ def test_params_budget(fitted):
     def best(limit, order=lambda counts: counts):
         return max((counts for counts in proposals.values() if counts[1] <= limit), key=order)
 
-    larger = [  # where the fitting proposal of most MACs is not the one of most parameters
+    larger = [  # limits at which the proposal of most MACs is not the one of most parameters
         size for _, size in proposals.values() if best(size) != best(size, order=lambda counts: counts[::-1])]
     for budget in (larger[len(larger) // 2], '0.1M', high - 1):
         assert proposals[fitted.propose_for_params(budget)] == best(parse_count(budget))

@@ -1,4 +1,4 @@
-"""Groups, random streams, the shift's update rule, and the estimators against autograd, on closed forms."""
+"""Budget groups, random streams, the update of P, and signals against autograd."""
 import math
 import random
 
@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_shiftnas.method import ESTIMATORS, BudgetGroups, ProbabilityShift, frozen, hypergradient
+from timm_shiftnas.method import (
+    BudgetGroups,
+    ProbabilityShift,
+    create_signal,
+    frozen,
+    grad_norm,
+    held_out_losses,
+    hypergradient,
+)
 from timm_shiftnas.space import macs
 from timm_shiftnas.utils import stream
 
@@ -30,23 +38,23 @@ def test_groups_cover_the_range_in_equal_parts(net):
     assert len(groups) == 5
     widths = [b - a for a, b in zip(groups.edges, groups.edges[1:])]
     assert max(widths) - min(widths) < 1e-6 * high
-    assert len(BudgetGroups.of_space(net.space)) == 8  # 0.1 GMACs would be less than one group here
+    assert len(BudgetGroups.of_space(net.space)) == 8  # a width of 0.1 GMACs would give less than one group
     assert len(BudgetGroups.of_space(net.space, width=(high - low) / 3.2)) == 3
 
 
-def test_groups_of_the_papers_width():
+def test_groups_have_the_width_of_the_paper():
     space = timm.create_model('shiftformer_tiny_supernet', device='meta').space
     groups = BudgetGroups.of_space(space)
     assert len(groups) == 12  # 1.281 to 2.442 GMACs in steps of 0.1
 
 
 @pytest.mark.parametrize('kwargs', [dict(count=0), dict(count=2000), dict(width=1e15), dict(width=10, count=3)])
-def test_groups_refuse(net, kwargs):
+def test_wrong_groups_raise(net, kwargs):
     with pytest.raises(ValueError, match='group'):
         BudgetGroups.of_space(net.space, **kwargs)
 
 
-def test_draw_follows_the_probabilities():
+def test_budgets_are_drawn_with_the_probabilities():
     groups = BudgetGroups((0., 10., 20., 30.))
     p = torch.tensor([.6, .1, .3])
     budgets = groups.draw(p, 20_000, stream(0, 'test', 0))
@@ -75,7 +83,7 @@ def test_probabilities_are_a_softmax_above_a_floor():
 
 
 def test_first_hypergradient_update_by_hand():
-    """Two scores give the noise; the third moves theta a little towards the advantage in units of it."""
+    """Two scores determine the noise; the third moves theta towards the advantage in units of the noise."""
     beta, lr = .5, .1
     scores = torch.tensor([[1., 2., 6.], [2., 1., 5.], [2., 2., 9.]], dtype=torch.float64)
     shift = ProbabilityShift(3, momentum=beta, lr=lr)
@@ -88,11 +96,12 @@ def test_first_hypergradient_update_by_hand():
     sigma = math.sqrt((changes[0] * memory + changes[1]) / (memory + 1))
     expected = lr * ((scores[2] - scores[2].mean()) / sigma).clamp(-3, 3)
     torch.testing.assert_close(shift.theta, expected)
-    assert float(expected.max()) == pytest.approx(.3) and float(expected.min()) > -.3  # one is clipped, others are not
+    assert float(expected.max()) == pytest.approx(.3)  # clamped
+    assert float(expected.min()) > -.3  # not clamped
 
 
 @pytest.mark.parametrize('groups', [2, 8, 30, 72])
-def test_noise_alone_leaves_p_put(groups):
+def test_noise_alone_does_not_move_p(groups):
     generator = torch.Generator().manual_seed(groups)
     shift = ProbabilityShift(groups)
     for number in range(1010):
@@ -102,7 +111,7 @@ def test_noise_alone_leaves_p_put(groups):
     assert float(p.max() / p.min()) < 1.5
 
 
-def test_a_group_that_saves_more_gains(net):
+def test_p_rises_for_a_group_with_higher_scores(net):
     generator = torch.Generator().manual_seed(0)
     shift = ProbabilityShift(8)
     for _ in range(200):
@@ -122,7 +131,7 @@ def test_size_signals_are_proportional(signal):
     torch.testing.assert_close(shift.probabilities, torch.tensor([1., 2., 5.], dtype=torch.float64) / 8)
 
 
-def test_none_stays_uniform_and_bad_scores_are_left_out():
+def test_none_stays_uniform_and_scores_that_are_not_finite_are_ignored():
     shift = ProbabilityShift(3, 'none')
     for _ in range(10):
         shift.update(torch.tensor([1., 2., 5.]))
@@ -153,12 +162,12 @@ def test_state_saves_and_restores(tmp_path):
 
 
 @pytest.mark.parametrize('kwargs', [dict(signal='nope'), dict(lr=0.), dict(momentum=1.), dict(floor=1.5)])
-def test_shift_refuses(kwargs):
+def test_wrong_arguments_of_the_shift_raise(kwargs):
     with pytest.raises(ValueError):
         ProbabilityShift(3, **kwargs)
 
 
-# -- estimators --------------------------------------------------------------------------------------------------------
+# -- signals -----------------------------------------------------------------------------------------------------------
 
 
 def _batches(dtype):
@@ -168,7 +177,7 @@ def _batches(dtype):
 
 
 @pytest.mark.parametrize('epsilon, tolerance', [(1e-5, 1e-4), (1e-3, 2e-2)])
-def test_hypergradient_is_the_inner_product(net, epsilon, tolerance):
+def test_hypergradient_is_the_inner_product_of_gradients(net, epsilon, tolerance):
     """Against autograd's exact <g, grad L_train>, in float64."""
     net = timm.create_model('test_shiftformer_supernet', num_classes=10).double()
     net.load_state_dict(timm.create_model('test_shiftformer_supernet', num_classes=10).state_dict())
@@ -188,9 +197,9 @@ def test_hypergradient_is_the_inner_product(net, epsilon, tolerance):
     exact = torch.stack([g @ flat(loss(arch, train)) for arch in archs])
     scores = hypergradient(net, loss, archs, train, held_out, epsilon=epsilon)
     same = hypergradient(net, loss, archs, train, [held_out] * len(archs), epsilon=epsilon)
-    assert torch.equal(scores, same)  # one batch for each group
+    assert torch.equal(scores, same)  # a batch for each group
     torch.testing.assert_close(scores, exact, rtol=tolerance, atol=0)
-    # the first-order saving of one step on a group, from the definition: L_val(w) - L_val(w - eta * grad)
+    # what one step on a group saves, by definition: L_val(w) - L_val(w - eta * grad)
     eta, state = 1e-6, {k: v.clone() for k, v in net.state_dict().items()}
     before = sum(float(loss(arch, held_out).detach()) for arch in archs) / len(archs)
     step = flat(loss(archs[0], train))
@@ -202,8 +211,8 @@ def test_hypergradient_is_the_inner_product(net, epsilon, tolerance):
     assert (before - after) / eta == pytest.approx(float(scores[0]), rel=3e-2)
 
 
-def test_gradient_norm_and_held_out_loss_by_definition(net):
-    train, held_out = _batches(torch.float32)
+def test_grad_norm_and_held_out_losses_by_definition(net):
+    _, held_out = _batches(torch.float32)
     arch = net.space.smallest
 
     def loss(arch, batch):
@@ -214,13 +223,13 @@ def test_gradient_norm_and_held_out_loss_by_definition(net):
     gradients = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     expected = float(gradients.norm()) / math.sqrt(int((gradients != 0).sum()))
     net.zero_grad()
-    assert float(ESTIMATORS['grad_norm'](net, loss, [arch], train, held_out)) == pytest.approx(expected, rel=1e-5)
-    losses = ESTIMATORS['variation'](net, loss, [arch, net.space.largest], train, held_out)
+    assert float(grad_norm(net, loss, [arch], held_out)) == pytest.approx(expected, rel=1e-5)
+    losses = held_out_losses(loss, [arch, net.space.largest], held_out)
     torch.testing.assert_close(losses[0], loss(arch, held_out).detach().double())
 
 
 class _WithBatchNorm(nn.Module):
-    """A network with everything that a score must not disturb: BatchNorm, dropout, frozen weights."""
+    """A network with all that a score must not change: BatchNorm, dropout, frozen weights."""
 
     def __init__(self):
         super().__init__()
@@ -231,14 +240,14 @@ class _WithBatchNorm(nn.Module):
         return self.layers(x) * arch
 
 
-@pytest.mark.parametrize('signal', list(ESTIMATORS))
-def test_estimators_leave_everything_as_it_was(signal):
+@pytest.mark.parametrize('name', ['hypergradient', 'grad_norm', 'variation'])
+def test_signals_restore_everything(name):
     torch.manual_seed(0)
     net = _WithBatchNorm()
     train, held_out = _batches(torch.float32)
     net(train[0], 1.)
     net.layers[0].weight.requires_grad_(False)
-    net.layers[3].eval()  # modes differ from module to module
+    net.layers[3].eval()  # modules have different modes
     net.layers[5].weight.grad = torch.ones_like(net.layers[5].weight)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     modes = [m.training for m in net.modules()]
@@ -249,9 +258,11 @@ def test_estimators_leave_everything_as_it_was(signal):
 
     with frozen(net):
         assert net.layers[1].training and not net.layers[5].training
-        scores = ESTIMATORS[signal](net, loss, [.5, 1., 2.], train, held_out)
-        again = ESTIMATORS[signal](net, loss, [.5, 1., 2.], train, held_out)
-    assert torch.equal(scores, again)  # no dropout, batch statistics
+        signal = create_signal(name)
+        first = signal(net, loss, [.5, 1., 2.], train, held_out)
+        assert bool(first.isnan().all()) == (name == 'variation')  # nothing has changed before the second call
+        scores, again = (signal(net, loss, [.5, 1., 2.], train, held_out) for _ in range(2))
+    assert torch.equal(scores, again)  # without dropout, on batch statistics
     assert scores.dtype == torch.float64 and scores.shape == (3,)
     for name, value in net.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -260,3 +271,12 @@ def test_estimators_leave_everything_as_it_was(signal):
     assert net.layers[5].bias.grad is None
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_variation_resumes_with_its_losses_and_images():
+    net = nn.Linear(1, 1)
+    first, resumed = create_signal('variation'), create_signal('variation')
+    first(net, lambda arch, batch: torch.tensor(arch * batch), [1., 2.], None, 4.)
+    resumed.load_state_dict(first.state_dict())
+    scores = resumed(net, lambda arch, batch: torch.tensor(arch * batch + 4.), [1., 2.], None, 100.)
+    assert scores.tolist() == [4 / 8, 4 / 12]  # on the first batch, 4., with a loss that is higher by 4

@@ -1,4 +1,4 @@
-"""ShiftNASTask on the real test supernet with real images."""
+"""`ShiftNASTask` on the test supernet, with images of digits."""
 import math
 import random
 
@@ -31,7 +31,7 @@ def shift_batches():
 
 @pytest.fixture(scope='module')
 def fitted():
-    """A generator state that knows its budgets roughly; enough for everything but budget use."""
+    """State of a generator that meets budgets roughly."""
     net = timm.create_model('test_shiftformer_supernet', num_classes=10)
     return ArchitectureGenerator(net.space).fit(steps=60, progress=False).state_dict()
 
@@ -80,7 +80,7 @@ def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, toleran
         return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
                           for p, g in zip(net.parameters(), gradients)])
 
-    parts = [tuple(tensor[k::3] for tensor in held_out) for k in range(3)]  # every group sees a third of the images
+    parts = [tuple(tensor[k::3] for tensor in held_out) for k in range(3)]  # each group sees a third of the images
     g = sum(flat(arch, part) for arch, part in zip(archs, parts)) / len(archs)
     exact = torch.stack([g @ flat(arch, train_batch) for arch in archs])
     torch.testing.assert_close(task.shift_scores(net), exact, rtol=tolerance, atol=0)
@@ -92,11 +92,11 @@ def test_more_groups_than_held_out_images(fitted, shift_batches):
 
 
 @pytest.mark.parametrize('signal', ['hypergradient', 'grad_norm', 'variation'])
-def test_a_shift_update_disturbs_nothing(fitted, shift_batches, signal):
+def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
     task = make_task(fitted, shift_batches, shift=signal)
     train(task, shift_batches, 2)
     net = task.get_trainable_module()
-    task(*shift_batches(9)[0])['loss'].backward()  # gradients are there, as within gradient accumulation
+    task(*shift_batches(9)[0])['loss'].backward()  # there are gradients, as during gradient accumulation
     weights = [p.detach().clone() for p in net.parameters()]
     gradients = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -109,15 +109,15 @@ def test_a_shift_update_disturbs_nothing(fitted, shift_batches, signal):
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
     assert all(module.training for module in net.modules())
-    if signal == 'variation':  # by definition: of the same images, and the network has not changed
+    if signal == 'variation':  # the images are the same, and the network has not changed
         assert bool(scores.isnan().all())
         assert float(task.shift_scores(net).max()) < 1e-5
     else:
-        torch.testing.assert_close(scores, task.shift_scores(net), rtol=2e-2, atol=1e-3)  # fp32, whatever autocast says
+        torch.testing.assert_close(scores, task.shift_scores(net), rtol=2e-2, atol=1e-3)  # float32, also under autocast
 
 
-def test_a_group_kept_untrained_gains(fitted, shift_batches):
-    """Train the subnets of the middle and the last group only, until they have learned: the first is left to gain."""
+def test_p_rises_for_an_untrained_group(fitted, shift_batches):
+    """Train only the subnets of the middle and the last group; the first group gains the most from training."""
     task = make_task(fitted, shift_batches, shift_lr=.2)
     net = task.get_trainable_module()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
@@ -128,7 +128,7 @@ def test_a_group_kept_untrained_gains(fitted, shift_batches):
         optimizer.step()
         optimizer.zero_grad()
     for number in range(8):
-        task._update = number * task.config.shift_interval  # other images each time
+        task._update = number * task.config.shift_interval  # different images each time
         task._update_shift()
     p = task.shift.probabilities
     assert int(p.argmax()) == 0 and float(p[0]) > .5, p
@@ -145,7 +145,7 @@ def test_archs_are_a_function_of_seed_and_step(fitted, shift_batches):
     assert len(set(first)) > 4
 
 
-def test_uniform_sampler_is_the_spaces(fitted, shift_batches):
+def test_the_uniform_sampler_is_that_of_the_space(fitted, shift_batches):
     task = make_task(fitted, None, sampler='uniform', seed=5)
     archs = train(task, shift_batches, 3)
     assert archs == [task.space.sample(stream(5, 'arch', step)) for step in range(3)]
@@ -159,12 +159,12 @@ def test_budgets_follow_p(fitted, shift_batches):
     budgets = task.groups.draw(torch.tensor([.0687, .0687, .8627]), 50, noise)  # 0.8 * softmax + 0.2 / 3
     torch.testing.assert_close(
         task.shift.probabilities, torch.tensor([.0687, .0687, .8627], dtype=torch.float64), rtol=0, atol=1e-4)
-    assert [arch for _ in range(50) for arch in task._next_archs()] == task.generator.sample(budgets, noise)
+    assert [arch for _ in range(50) for arch in task._draw_archs()] == task.generator.sample(budgets, noise)
     assert float((budgets > task.groups.edges[2]).double().mean()) > .7
 
 
-def test_sandwich_trains_both_ends_and_others(fitted, shift_batches):
-    """Loss and gradient are the mean over the largest, the smallest and archs drawn by the sampler."""
+def test_the_sandwich_rule_trains_both_ends_and_others(fitted, shift_batches):
+    """Loss and gradient are means over the largest, the smallest and sampled archs."""
     task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6)
     net, (images, targets) = task.get_trainable_module(), shift_batches(0)[0]
     noise = stream(6, 'arch', 0)
@@ -184,14 +184,14 @@ def test_sandwich_trains_both_ends_and_others(fitted, shift_batches):
 
 
 def kl(student, teacher, temperature=1.):
-    """Mean over images of sum_c p_c (log p_c - log q_c), p the teacher's, times the square of the temperature."""
+    """KL divergence from teacher to student at a temperature, times its square; mean over the images."""
     p, q = (torch.softmax(logits.double() / temperature, -1) for logits in (teacher, student))
     return (p * (p.log() - q.log())).sum(-1).mean() * temperature ** 2
 
 
 @pytest.mark.parametrize('with_teacher', [False, True])
 def test_inplace_distillation_and_a_teacher(fitted, shift_batches, with_teacher):
-    """The largest learns from targets and teacher, the others from it alone, and it nothing from them."""
+    """The largest arch learns from targets and teacher; the others learn from the largest, which gets no gradient."""
     logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
     task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6,
                      inplace_distillation=True, task_loss_weight=.3, distill_loss_weight=.6, temperature=2.)
@@ -212,7 +212,7 @@ def test_inplace_distillation_and_a_teacher(fitted, shift_batches, with_teacher)
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_a_teacher_sees_its_own_normalisation():
+def test_the_teacher_gets_images_in_its_own_normalisation():
     net = timm.create_model('test_shiftformer_supernet', num_classes=10)
     teacher = Teacher(timm.create_model('test_vit', num_classes=10, img_size=32), net, mean=(.1, .2, .3), std=(.5,) * 3)
     images = torch.rand(2, 3, 32, 32)
@@ -227,13 +227,13 @@ def test_a_teacher_sees_its_own_normalisation():
     assert not any(p.requires_grad for p in teacher.teacher.parameters())
 
 
-def test_inplace_distillation_needs_a_sandwich(fitted):
+def test_inplace_distillation_needs_the_sandwich_rule(fitted):
     with pytest.raises(ValueError, match='sandwich=True'):
         make_task(fitted, None, shift='none', archs_per_step=2, inplace_distillation=True)
 
 
-def test_compiled_graphs_are_as_many_as_depths():
-    """One graph serves all archs of a depth (choices of 1 aside: torch makes them constants)."""
+def test_compilation_gives_one_graph_for_each_depth():
+    """One graph serves all archs of a depth, unless a choice has the value 1, which torch treats as a constant."""
     graphs = []
 
     def count(module, inputs):
@@ -264,14 +264,14 @@ def test_compiled_graphs_are_as_many_as_depths():
         task.compile(backend=count)
 
 
-def test_several_archs_of_the_generator(fitted, shift_batches):
+def test_a_step_can_train_several_archs_of_the_generator(fitted, shift_batches):
     task = make_task(fitted, None, shift='none', archs_per_step=3, generator_interval=5, seed=8)
     noise = stream(8, 'arch', 0)
     drawn = task.generator.sample(task.groups.draw(task.shift.probabilities, 15, noise), noise)
-    assert [arch for _ in range(5) for arch in task._next_archs()] == drawn
+    assert [arch for _ in range(5) for arch in task._draw_archs()] == drawn
 
 
-def test_fixed_weights_of_groups(fitted):
+def test_group_weights_fix_p(fitted):
     task = make_task(fitted, None, shift='none', group_weights=(1., 0., 3.))
     assert task.shift.probabilities.tolist() == [.25, 0., .75] == task.history[0][1]
     for wrong in ((1., 2.), (0., 0., 0.), (1., -1., 1.), (1., math.nan, 1.)):
@@ -279,7 +279,7 @@ def test_fixed_weights_of_groups(fitted):
             make_task(fitted, None, shift='none', group_weights=wrong)
 
 
-def test_the_generator_may_stay_as_fitted(fitted, shift_batches):
+def test_the_generator_stays_as_fitted_with_interval_0(fitted, shift_batches):
     task = make_task(fitted, None, shift='none', generator_interval=0)
     before = {name: value.clone() for name, value in task.generator.state_dict().items()}
     archs = train(task, shift_batches, 12)
@@ -287,7 +287,7 @@ def test_the_generator_may_stay_as_fitted(fitted, shift_batches):
     assert len(set(archs)) > 3
 
 
-def test_warmup_keeps_p_uniform_and_measures_noise(fitted, shift_batches):
+def test_warmup_keeps_p_uniform_and_measures_the_noise(fitted, shift_batches):
     task = make_task(fitted, shift_batches, warmup_updates=9, warmup_sampler='uniform', seed=2)
     archs = train(task, shift_batches, 9)
     assert archs == [task.space.sample(stream(2, 'arch', step)) for step in range(9)]
@@ -315,7 +315,7 @@ def test_micro_batches_share_an_update(fitted, shift_batches):
 
 
 @pytest.mark.parametrize('given, used', [(None, 8), (7, 7), (1, 2)])
-def test_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches, given, used):
+def test_the_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches, given, used):
     task = make_task(fitted, shift_batches, seed=3, resource_batch=8, resource_weight=10., generator_images=given)
     net, images, targets = task.get_trainable_module(), *shift_batches(0)[0]
     noise = stream(3, 'generator', 0)
@@ -337,7 +337,7 @@ def test_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches, gi
     hook.remove()
     norm = float(torch.cat([g.flatten() for g in expected]).norm())
     for a, b in zip(taken, expected, strict=True):
-        torch.testing.assert_close(a, b * min(1, 1 / (norm + 1e-6)), rtol=1e-4, atol=1e-6)  # clipped to norm 1
+        torch.testing.assert_close(a, b * min(1, 1 / (norm + 1e-6)), rtol=1e-4, atol=1e-6)  # clipped to a norm of 1
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -363,7 +363,7 @@ def test_state_saves_and_restores(fitted, shift_batches, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_state_of_another_run_is_refused(fitted, shift_batches, tmp_path):
+def test_the_state_of_another_run_raises(fitted, shift_batches, tmp_path):
     task = make_task(fitted, shift_batches)
     state = task.get_task_state()
     with pytest.raises(ValueError, match='budget groups'):
@@ -377,17 +377,17 @@ def test_state_of_another_run_is_refused(fitted, shift_batches, tmp_path):
         check_checkpoint(tmp_path / 'a.pt', other)
     (tmp_path / 'b.pt').write_bytes(b'not a checkpoint')
     torch.save(dict(state_dict={}), tmp_path / 'c.pt')
-    for name, message in (('b.pt', 'cannot read'), ('c.pt', '--initial-checkpoint'), ('d.pt', 'no checkpoint at')):
+    for name, message in (('b.pt', 'cannot be read'), ('c.pt', '--initial-checkpoint'), ('d.pt', 'does not exist')):
         with pytest.raises(ValueError, match=message):
             check_checkpoint(tmp_path / name, task.space)
 
 
-def test_timms_task_contract(fitted, shift_batches):
+def test_the_contract_of_timms_tasks(fitted, shift_batches):
     task = make_task(fitted, shift_batches)
     net = task.get_trainable_module()
     assert unwrap_model(net) is task.get_eval_model() and task.get_task_state(ema=True) == {}
     names = {name for name, _ in task.named_parameters()}
-    assert names == {f'trainable_module.{name}' for name, _ in net.named_parameters()}  # and no generator
+    assert names == {f'trainable_module.{name}' for name, _ in net.named_parameters()}  # without the generator
     assert isinstance(task.setup_ema(decay=.5), ModelEmaV3)
     before = task.get_trainable_module(ema=True).module.head.weight.clone()
     train(task, shift_batches, 1, lr=.1)
@@ -396,7 +396,7 @@ def test_timms_task_contract(fitted, shift_batches):
         task.get_trainable_module(ema=True).module.head.weight, (before + net.head.weight.detach()) / 2)
 
 
-def test_parts_must_fit(fitted, shift_batches):
+def test_parts_that_do_not_fit_raise(fitted, shift_batches):
     task = make_task(fitted, shift_batches)
     other = timm.create_model('test_shiftformer_supernet', num_classes=3)
     with pytest.raises(ValueError, match='another search space'):

@@ -1,6 +1,6 @@
 """A small Hub on 127.0.0.1: the part of the Hugging Face Hub's protocol that models need, with real commits and faults.
 
-What a client sends is stored; a commit is a set of files. `Hub.faults` makes requests fail: see `Fault`.
+It stores what a client sends; a commit is a set of files. `Hub.faults` makes requests fail: see `Fault`.
 """
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LFS_SUFFIXES = ('.safetensors', '.png')
 class Fault:
     """What happens to the next `times` requests whose 'METHOD path' matches.
 
-    Kinds: a status ('500', '401', ...); 'cut': half of the body, then the connection closes; 'flip': one bit of the
-    body differs; 'lost': the request is carried out, and its answer never comes.
+    Kinds: a status ('500', '401', ...); 'cut': half of the body is sent, then the connection closes; 'flip': one bit of
+    the body differs; 'lost': the request is carried out, but never answered.
     """
     pattern: str
     kind: str
@@ -34,7 +34,7 @@ class Fault:
 @dataclass
 class Repo:
     private: bool = False
-    gated: bool = False  # files are for a token that may write here
+    gated: bool = False  # only a token that may write can read files
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -52,18 +52,19 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, lfs: bool = True) -> None:
-        """Without `lfs`, all files come in the commit itself, as a client with hf_xet has to be told."""
+        """Without `lfs`, all files are part of the commit itself, which suits a client with hf_xet."""
         super().__init__(('127.0.0.1', 0), Handler)
         self.large = LFS_SUFFIXES if lfs else ()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         self.repos: dict[str, Repo] = {}
-        self.tokens = {'writer': True, 'reader': False, 'stranger': True}  # whether it may write
+        self.tokens = {'writer': True, 'reader': False, 'stranger': True}  # whether a token may write
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.lock = threading.Lock()
         self.between: Callable[[], object] | None = None  # once, before the next commit
         self.after_commit: Callable[[], object] | None = None  # once, after it
+        self.after_get: Callable[[], object] | None = None  # once, after the next file was read
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -74,7 +75,7 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        """A client that goes away is no news."""
+        """Ignore clients that disconnect."""
 
 
 def blob_id(content: bytes) -> str:
@@ -104,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        path = unquote(url.path.replace('%2F', '\0'))  # within a part, as in the branch refs/pr/1
+        path = unquote(url.path.replace('%2F', '\0'))  # a slash in a name, as in the branch refs/pr/1
         line = f'{self.command} {path}'
         with hub.lock:
             hub.requests.append(line)
@@ -136,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.with_repo(match[1], self.lfs_batch, write=True)
         if match := re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
             return self.with_repo(match[1], self.resolve, match[2], match[3])
-        api = r'/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision|tree|refs|branch)(?:/([^/]+))?)?/?'
+        api = r'/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision|refs|branch)(?:/([^/]+))?)?/?'
         if match := re.fullmatch(api, path):
             what = match[2] or 'revision'
             return self.with_repo(
@@ -146,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
     def with_repo(self, name: str, call, *args, write: bool = False) -> None:
         repo = self.server.repos.get(name)
         if repo is None or repo.private and self.token in ('', 'stranger'):
-            # to whom may not see it, the Hub does not tell a private repository from none
+            # the Hub answers alike for a missing repository and for a private one that the token may not see
             return self.answer(404 if self.token else 401, dict(error='Repository not found'), code='RepoNotFound')
         if write and not self.server.tokens.get(self.token):
             return self.answer(403 if self.token else 401, dict(error='You may not write here'))
@@ -272,20 +273,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, dict(answer, pullRequestUrl=f'{page}/discussions/1') if pull else answer)
 
     def revision(self, revision: str) -> None:
-        if (sha := self.commit_of(revision)) is not None:
-            self.answer(200, dict(
-                _id='0', id=self.name, modelId=self.name, sha=sha, private=self.repo.private, tags=[], downloads=0,
-                likes=0, siblings=[dict(rfilename=path) for path in self.repo.commits[sha]]))
-
-    def tree(self, revision: str) -> None:
-        if (sha := self.commit_of(revision)) is not None:
-            entries = []
-            for path, content in self.repo.commits[sha].items():
-                entry = dict(type='file', path=path, size=len(content), oid=blob_id(content))
+        if (sha := self.commit_of(revision)) is None:
+            return
+        siblings = []
+        for path, content in self.repo.commits[sha].items():
+            sibling = dict(rfilename=path)
+            if 'blobs' in self.query:
+                sibling |= dict(size=len(content), blobId=blob_id(content))
                 if path.endswith(self.server.large):
-                    entry['lfs'] = dict(oid=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)
-                entries.append(entry)
-            self.answer(200, entries)
+                    sha256 = hashlib.sha256(content).hexdigest()
+                    sibling['lfs'] = dict(sha256=sha256, size=len(content), pointerSize=130)
+            siblings.append(sibling)
+        self.answer(200, dict(
+            _id='0', id=self.name, modelId=self.name, sha=sha, private=self.repo.private, tags=[], downloads=0, likes=0,
+            siblings=siblings))
 
     def branch(self, name: str) -> None:
         if name in self.repo.branches:
@@ -316,4 +317,7 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or ''):
             headers['Content-Range'] = f'bytes {match[1]}-{len(content) - 1}/{len(content)}'
             status, content = 206, content[int(match[1]):]
+        if self.server.after_get and self.command == 'GET':
+            self.server.after_get()
+            self.server.after_get = None
         self.answer(status, content, headers=headers)

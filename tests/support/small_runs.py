@@ -1,12 +1,12 @@
-"""What the tests of `train.py` share: the script itself, flags of a run of seconds, and a look at checkpoints."""
+"""Shared by the tests of training: the program, the flags of a run of seconds, comparison of checkpoints."""
 from argparse import Namespace
 from pathlib import Path
 
 import torch
-from timm.utils import setup_default_logging
+
+from timm_shiftnas.training import trainer as train
 
 ROOT = Path(__file__).parents[2]
-from timm_shiftnas.training import trainer as train
 
 FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
         '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
@@ -15,9 +15,8 @@ FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '
 
 
 def run_script(argv):
-    """What `python train.py` does."""
-    setup_default_logging()
-    return train.main(argv)
+    """Run `python train.py` in this process."""
+    return train.launch(argv)
 
 
 def load(path):
@@ -26,7 +25,7 @@ def load(path):
 
 
 def same(a, b, where=''):
-    """Equal bit for bit, nested containers included."""
+    """Assert that two values, or nested containers of them, are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -34,8 +33,7 @@ def same(a, b, where=''):
         for key in a:
             same(a[key], b[key], f'{where}/{key}')
     elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
             same(x, y, f'{where}/{i}')
     else:
         assert a == b, where

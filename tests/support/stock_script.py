@@ -1,8 +1,8 @@
-"""A stand-in for timm's training script: imports and calls in its order, and knows nothing of supernets.
+"""A stand-in for timm's training script, with its imports and calls in the same order and no code for supernets.
 
     python stock_script.py --device-modules timm_shiftnas.patch --model test_shiftformer_supernet ...
 
-Rendered squares of two sizes are what it trains on; no file is read.
+It trains on noise with a brighter square for one of two classes; no file is read.
 """
 import argparse
 import importlib
@@ -51,11 +51,11 @@ add('--seed', type=int, default=42)
 add('--opt', default='sgd')
 add('--kd-model', default='')
 add('--multi-label', action='store_true')
-add('--dump', help='folder where every process leaves what a checkpoint would hold of its task')
+add('--dump', help='folder in which each process saves the checkpoint state of its task')
 
 
 def batch_of(args, epoch, number):
-    """The images of all processes; this process takes its part, as samplers deal them out."""
+    """The part of this process of a batch over all processes, distributed as by samplers."""
     noise = torch.Generator().manual_seed(1000 * epoch + number)
     count = args.batch_size * args.world_size
     target = torch.randint(2, (count,), generator=noise)

@@ -1,4 +1,4 @@
-"""Several processes: the same gradients, archs, generator, P and tables as one, and an end when one of them dies."""
+"""Several processes train and evaluate like one, and all end when one of them dies."""
 import csv
 import os
 import signal
@@ -40,7 +40,7 @@ def batch(number, count=IMAGES):
 
 
 def train(variant, group, distributed):
-    """A few updates by plain SGD: gradients of each, archs of each micro-batch, and what was learned."""
+    """Train a few updates with SGD; return their gradients, the archs, the generator and the history of P."""
     config = dict(variant)
     torch.manual_seed(0)
     net = timm.create_model('test_shiftformer_supernet', num_classes=10)
@@ -57,7 +57,7 @@ def train(variant, group, distributed):
     gradients, archs, number = [], [], 0
     for _ in range(UPDATES):
         for micro in range(config.accum_steps):
-            images, targets = (group.share(part) for part in batch(number))
+            images, targets = (group.shard(part) for part in batch(number))
             number += 1
             with task.no_sync() if micro + 1 < config.accum_steps else torch.enable_grad():
                 result = task(images, targets)
@@ -70,7 +70,7 @@ def train(variant, group, distributed):
 
 
 def main(folder):
-    """One of the processes."""
+    """Run in each of the processes."""
     dist.init_process_group('gloo')
     group = Ranks.current()
     results = {name: train(variant, group, distributed=True) for name, variant in VARIANTS.items()}
@@ -101,11 +101,11 @@ def two(tmp_path_factory):
 def close(a, b, tolerance=1e-6):
     assert list(a) == list(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text: f'{name}: {text}')
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=f'{name} differs')
 
 
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'each its own'])
-def test_two_processes_with_half_the_batch_are_one_with_all_of_it(two, name):
+def test_two_processes_with_half_the_batch_train_like_one_with_all_of_it(two, name):
     one = train(VARIANTS[name], Ranks(), distributed=False)
     for rank, result in enumerate(result[name] for result in two):
         assert result['archs'] == one['archs'], rank
@@ -115,28 +115,28 @@ def test_two_processes_with_half_the_batch_are_one_with_all_of_it(two, name):
             close({key: a[key] for key in sorted(used)}, {key: b[key] for key in sorted(used)})
         close(result['generator'], one['generator'])
         assert [update for update, _ in result['history']] == [update for update, _ in one['history']]
-        for (_, p), (_, q) in zip(result['history'], one['history']):
-            assert p == pytest.approx(q, abs=2e-5)  # finite differences and counts of zeros enlarge rounding
+        for (_, p), (_, q) in zip(result['history'], one['history'], strict=True):
+            assert p == pytest.approx(q, abs=2e-5)  # finite differences and counts of zeros amplify rounding errors
     depths = {len(arch['num_heads']) for archs in one['archs'] for arch in archs}
     assert len(depths) > 1  # blocks were skipped
-    # of all that is learned, nothing differs between the two by a single bit
+    # generator and P are equal in both processes, bit for bit
     assert all(torch.equal(two[0][name]['generator'][key], two[1][name]['generator'][key])
                for key in two[0][name]['generator'])
     assert two[0][name]['history'] == two[1][name]['history']
 
 
-def test_what_is_exchanged(two):
+def test_means_and_sums_over_processes(two):
     for result in two:
         mean, total = result['exchanged']
         assert mean.tolist() == [.5, 1.5] and total.tolist() == [[2., 2.], [2., 2.]]
 
 
 def test_archs_per_process(two):
-    """Gradients are the mean over the processes, each at its own arch and on its own images."""
+    """Gradients are the mean over processes, each with its own arch and its own images."""
     archs = [result['each its own']['archs'] for result in two]
     assert archs[0] != archs[1]
     drawn = train(dict(VARIANTS['each its own'], archs_per_step=2), Ranks(), distributed=False)['archs']
-    assert [[a[0], b[0]] for a, b in zip(*archs)] == drawn
+    assert [[a[0], b[0]] for a, b in zip(*archs, strict=True)] == drawn
     torch.manual_seed(0)
     net = timm.create_model('test_shiftformer_supernet', num_classes=10)
     images, targets = batch(0)
@@ -155,14 +155,14 @@ FLAGS = [*FAST, '--opt', 'sgd', '--lr', '.05', '--device', 'cpu', '--aa', 'rand-
 
 
 def table(path):
-    """The budget table: a dict of numbers for each name."""
+    """The budget table: a dict of numbers per row."""
     with (path / 'run' / 'budgets.csv').open() as file:
         return {row['name']: {name: float(row[name] or 0) for name in ('budget', 'macs', 'params', 'top1', 'top5')}
                 for row in csv.DictReader(file)}
 
 
-def test_training_by_two_processes_and_going_on_with_one(tmp_path):
-    """Augmented images included; a process is killed, all end, and another number of them goes on."""
+def test_two_processes_train_like_one_and_resume(tmp_path):
+    """With augmentation; a process is killed, all end, and the run resumes with one or two processes."""
     process = torchrun(ROOT / 'train.py', *FLAGS, '-b', '64', '--epochs', '40', '--output', tmp_path, cwd=tmp_path)
     run = tmp_path / 'run'
     while process.poll() is None and not list(run.glob('recovery-1-*')):
@@ -175,13 +175,13 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
     assert process.returncode != 0 and not any(Path(f'/proc/{pid}').exists() for pid in workers), err
     assert 'train.py: error (process 0): another process has ended' in err or 'Signal 15' in err, err
 
-    go_on = [*FLAGS, '--epochs', '2', '--output', str(tmp_path), '--resume']
+    resumed = [*FLAGS, '--epochs', '2', '--output', str(tmp_path), '--resume']
     middle = str(sorted(run.glob('recovery-1-*'))[-1])
-    assert script.main([*go_on, middle, '-b', '128']) == 2  # in the middle of an epoch of two processes
+    assert script.main([*resumed, middle, '-b', '128']) == 2  # from the middle of an epoch of two processes
     end = str(run / 'checkpoint-0.pth.tar')
-    reports = [job.wait() for job in ranks(2, run_script, [*go_on, end, '-b', '64'], folder=tmp_path)]
+    reports = [job.wait() for job in ranks(2, run_script, [*resumed, end, '-b', '64'], folder=tmp_path)]
     assert [code for code, _ in reports] == [0, 0], reports
-    assert ['largest' in text for _, text in reports] == [True, False]  # one of them reports
+    assert ['largest' in text for _, text in reports] == [True, False]  # only the first process prints
     assert ['2 processes, 128 images per batch' in text for _, text in reports] == [True, False]
     two, rows = load(run / 'last.pth.tar'), table(tmp_path)
 
@@ -196,8 +196,8 @@ def test_training_by_two_processes_and_going_on_with_one(tmp_path):
         assert rows[name] == pytest.approx(row, abs=.6)  # two of 360 images
 
 
-def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
-    """Images, an odd number of them, and subnets are shared; with BatchNorm statistics, and a search."""
+def test_two_processes_evaluate_like_one(tmp_path):
+    """They share an odd number of images, and subnets; with BatchNorm statistics and a search."""
     digits = create_dataset('sklearn/digits', None, 'validation')
     for number in range(341):
         image, target = digits[number]

@@ -1,4 +1,4 @@
-"""train.py as users run it: outputs, resuming, mistakes, Ctrl-C."""
+"""train.py as users run it: output files, resuming, wrong flags, Ctrl-C."""
 import contextlib
 import csv
 import fcntl
@@ -25,6 +25,8 @@ from support.small_runs import FAST, ROOT, load, run_script, same, train
 from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
+from timm_shiftnas.training.data import create_loaders, open_data
+from timm_shiftnas.training.setup import create_supernet, scaled_lr
 
 
 def run(tmp_path, *flags):
@@ -33,7 +35,7 @@ def run(tmp_path, *flags):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """Three epochs with everything random switched on, and workers."""
+    """A run of three epochs with everything random, and workers."""
     path = tmp_path_factory.mktemp('finished')
     flags = ['--epochs', '3', '--val-interval', '2', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
              '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9',
@@ -42,7 +44,7 @@ def finished(tmp_path_factory):
     return path / 'run', flags
 
 
-def test_writes_what_it_promises(finished):
+def test_output_files(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
     assert {'summary.csv', 'budgets.csv', 'shift.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar',
@@ -62,22 +64,25 @@ def test_writes_what_it_promises(finished):
     shifts = list(csv.DictReader((output / 'shift.csv').open()))
     history = load(output / 'last.pth.tar')['task_state']['history']
     assert [int(row['update']) for row in shifts] == [update for update, _ in history] and len(shifts) > 3
-    for row, (_, p) in zip(shifts, history):
+    for row, (_, p) in zip(shifts, history, strict=True):
         assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
-def test_the_flags_of_a_run_scale_its_learning_rate_again(tmp_path):
-    """Not the rate, which is that of so many processes."""
+def test_args_yaml_holds_the_given_learning_rate(tmp_path):
+    """Not the scaled one, which depends on the number of processes."""
     given = [*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]
     del given[given.index('--lr'):given.index('--lr') + 2]
-    trainer = train.Trainer(train.parse_args(given))
-    assert trainer.args.lr == trainer.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
+    args = train.parse_args(given)
+    before = dict(vars(args))
+    trainer = train.Trainer(args)
+    assert vars(args) == before and trainer.args.num_classes == 10
+    assert trainer.args.lr == trainer.run.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
     again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
-    assert again.lr is None and train.scaled_lr(again, processes=2) == 2 * trainer.args.lr
+    assert again.lr is None and scaled_lr(again, processes=2) == 2 * trainer.args.lr
 
 
 def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
-    """By timm's flags: what timm makes of them is what trains."""
+    """timm's flags reach timm."""
     flags = [*FAST, '--shift', 'none', '--epochs', '4', '--output', str(tmp_path)]
 
     def trainer(*more):
@@ -86,26 +91,26 @@ def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
     made = trainer('--loss', 'poly', '--poly-epsilon', '1.5', '--sched', 'wsd', '--decay-epochs', '2', '--lr-decay-fn',
                    'linear', '--pretrained-cfg-overlay', 'crop_pct=0.5')
     assert type(made.task.criterion) is PolyCrossEntropy and made.task.criterion.epsilon == 1.5
-    assert made.data_config['crop_pct'] == .5
+    assert made.run.data_config['crop_pct'] == .5
     rates = []
     for epoch in range(4):
-        made.step_scheduler(epoch, 0)
-        rates.append(made.optimizer.param_groups[0]['lr'])
-    assert rates == pytest.approx([2e-3, 2e-3, 2e-3, 1e-3])  # half of them steady, then a straight line to 0
+        made.run.schedule.step(epoch)
+        rates.append(made.run.schedule.lr)
+    assert rates == pytest.approx([2e-3, 2e-3, 2e-3, 1e-3])  # constant for two epochs, then linear to 0
     made = trainer('--loss', 'asl', '--asl-gamma-pos', '.5', '--asl-gamma-neg', '3', '--sched', 'none')
     assert (made.task.criterion.gamma_pos, made.task.criterion.gamma_neg) == (.5, 3.)
-    made.step_scheduler(3, 0)
-    assert made.scheduler is None and made.optimizer.param_groups[0]['lr'] == 2e-3
+    made.run.schedule.step(3)
+    assert made.run.schedule.scheduler is None and made.run.schedule.lr == made.run.schedule.mean_lr == 2e-3
     for bce in (['--loss', 'bce'], ['--bce-loss']):
         made = trainer(*bce, '--loss-pos-weight', '2', '--bce-sum', '--sched', 'rsqrt', '--decay-epochs', '1',
                        '--lr-stable-timescale', '3')
         assert float(made.task.criterion.pos_weight) == 2 and made.task.criterion.sum_classes
-        made.step_scheduler(1, 0)
-        assert made.optimizer.param_groups[0]['lr'] == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
+        made.run.schedule.step(1)
+        assert made.run.schedule.lr == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
 
 
-def test_the_model_directory_is_what_was_evaluated(finished):
-    """Its subnet for a group's budget has the table's accuracy, and its weights are the averaged ones."""
+def test_the_model_directory_holds_the_evaluated_weights(finished):
+    """The subnet for a group's budget has the accuracy of the table, and its weights are the averaged ones."""
     output, _ = finished
     rows = list(csv.DictReader((output / 'budgets.csv').open()))
     row = rows[2]
@@ -122,13 +127,13 @@ def test_the_model_directory_is_what_was_evaluated(finished):
     assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
 
 
-def test_a_terminal_gets_a_bar(tmp_path):
-    """With rate and time left, on stderr; the table goes to stdout."""
+def test_a_progress_bar_on_a_terminal(tmp_path):
+    """Speed and time left go to stderr, the table to stdout."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
     argv = [*FAST, '--shift', 'none', '--epochs', '1', '--output', str(tmp_path)]
     process = Job(run_script, argv, out=tmp_path / 'out.txt', err=os.ttyname(terminal))
-    seen = os.read(ours, 4096)  # it has opened the terminal
+    seen = os.read(ours, 4096)  # the process has opened the terminal
     os.close(terminal)
     with contextlib.suppress(OSError):  # how Linux ends the stream
         while chunk := os.read(ours, 4096):
@@ -144,10 +149,10 @@ def test_uniform_baseline_searches(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
     assert len(rows) == 5
     edges = [float(rows[0]['macs']), *(float(row['budget']) for row in rows[1:-1])]
-    for row, low, high in zip(rows[1:-1], edges, edges[1:]):
+    for row, low, high in zip(rows[1:-1], edges[:-1], edges[1:], strict=True):
         assert low < float(row['macs']) <= high
         served = tsn.from_pretrained(tmp_path / 'run' / 'model', flops=float(row['budget']))
-        assert served.arch.to_dict() == json.loads(row['arch'])  # what was searched is what users get
+        assert served.arch.to_dict() == json.loads(row['arch'])  # users get the arch that the search has found
     assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
 
 
@@ -188,7 +193,7 @@ def shards(tmp_path_factory):
 
 
 def test_streamed_dataset(shards, tmp_path):
-    """A CNN, whose statistics need the training images a second time; and from the middle of an epoch, bit for bit."""
+    """A CNN, which reads the training images again for its statistics; resumed in the middle of an epoch."""
     flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
              '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
              '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '32', '--shift', 'none', '-j', '1',
@@ -201,8 +206,8 @@ def test_streamed_dataset(shards, tmp_path):
     assert train.main([*flags, 'middle', '--epochs', '1']) == 0  # the same first epoch
     same(load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'], state['state_dict'])
     trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
-    left = iter([False, True, False])  # SIGTERM comes after the step of the second update: the third is the last
-    trainer.optimizer.register_step_post_hook(lambda *_: trainer.on_terminate() if next(left) else None)
+    left = iter([False, True, False])  # SIGTERM in the step of the second update: one more update follows
+    trainer.run.optimizer.register_step_post_hook(lambda *_: trainer.interrupts.terminate() if next(left) else None)
     with pytest.raises(train.Terminated):
         trainer.train_epoch(1)
     assert train.main([*flags, 'middle', '--resume', 'auto']) == 0
@@ -218,7 +223,7 @@ def test_held_out_images_of_a_stream_are_refused(capsys, shards):
 
 
 def test_tracking(tmp_path, monkeypatch):
-    """TensorBoard's own reader finds the figures of the CSV; Weights & Biases keeps an offline run."""
+    """TensorBoard's own reader finds the values of the CSV; Weights & Biases keeps an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
@@ -239,7 +244,7 @@ def test_tracking(tmp_path, monkeypatch):
 
 
 def test_a_teacher_and_a_device_module(tmp_path, capsys):
-    """A trained supernet teaches another; an imported module is imported."""
+    """A supernet teaches another one; --device-modules are imported."""
     teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
     flags = ['--epochs', '1', '--kd-model', 'test_shiftformer_supernet', '--distill-loss-weight', '1']
@@ -249,11 +254,15 @@ def test_a_teacher_and_a_device_module(tmp_path, capsys):
     assert 'cannot create the teacher' in one_line_error(capsys, *flags)  # it has no published weights
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------------
+# -- wrong flags -------------------------------------------------------------------------------------------------------
 
 
 def one_line_error(capsys, *flags):
-    code = train.main([*FAST, *flags])
+    """The error of a run that ends with exit code 2, from the parser or later."""
+    try:
+        code = train.main([*FAST, *flags])
+    except SystemExit as end:
+        code = end.code
     lines = [line for line in capsys.readouterr().err.splitlines() if 'error' in line or 'Traceback' in line]
     assert code == 2 and len(lines) == 1, lines
     return lines[0]
@@ -312,7 +321,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
 ])
 def test_wrong_flags(capsys, flags, words, tmp_path):
     assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
-    assert not list(tmp_path.iterdir())  # nothing half-written
+    assert not list(tmp_path.iterdir())  # no file is left
 
 
 def test_resume_of_another_space(capsys, finished, tmp_path):
@@ -369,7 +378,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
-        # a shell's background jobs ignore it, and so would what they start
+        # background jobs of a shell ignore SIGINT, and so would their children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     last = tmp_path / 'run' / 'last.pth.tar'
     while process.poll() is None and not last.exists():
@@ -380,10 +389,10 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     assert err.strip().splitlines()[-1] == f'train.py: interrupted; continue with --resume {last}'
     epoch = load(last)['epoch']
     flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
-    assert train.main([*FAST, *flags]) == 0  # goes on where it was
+    assert train.main([*FAST, *flags]) == 0  # stays in the same folder
     assert load(last)['epoch'] == epoch + 1
     (tmp_path / 'run' / 'budgets.csv').unlink()
-    assert train.main([*FAST, *flags]) == 0  # nothing is left to train: evaluates
+    assert train.main([*FAST, *flags]) == 0  # no epoch is left: evaluates only
     assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1
 
 
@@ -391,7 +400,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
 def test_imagenet_configs_are_autoformers_recipe(size, paper):
     path = ROOT / 'configs' / f'shiftformer_{size}_imagenet.yaml'
     args = train.parse_args(['-c', str(path), '--data-dir', '/data/imagenet'])
-    assert args.batch_size * args.grad_accum_steps == 1024 and train.scaled_lr(args) == pytest.approx(5e-4 * 1024 / 512)
+    assert args.batch_size * args.grad_accum_steps == 1024 and scaled_lr(args) == pytest.approx(5e-4 * 1024 / 512)
     wanted = dict(
         model=f'shiftformer_{size}_supernet', epochs=500, opt='adamw', weight_decay=.05, warmup_epochs=20, drop_path=.1,
         aa='rand-m9-mstd0.5-mmax9-inc1', mixup=.8, cutmix=1., smoothing=.1, reprob=.25, aug_repeats=3,
@@ -406,13 +415,13 @@ def test_imagenet_configs_are_autoformers_recipe(size, paper):
 
 
 def warnings_of(caplog, *flags):
-    """What making the loaders says."""
+    """What is logged while the loaders are created."""
     args = train.parse_args([*FAST, *flags])
     args.num_classes = 10
-    net = train.create_supernet(args, torch.device('cpu'))
+    net = create_supernet(args, torch.device('cpu'))
     caplog.clear()
-    train.create_loaders(
-        args, train.open_data(args), timm.data.resolve_data_config(vars(args), model=net), torch.device('cpu'))
+    create_loaders(
+        args, open_data(args), timm.data.resolve_data_config(vars(args), model=net), torch.device('cpu'))
     return caplog.text
 
 

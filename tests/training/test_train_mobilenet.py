@@ -1,4 +1,4 @@
-"""A MobileNet from training to deployment: train.py, the model directory with its BatchNorm statistics, and the CLI."""
+"""A MobileNet from training to deployment: train.py, the model directory with BatchNorm statistics, the CLI."""
 import csv
 import json
 import re
@@ -15,14 +15,16 @@ from timm.data import resolve_data_config
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
-from timm_shiftnas.cli import main as cli
 from timm_shiftnas.evaluation.accuracy import evaluate, evaluate_budgets
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics, static_counts
+from timm_shiftnas.training import trainer as train
+from timm_shiftnas.training.data import create_loaders, open_data
+from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas_cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-from timm_shiftnas.training import trainer as train
 
 FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt',
          'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40',
@@ -47,8 +49,8 @@ def validation():
     args = train.parse_args(FLAGS)
     args.num_classes = 10
     net = timm.create_model('test_shiftmobilenet_supernet', device='meta')
-    return train.create_loaders(
-        args, train.open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu')).validation
+    return create_loaders(
+        args, open_data(args), resolve_data_config(vars(args), model=net), torch.device('cpu')).validation
 
 
 def table(folder):
@@ -71,18 +73,18 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
             assert static_counts(net) == (int(row['macs']), int(row['params']))
 
 
-def test_it_learns(tmp_path):
-    """By uniform sampling, whose archs are searched: candidates are calibrated as well."""
+def test_uniform_sampling_learns(tmp_path):
+    """With uniform sampling and a search, whose candidates are calibrated, too."""
     assert train.main([
         *FLAGS, '--epochs', '2', '--val-interval', '2', '-b', '32', '--lr', '3e-2', '--no-aug', '--sampler', 'uniform',
         '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
     rows = table(tmp_path / 'run')
-    # of ten classes; other seeds reach 77 to 88 and 58 to 66
+    # chance is 10; seven seeds reached 77 to 91, and 58 to 75
     assert float(rows[-1]['top1']) > 50 and float(rows[0]['top1']) > 35
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 
-def test_plain_timm_loads_a_supernet_that_works(finished, validation):
+def test_timm_loads_the_largest_subnet_of_a_model_directory(finished, validation):
     net = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     top1, _ = evaluate(net, validation, torch.device('cpu'))  # net(x): the largest, at the loader's size
     assert top1 == pytest.approx(float(table(finished)[-1]['top1']), abs=1e-3)
@@ -162,12 +164,12 @@ def test_the_imagenet_config_is_bignas_recipe():
     args = train.parse_args(['-c', str(ROOT / 'configs' / 'shiftmobilenet_imagenet.yaml'), '--data-dir', '/data'])
     assert (args.epochs, args.opt, args.momentum, args.weight_decay) == (360, 'rmsproptf', .9, 1e-5)
     assert args.batch_size * args.grad_accum_steps == args.lr_base_size == 4096
-    assert train.scaled_lr(args) == .256 and (args.sched, args.decay_rate, args.decay_epochs) == ('step', .97, 2.4)
+    assert scaled_lr(args) == .256 and (args.sched, args.decay_rate, args.decay_epochs) == ('step', .97, 2.4)
     assert (args.drop, args.drop_path, args.smoothing) == (.2, .2, .1)
     assert args.sandwich and args.archs_per_step == 4 and args.shift == 'none'
     args.num_classes = 10
     with torch.device('meta'):
-        net = train.create_supernet(args, torch.device('meta'))
+        net = create_supernet(args, torch.device('meta'))
     assert net.pretrained_cfg['input_size'] == (3, 320, 320) and net.drop_rate == .2
     assert net.blocks[-1][1].drop_path.drop_prob == pytest.approx(.2 * 25 / 26)
 
@@ -213,7 +215,7 @@ def test_evaluation_without_calibration_is_refused(validation):
 
 
 def test_an_ofa_subnet_loads_in_timm_without_this_package(tmp_path):
-    """By the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
+    """With the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
     torch.manual_seed(0)
     space = tsn.ofa_space(.2, (32, 48), (1, 2), (3, 5), (1.5, 2.5))
     net = timm.create_model('ofa_mobilenetv3_supernet', space=space, num_classes=4).eval()
@@ -237,8 +239,7 @@ save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
     assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))
 
 
-def test_a_new_head_counts(finished, tmp_path):
-    """For budgets, and for saving: a network is what it is now."""
+def test_a_new_classifier_counts_in_budgets_and_is_saved(finished, tmp_path):
     budget = float(table(finished)[2]['budget'])
     sub = tsn.from_pretrained(finished / 'model', flops=budget)
     tsn.save_pretrained(tmp_path / 'sub', sub)
@@ -266,7 +267,7 @@ def test_unusable_archs_of_statistics(finished, tmp_path, archs, message):
         tsn.from_pretrained(folder, flops=3e6)
 
 
-def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
+def test_absurd_depths_are_refused_before_a_network_is_built(finished, tmp_path):
     folder = shutil.copytree(finished / 'model', tmp_path / 'model')
     config = json.loads((folder / 'config.json').read_text())
     config['model_args']['space'].update(
@@ -277,16 +278,16 @@ def test_absurd_depths_are_refused_before_anything_is_built(finished, tmp_path):
         tsn.from_pretrained(folder, flops=3e6)
 
 
-def test_statistics_of_something_else_are_not_saved(tmp_path):
+def test_statistics_of_other_networks_are_not_saved(tmp_path):
     net = timm.create_model('test_shiftmobilenet_supernet')
     arch = net.space.smallest
-    for stats, message in (({'a': {}}, "has the key 'a'"), ({arch: {'foo': torch.zeros(1)}}, 'not of the network')):
+    for stats, message in (({'a': {}}, "'a'"), ({arch: {'foo': torch.zeros(1)}}, 'running_mean')):
         with pytest.raises(ValueError, match=message):
             tsn.save_pretrained(tmp_path / 'out', net, bn_stats=stats)
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_view_is_not_evaluated(validation):
+def test_a_view_with_batch_norm_is_not_evaluated(validation):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     with pytest.raises(ValueError, match='extract one and call calibrate_bn'):
         evaluate(tsn.Subnet(net, net.space.smallest), validation, torch.device('cpu'))

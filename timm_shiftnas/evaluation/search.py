@@ -62,7 +62,7 @@ def search_archs(
             candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
         tried = list(candidates)[:samples]
         mine = {arch: evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0]
-                for arch in ranks.share(tried)}
+                for arch in ranks.shard(tried)}
         top1 = {arch: value for part in ranks.gather(mine) for arch, value in part.items()}
         best.append(max(tried, key=lambda arch: (top1[arch], complexity.macs(space, arch))))
     return best

@@ -1,10 +1,9 @@
 """Model directories and the Hugging Face Hub: save, load, push."""
-from .card import MARK, model_card
-from .download import again, append_line, download, explained
-from .load import SavedModel, from_pretrained, load_supernet, save_pretrained
-from .push import published_files, push_directory, push_to_hub
+from .card import model_card
+from .load import SavedModel, from_pretrained, load_supernet
+from .push import push_directory, push_to_hub
+from .save import save_pretrained
 
 __all__ = [
-    'MARK', 'SavedModel', 'again', 'append_line', 'download', 'explained', 'from_pretrained', 'load_supernet',
-    'model_card', 'published_files', 'push_directory', 'push_to_hub', 'save_pretrained',
+    'SavedModel', 'from_pretrained', 'load_supernet', 'model_card', 'push_directory', 'push_to_hub', 'save_pretrained',
 ]

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models import static_counts
+from ..utils.text import one_line
 from ..utils.units import format_count
-from .load import KEY, SavedModel
+from .format import KEY, Row, Training
+from .load import SavedModel
 
 __all__ = ['MARK', 'model_card']
 
@@ -27,27 +29,25 @@ CITATION = '''```bibtex
 
 
 def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), license: str | None = None) -> ModelCard:
-    """The card of a saved model: metadata that the Hub reads, the table, the pictures, how to load, how it was trained.
+    """The card of a saved model: metadata for the Hub, the table, the pictures, how to load, how it was trained.
 
     Args:
         saved: The model.
         repo_id: The repository.
-        files: Names of what lies beside the card: pictures among them are shown.
+        files: Names of the files beside the card; the card shows the pictures among them.
         license: One of the Hub's names.
     """
-    training: Mapping[str, Any] = saved.info.get('training', {})
-    name = saved.config['architecture']
-    source, _, dataset = str(training.get('dataset', '')).partition('/')
+    name, results, training = saved.config['architecture'], saved.record.results or [], saved.record.training or {}
+    source, _, dataset = training.get('dataset', '').partition('/')
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification',
         license=license,
         tags=['timm', KEY, 'neural-architecture-search', 'image-classification'],
-        datasets=[dataset] if source == 'hfds' else None,  # the others are none of the Hub
-        model_name=name, eval_results=_eval_results(saved, training) or None)
+        datasets=[dataset] if source == 'hfds' else None,  # only those are on the Hub
+        model_name=name, eval_results=_eval_results(results, training) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
-    if saved.info.get('results'):
-        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
-        parts += [title, _table(saved.info['results'], training)]
+    if results:
+        parts += ['## Subnets' if saved.kind == 'supernet' else '## Accuracy', _table(results, training)]
         if ACCURACY in files:
             parts.append(f'![top-1 against MACs]({ACCURACY})')
     if SHIFT in files:
@@ -56,30 +56,26 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
     return ModelCard('\n\n'.join(parts) + '\n', ignore_metadata_errors=False)
 
 
-def _eval_results(saved: SavedModel, training: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(results: Sequence[Row], training: Training) -> list[EvalResult]:
     dataset = training.get('dataset') or 'unknown'
     return [EvalResult(
-        task_type='image-classification', dataset_type=str(dataset), dataset_name=str(dataset), metric_type='accuracy',
+        task_type='image-classification', dataset_type=dataset, dataset_name=dataset, metric_type='accuracy',
         metric_name=f'top-1, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row['top1'], 3))
-        for row in saved.info.get('results', ())]
+        for row in results]
 
 
 def _introduction(saved: SavedModel) -> str:
-    net = saved.skeleton()
+    net, paper = saved.skeleton(), '[ShiftNAS](https://arxiv.org/abs/2307.08300)'
     if saved.kind == 'subnet':
-        macs, params = static_counts(net)
-        return (
-            f'An image classifier of {format_count(macs)} MACs and {format_count(params)} parameters for '
-            f'{net.num_classes} classes: a subnet taken out of a supernet that was trained with '
-            f'[ShiftNAS](https://arxiv.org/abs/2307.08300), weights included.')
-    low, high = (net.macs(arch) for arch in (net.space.smallest, net.space.largest))
-    return (
-        f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {format_count(low)} '
-        f'to {format_count(high)} MACs, trained with [ShiftNAS](https://arxiv.org/abs/2307.08300). Take the one for '
-        f'your budget out of it: no search, no retraining.')
+        macs, params = map(format_count, static_counts(net))
+        return (f'An image classifier with {macs} MACs and {params} parameters for {net.num_classes} classes: a subnet '
+                f'extracted, with its weights, from a supernet that was trained with {paper}.')
+    low, high = (format_count(net.macs(arch)) for arch in (net.space.smallest, net.space.largest))
+    return (f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {low} to {high} '
+            f'MACs, trained with {paper}. Extract the one for your budget: no search, no retraining.')
 
 
-def _table(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> str:
+def _table(rows: Sequence[Row], training: Training) -> str:
     lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | ---: | ---: | ---: | ---: | ---: |']
     for row in rows:
         budget = '' if row['budget'] is None else _digits(row['budget'])
@@ -90,30 +86,31 @@ def _table(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> st
 
 
 def _digits(value: float) -> str:
-    """A count with all of its four digits, so that those of a column line up: '3.970M', elsewhere '3.97M'."""
+    """A count with four digits, so that a column lines up: '3.970M', where `format_count` gives '3.97M'."""
     text = format_count(value)
     return text if text[-1].isdigit() else f'{float(text[:-1]):#.4g}'.rstrip('.') + text[-1]
 
 
 def _plain(text: Any) -> str:
-    """Text of a config as one line in which nothing is Markdown."""
-    return ' '.join(str(text).replace('|', '/').replace('`', "'").replace('<', '(').split())
+    """Text of a config as one line without Markdown."""
+    return one_line(str(text).replace('|', '/').replace('`', "'").replace('<', '('))
 
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
-    if saved.kind == 'subnet':
-        return (f"```python\nimport timm, timm_shiftnas\n\nnet = timm_shiftnas.from_pretrained('{repo_id}')\n"
-                f"net = timm.create_model('hf-hub:{repo_id}', pretrained=True)  # the same\n```")
-    net = saved.skeleton()
-    budgets = [row['budget'] for row in saved.info.get('results', ()) if row['budget'] is not None]
-    middle = budgets[len(budgets) // 2] if budgets else (net.macs(net.space.smallest) + net.macs(net.space.largest)) / 2
-    which = f"flops='{format_count(middle)}'" if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
-    return (f"```python\nimport timm, timm_shiftnas\n\n"
-            f"# a plain, static network\nnet = timm_shiftnas.from_pretrained('{repo_id}', {which})\n"
-            f"# all of them\nsupernet = timm.create_model('hf-hub:{repo_id}', pretrained=True)\n```")
+    ours = f"timm_shiftnas.from_pretrained('{repo_id}'"
+    timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
+    lines = [f'net = {ours})', f'net = {timms}  # the same']
+    if saved.kind == 'supernet':
+        net = saved.skeleton()
+        ends = net.macs(net.space.smallest), net.macs(net.space.largest)
+        budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [sum(ends) / 2]
+        budget = f"flops='{format_count(budgets[len(budgets) // 2])}'"
+        which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
+        lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
+    return '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
 
 
-def _training(training: Mapping[str, Any]) -> str:
+def _training(training: Training) -> str:
     lines = []
     if training.get('command'):
         # a flag stays on the line of its values

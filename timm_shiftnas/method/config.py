@@ -1,7 +1,7 @@
 """The settings of ShiftNAS, each declared once: default, meaning, kind and range.
 
 The flags of `train.py`, the variables of `timm_shiftnas.patch`, the arguments of `create_task` and the table in
-`docs/training.md` are all read from these fields.
+`docs/training.md` are generated from these fields.
 """
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..utils.units import parse_count
 
 __all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
 
-Spell = Callable[[str, Any], str]  # how a message names a setting and its value: shift='none', or --shift none
+Spell = Callable[[str, Any], str]  # how a message names a setting with its value: shift='none', or --shift none
 
 
 def setting(default: Any, help: str, *, flag: str | None = '', choices: tuple[str, ...] = (), least: float = -math.inf,
-            above: float = -math.inf, most: float = math.inf, below: float = math.inf, metavar: str = '', unit: str = '') -> Any:
-    """A dataclass field that knows all about itself.
+            above: float = -math.inf, most: float = math.inf, below: float = math.inf, metavar: str = '',
+            unit: str = '') -> Any:
+    """A dataclass field with all that the front ends need to know about it.
 
     Args:
-        default: Its default.
-        help: One line for `--help` and for the docs, with the default where `default` does not say it.
-        flag: Its command-line flag; '' is the name with dashes, `None` means that the command line derives it.
-        choices: The allowed words.
-        least, above, most, below: The range of a number: [least, most], without `above` and `below` themselves.
-        metavar: What `--help` shows for the value.
-        unit: What a number with k, M or G counts, as in '0.1G'; such a value stays as it was typed.
+        default: Default value.
+        help: One line for `--help` and the docs; it describes the default where `default` is `None`.
+        flag: Command-line flag. '' stands for the name with dashes; `None` for a value that the command line derives.
+        choices: Allowed words.
+        least, above, most, below: Range of a number: `least <= value <= most` and `above < value < below`.
+        metavar: Placeholder of the value in `--help`.
+        unit: What a number with k, M or G counts, as in '0.1G'; such a value stays as typed.
     """
     about = dict(help=help, flag=flag, choices=choices, least=least, above=above, most=most, below=below,
                  metavar=metavar, unit=unit)
     return dataclasses.field(default=default, metadata=about)
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """One setting, as the front ends read it."""
     name: str
     default: Any
-    kind: type  # of a value, or of one of its items
-    count: int | None  # how many items it has: 1; 2 for a pair; None for a list
-    optional: bool  # None is a value
+    kind: type  # type of the value, or of each item of a list
+    count: int | None  # number of items: 1, 2 for a pair, None for a list of any length
+    optional: bool  # whether None is allowed
     help: str
     flag: str | None
     choices: tuple[str, ...]
@@ -56,10 +58,10 @@ class Setting(NamedTuple):
     unit: str
 
     def convert(self, value: Any) -> Any:
-        """A value, or a text that holds it, as the kind of this setting; lists become tuples.
+        """Convert a value, or its text, to the type of this setting; lists become tuples.
 
         Raises:
-            ValueError: If it is of another kind or out of range; the message says what is allowed.
+            ValueError: If the value has another type or is out of range; the message says what is allowed.
         """
         if value is None and self.optional:
             return None
@@ -70,30 +72,39 @@ class Setting(NamedTuple):
         return tuple(self.convert_item(item) for item in value)
 
     def convert_item(self, value: Any) -> Any:
-        """`convert` for one item of a list."""
-        if self.unit:
-            parse_count(value, self.name)
-            return value
-        item = self._parse(value)
-        number = self.kind in (int, float)
-        inside = not number or math.isfinite(item) and (
-            self.least <= item <= self.most and self.above < item < self.below)
-        if type(item) is not self.kind or not inside or self.choices and item not in self.choices:
+        """Convert one item of a list, as `convert` does."""
+        item = value if self.unit else self._parse(value)
+        if not self._allows(item):
             raise ValueError(f'must be {self.describe()}')
         return item
 
+    def _allows(self, item: Any) -> bool:
+        """Whether an item has the right type and is in range."""
+        if self.unit:
+            with suppress(ValueError):
+                return parse_count(item) > 0
+            return False
+        if type(item) is not self.kind:
+            return False
+        if isinstance(item, int | float):
+            return math.isfinite(item) and self.least <= item <= self.most and self.above < item < self.below
+        return not self.choices or item in self.choices
+
     def _parse(self, value: Any) -> Any:
-        """Numbers out of texts (YAML reads 1e-3 as a text), and whole numbers where any number is allowed."""
+        """Read numbers from texts (YAML reads 1e-3 as a text), and whole numbers as floats where those are allowed."""
         if self.kind in (int, float) and isinstance(value, str):
             with suppress(ValueError):
                 return self.kind(value)
+            with suppress(ValueError):  # 1e2 and 5.0 are whole numbers, too
+                number = float(value)
+                return int(number) if number.is_integer() else number
         return float(value) if self.kind is float and type(value) is int else value
 
     def describe(self) -> str:
-        """What is allowed, as in 'a whole number of 1 or more'."""
-        if self.count != 1:
-            return f'{"two" if self.count == 2 else "one or more"} numbers{self._range()} in brackets'
+        """The allowed values in words, such as 'a whole number of 1 or more'."""
         none = ' or null' if self.optional else ''
+        if self.count != 1:
+            return f'{"two" if self.count == 2 else "one or more"} numbers{self._range()} in brackets{none}'
         if self.unit:
             return f"a number of {self.unit} such as '0.1G'{none}"
         if self.choices:
@@ -102,19 +113,22 @@ class Setting(NamedTuple):
         return kinds[self.kind] + self._range() + none
 
     def _range(self) -> str:
+        """The range of a number in words."""
         if self.kind not in (int, float):
             return ''
-        low = f' above {self.above:g}' if self.above > -math.inf else ''
         if self.least > -math.inf:
-            low = f' of {self.least:g} or more'
-        high = f' below {self.below:g}' if self.below < math.inf else ''
+            if self.most < math.inf:
+                return f' from {self.least:g} to {self.most:g}'
+            return f' from {self.least:g} to below {self.below:g}' if self.below < math.inf else (
+                f' of {self.least:g} or more')
+        low = f' above {self.above:g}' if self.above > -math.inf else ''
         if self.most < math.inf:
-            return f' from {self.least:g} to {self.most:g}' if self.least > -math.inf else f'{low}, at most {self.most:g}'
-        return f' from {self.least:g} to below {self.below:g}' if high and self.least > -math.inf else low + high
+            return f'{low}, at most {self.most:g}'
+        return f'{low} below {self.below:g}' if self.below < math.inf else low
 
 
 def settings_of(config: type) -> Iterator[Setting]:
-    """The settings of a dataclass whose fields are made by `setting`, in their order."""
+    """The settings of a dataclass whose fields are declared by `setting`, in order."""
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind, optional = hints[field.name], False
@@ -132,11 +146,12 @@ def settings_of(config: type) -> Iterator[Setting]:
 
 
 def as_keyword(name: str, value: Any) -> str:
+    """Name a setting with its value as Python code does."""
     return f'{name}={value!r}'
 
 
 def check(config: Any) -> None:
-    """Raise a `ValueError` that names the first setting of a config whose value is out of its range."""
+    """Raise a `ValueError` for the first setting of a config that is out of range."""
     for each in settings_of(type(config)):
         value = getattr(config, each.name)
         try:
@@ -147,58 +162,59 @@ def check(config: Any) -> None:
 
 @dataclass(frozen=True)
 class ShiftNASConfig:
-    """How archs are drawn and what is learned about drawing them. Intervals and lengths count optimizer updates.
+    """Settings of ShiftNAS: how archs are drawn, and how that is learned.
 
-    Every field says what it means in its `help`; `python train.py --help` prints all of them.
+    Intervals and lengths count optimizer updates. The `help` of a field is its documentation; `python train.py --help`
+    prints all of them.
 
     Raises:
-        ValueError: If a value is out of its range, or two settings exclude each other.
+        ValueError: If a value is out of range, or two settings exclude each other.
     """
     sampler: str = setting(
-        'shiftnas', 'where archs come from; uniform is the one-shot baseline: archs uniform, nothing learned',
+        'shiftnas', 'source of archs; uniform is the one-shot baseline: archs drawn uniformly, nothing learned',
         choices=('shiftnas', 'uniform'))
-    archs_per_step: int = setting(1, 'archs trained by one batch; the loss is the mean of theirs', least=1)
+    archs_per_step: int = setting(1, 'archs trained on each batch; the loss is their mean', least=1)
     sandwich: bool = setting(
-        False, 'two of the archs of a step are the largest and the smallest (Yu & Huang, ICCV 2019)')
+        False, 'each step trains the largest and the smallest arch among its archs (Yu & Huang, ICCV 2019)')
     inplace_distillation: bool = setting(
-        False, 'with sandwich: the other archs learn from the probabilities of the largest instead of the targets')
-    arch_per_rank: bool = setting(False, 'every process of a distributed run trains archs of its own')
+        False, 'with sandwich: the other archs learn from the predictions of the largest instead of the targets')
+    arch_per_rank: bool = setting(False, 'each process of a distributed run trains different archs')
     task_loss_weight: float | None = setting(
         None, 'with a teacher: weight of the loss on the targets (default: 1)', least=0)
     distill_loss_weight: float | None = setting(
         None, 'with a teacher: weight of the divergence from it (default: 1, or 1 minus a given task-loss-weight)',
         least=0)
     temperature: float = setting(
-        4., 'of the softmax in that divergence, which counts by its square (Hinton et al., 2015)', above=0,
+        4., 'softmax temperature of that divergence, which is scaled by its square (Hinton et al., 2015)', above=0,
         flag='--kd-temperature')
     warmup_sampler: str = setting(
-        'generator', 'archs during warm-up: from the generator at even P, or uniform (the first step of the paper)',
+        'generator', 'archs during warm-up: from the generator at uniform P, or uniform (the first step of the paper)',
         choices=('generator', 'uniform'))
-    warmup_updates: int = setting(0, 'length of the warm-up, in which P stays even', least=0, flag=None)
-    total_updates: int = setting(1, 'length of the training, over which the temperature tau falls', least=1, flag=None)
+    warmup_updates: int = setting(0, 'length of the warm-up, during which P stays uniform', least=0, flag=None)
+    total_updates: int = setting(1, 'length of training, over which the temperature tau falls', least=1, flag=None)
     shift: str = setting(
-        'none', 'signal of the probability shift; none keeps P even over the groups',
+        'none', 'signal of the probability shift; none keeps P uniform over the groups',
         choices=('hypergradient', 'grad_norm', 'variation', 'none'))
     group_weights: tuple[float, ...] | None = setting(
-        None, 'with shift none: how often each group is trained, one weight for each (default: all alike)', least=0,
+        None, 'with shift none: P is proportional to these weights, one for each group (default: uniform)', least=0,
         metavar='W')
-    shift_interval: int = setting(100, 'updates between two shifts', least=1)
-    shift_lr: float = setting(0.01, 'share of the way to its target that theta goes in a shift', above=0, most=1)
+    shift_interval: int = setting(100, 'updates between two shifts of P', least=1)
+    shift_lr: float = setting(0.01, 'share of the way to its target that theta moves in a shift', above=0, most=1)
     shift_momentum: float = setting(0.8, 'decay of the moving averages of the signal', least=0, below=1)
-    shift_floor: float = setting(0.2, 'share of P spread evenly over the groups', least=0, most=1)
+    shift_floor: float = setting(0.2, 'share of P that is spread evenly over the groups', least=0, most=1)
     shift_epsilon: float = setting(
-        1e-3, 'length of the finite difference of the hypergradient, in units of weights', above=0, flag=None)
+        1e-3, 'length of the finite difference of the hypergradient, in units of the weights', above=0, flag=None)
     generator_interval: int = setting(
-        10, 'updates between two steps of the generator; 0 leaves it as it was fitted', least=0)
+        10, 'updates between two steps of the generator; 0: not trained after its fit', least=0)
     generator_images: int | None = setting(
-        None, "images of a generator's step, over all processes (default: an eighth of the batch, 2 to 32)", least=1)
+        None, "images of a generator step, over all processes (default: an eighth of the batch, 2 to 32)", least=1)
     generator_lr: float = setting(1e-3, "learning rate of the generator's Adam", least=0, metavar='LR')
-    resource_weight: float = setting(1000., "lambda, the weight of the generator's resource term", least=0)
+    resource_weight: float = setting(1000., "lambda, the weight of the resource term in the generator's loss", least=0)
     resource_batch: int = setting(64, 'budgets in the resource term', least=1)
-    tau: tuple[float, float] = setting((1., .3), 'Gumbel temperature at the first and at the last update', above=0)
+    tau: tuple[float, float] = setting((1., .3), 'Gumbel temperature at the first and the last update', above=0)
     accum_steps: int | None = setting(
-        1, 'micro-batches per update; null if that is not known: then end_update() tells', least=1, flag=None)
-    seed: int = setting(0, 'of everything that is drawn', flag=None)
+        1, 'micro-batches per update; null if unknown: the loop then calls end_update()', least=1, flag=None)
+    seed: int = setting(0, 'seed of all random draws', flag=None)
 
     def __post_init__(self) -> None:
         check(self)
@@ -214,27 +230,28 @@ class ShiftNASConfig:
         return 1. if task is None else task, distill
 
     def images_for_generator(self, images: int) -> int:
-        """How many of the images of a micro-batch the generator's task loss sees, over all processes.
+        """Number of images of a micro-batch for the generator's task loss, over all processes.
 
-        Not all of them, because a masked network costs what the full one does.
+        A part of the batch, because a masked network costs as much as the full one.
         """
         return self.generator_images or min(images // 8, 32)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What is decided about a run before its task exists.
+    """Settings of a run that are needed before its task is created.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of range.
     """
-    num_groups: int | None = setting(None, 'number of budget groups, in place of a width', least=1)
+    num_groups: int | None = setting(None, 'number of budget groups, instead of their width', least=1)
     group_width: str | float | None = setting(
-        None, "width of a budget group in MACs, such as '0.1G' (default: 0.1G, or 8 groups if that makes more)",
+        None, "width of a budget group in MACs, such as '0.1G' (default: 0.1G, but at least 8 groups)",
         metavar='MACS', unit='MACs')
-    generator_fit_steps: int = setting(1000, 'steps on the resource term before training, without images', least=0)
+    generator_fit_steps: int = setting(
+        1000, 'steps of the generator on the resource term before training, without images', least=0)
     shift_images: int = setting(
-        32, 'training images of a shift, and as many held-out ones, over all processes', least=1,
+        32, 'training images of a shift, and as many held-out images, over all processes', least=1,
         flag='--shift-batch-size')
 
     def __post_init__(self) -> None:
@@ -242,20 +259,20 @@ class RunConfig:
 
 
 def find_conflict(settings: Mapping[str, Any], spell: Spell) -> str | None:
-    """What is wrong with settings that are each in range, or `None`.
+    """Describe the first conflict between settings that are each in range; `None` if there is none.
 
     Args:
-        settings: The values of a `ShiftNASConfig`, by name.
-        spell: How the message names a setting and a value that it has or needs.
+        settings: Values of a `ShiftNASConfig` by name.
+        spell: How the message names a setting with its value.
     """
     archs = settings['archs_per_step']
     if settings['sandwich'] and archs < 3:
-        return (f'{spell("archs_per_step", archs)} is too few for the sandwich rule, which needs at least 3 archs per '
-                f'step: the largest, the smallest and others; give {spell("archs_per_step", 4)}')
+        return (f'{spell("archs_per_step", archs)} is too few: the sandwich rule needs at least 3 archs per step (the '
+                f'largest, the smallest and others); give {spell("archs_per_step", 4)}')
     if settings['inplace_distillation'] and not settings['sandwich']:
         return (f'{spell("inplace_distillation", True)} needs the largest arch in every step; give '
                 f'{spell("sandwich", True)} and {spell("archs_per_step", 4)}')
     if settings['group_weights'] is not None and (settings['shift'] != 'none' or settings['sampler'] != 'shiftnas'):
-        return (f'{spell("group_weights", settings["group_weights"])} fixes P; give {spell("shift", "none")} and '
-                f'{spell("sampler", "shiftnas")} with it')
+        return (f'{spell("group_weights", settings["group_weights"])} fixes P and needs {spell("shift", "none")} and '
+                f'{spell("sampler", "shiftnas")}; give both')
     return None

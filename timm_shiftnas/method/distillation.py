@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +15,29 @@ __all__ = ['Teacher', 'divergence']
 
 
 class Teacher:
-    """Logits of another network for the images of a supernet's batches: timm's teacher, behind one call.
+    """A pretrained network that gives its logits for the images of the supernet: timm's `DistillationTeacher`.
 
     Args:
-        model: A name that timm can create with pretrained weights, or a network.
-        net: The supernet: gives classes and channels.
-        mean, std: What the images were normalised with.
-        path: File of the teacher's weights, instead of published ones.
+        model: Name of a timm model with pretrained weights, or a network.
+        net: The supernet, for the number of classes and input channels.
+        mean, std: Normalisation of the images that the supernet sees, per channel.
+        path: File with the teacher's weights, instead of the published ones.
+        device: Device of the images.
 
     Raises:
-        ValueError: If timm cannot create it.
+        ValueError: If timm cannot create the teacher.
     """
 
-    def __init__(self, model: str | nn.Module, net: nn.Module, *, mean: Sequence[float], std: Sequence[float],
+    def __init__(self, model: str | nn.Module, net: Any, *, mean: Sequence[float], std: Sequence[float],
                  path: str | None = None, device: torch.device | None = None) -> None:
         try:
             self.teacher = DistillationTeacher(
                 model, num_classes=net.num_classes, in_chans=net.in_chans, pretrained_path=path, device=device)
-        except Exception as error:  # unknown names, files that hold no weights (whatever torch makes of them), ...
+        except Exception as error:  # unknown names, files without weights, ...: torch and timm raise many types
             what = f'{model!r}' if path is None else f'{model!r} with the weights in {path!r}'
             raise ValueError(
                 f'cannot create the teacher {what} ({one_line(error, 300)}); give a model of '
-                'timm.list_models(pretrained=True), or a file of its weights') from None
+                'timm.list_models(pretrained=True), or a file with its weights') from None
         self.teacher.to(device).requires_grad_(False)
         self.mean, self.std = (
             torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
@@ -46,7 +48,15 @@ class Teacher:
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tensor:
-    """Mean over the batch of KL(teacher || student) at a temperature, times its square; of logits [B, classes]."""
+    """Distillation loss of Hinton et al. (2015): `T**2 * KL(softmax(teacher / T) || softmax(logits / T))`.
+
+    Args:
+        logits, teacher: Logits of the student and the teacher, [B, classes].
+        temperature: T.
+
+    Returns:
+        The mean over the batch.
+    """
     loss = F.kl_div(
         (logits.float() / temperature).log_softmax(-1), (teacher.float() / temperature).log_softmax(-1),
         reduction='batchmean', log_target=True)

@@ -1,4 +1,4 @@
-"""Groups of budgets: the intervals of the MACs range that the learned distribution is over (ShiftNAS, section 3.2)."""
+"""Budget groups: the intervals of MACs that the learned distribution P is over (ShiftNAS, section 3.2)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,38 +17,39 @@ FEWEST, MOST = 8, 1000
 
 @dataclass(frozen=True)
 class BudgetGroups:
-    """K equally wide intervals that cover the MACs of a space.
+    """K intervals of equal width that cover the MACs of a space.
 
     Args:
-        edges: K + 1 increasing numbers of MACs, from the smallest to the largest arch. Group k (from 0) lies between
-            edges k and k + 1, and is evaluated at its upper edge.
+        edges: K + 1 increasing numbers of MACs, from the smallest to the largest arch. Group k, counted from 0, lies
+            between the edges k and k + 1 and is evaluated at its upper edge.
     """
     edges: tuple[float, ...]
 
     @classmethod
     def of_space(cls, space: SearchSpace, width: float | None = None, count: int | None = None) -> BudgetGroups:
-        """Cut the MACs range of a bound space.
+        """Divide the MACs range of a bound space into groups.
 
         Args:
             space: A bound search space.
-            width: Wanted width in MACs; the nearest one that divides the range is taken. The paper's 0.1 GMACs when
-                neither `width` nor `count` is given, unless that makes fewer than 8 groups: then 8.
+            width: Width in MACs, rounded to one that divides the range. Without `width` and `count` it is the paper's
+                0.1 GMACs, or less where that would give fewer than 8 groups.
             count: Number of groups instead.
 
         Raises:
-            ValueError: If both are given, or the groups would be fewer than 1 or more than 1,000.
+            ValueError: If both are given, or there would be fewer than 1 or more than 1,000 groups.
         """
         low, high = macs_range(space)
         if width is not None and count is not None:
-            raise ValueError(f'give the width ({format_count(width)}) or the number ({count}) of groups, not both')
+            raise ValueError(
+                f'give the width of a group ({format_count(width)}) or the number of groups ({count}), not both')
         if count is None:
             count = round((high - low) / (width or PAPER_WIDTH))
             if width is None:
                 count = max(count, FEWEST)
         if not 1 <= count <= MOST:
             raise ValueError(
-                f'{count} groups between {format_count(low)} and {format_count(high)} MACs; there must be 1 to {MOST}: '
-                f'choose a width between {format_count((high - low) / MOST)} and {format_count(high - low)}')
+                f'{count} groups between {format_count(low)} and {format_count(high)} MACs are not from 1 to {MOST}; '
+                f'give a width between {format_count((high - low) / MOST)} and {format_count(high - low)}')
         edges = [low + (high - low) * k / count for k in range(count)]
         return cls((*map(float, edges), float(high)))
 
@@ -61,7 +62,7 @@ class BudgetGroups:
         return self.edges[1:]
 
     def draw(self, probabilities: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-        """`count` budgets, float64 [count]: a group by `probabilities` [K], then uniform inside it."""
+        """Draw budgets, float64 [count]: the group with `probabilities` [K], then uniformly inside the group."""
         group = torch.multinomial(probabilities.double(), count, replacement=True, generator=generator)
         edges = torch.tensor(self.edges, dtype=torch.float64)
         share = torch.rand(count, generator=generator, dtype=torch.float64)

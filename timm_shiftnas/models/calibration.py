@@ -173,7 +173,7 @@ class BatchNormCalibration:
 
     def prepare(self, net: nn.Module, archs: Sequence[Arch], ranks: Ranks = Ranks()) -> None:
         """Take the statistics of some archs, each in one of the processes, and give them to all."""
-        mine = ranks.share(list(dict.fromkeys(archs)))
+        mine = ranks.shard(list(dict.fromkeys(archs)))
         for arch in mine:
             self(net, arch)
         # over the CPU: what arrives elsewhere is on the device of its sender

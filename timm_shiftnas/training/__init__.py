@@ -1,1 +1,1 @@
-"""Training a supernet from the command line: the only package that knows argparse, beside `cli`."""
+"""Training of supernets from the command line. Only this package and `timm_shiftnas_cli` parse arguments."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a training that survive what happens to trainings: kills, full disks, files that lose a bit.
+"""Checkpoints of a run, which survive kills, full disks and corrupt files.
 
-timm's `CheckpointSaver` writes them. Added are tries that may fail, and a look at what is there: the newest checkpoint
-that is whole.
+timm's `CheckpointSaver` writes them. This module adds writes that may fail, the search for the newest intact
+checkpoint, and resuming from the middle of an epoch.
 """
 from __future__ import annotations
 
@@ -12,34 +12,68 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from timm.models import clean_state_dict, create_model
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..method.generator import ArchitectureGenerator
-from ..method.task import check_same_space
+from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
 from ..space.core import SearchSpace
+from ..utils.distributed import Ranks
 from ..utils.files import zip_is_intact
 from ..utils.text import one_line
 
-__all__ = ['Checkpoints', 'check_checkpoint', 'load_checkpoint', 'newest_checkpoint']
+__all__ = [
+    'Checkpoints', 'Position', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
+    'newest_checkpoint', 'resume',
+]
 
 _logger = logging.getLogger('train')
 SUFFIX = '.pth.tar'
+# With other values, held-out images would be images that the weights were trained on.
+SAME_DATA = ('seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels')
+SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay')  # with other values, its state has another form
+
+
+class Position(NamedTuple):
+    """How far a run has come.
+
+    Args:
+        epoch: The epoch to train on, from 0.
+        batch: Batches of this epoch that are done, in each process.
+        loss: Sum of the losses of their images.
+        count: Number of these images.
+    """
+    epoch: int
+    batch: int = 0
+    loss: float = 0.
+    count: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.count, 1)
+
+    def after(self, batches: int, losses: list[float], batch_size: int) -> Position:
+        """The position after some more batches, with the losses of those that count."""
+        total = self.loss
+        for loss in losses:
+            total += loss * batch_size
+        return Position(self.epoch, self.batch + batches, total, self.count + len(losses) * batch_size)
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder; only one process of a run has them.
+    """Checkpoints in the folder of a run. Only the first process of a run has them.
 
     Args:
-        saver: timm's saver, with the run's folder.
-        since: When the run began (`time.time()`): what is older is another run's. `None` for a run that goes on.
+        saver: timm's saver for this folder.
+        since: When the run started (`time.time()`); older files are another run's. `None` for a resumed run.
 
     Attributes:
-        failure: What kept the last try from being written, or `None`.
+        failure: The error of the last write, if it failed.
     """
 
     def __init__(self, saver: CheckpointSaver, since: float | None = None) -> None:
@@ -49,62 +83,74 @@ class Checkpoints:
         found = sorted(self.folder.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
         saver.prev_recovery_file, saver.curr_recovery_file = ['', '', *map(str, found)][-2:]
         self._temporaries = [self.folder / f'{name}{SUFFIX}' for name in ('tmp', 'recovery_tmp')]
-        self._remove_temporaries()  # of a run that was killed while it wrote
+        self._remove_temporaries()  # a run that was killed may have left some
 
     def save(self, epoch: int, metric: float | None) -> None:
-        """Write the end of an epoch, ranked by `metric`."""
-        with self._trying():
+        """Write a checkpoint at the end of an epoch; `metric` ranks it."""
+        with self._tolerate_errors():
             self.saver.save_checkpoint(epoch, metric=metric)
 
-    def save_recovery(self, epoch: int, update: int) -> None:
-        """Write the middle of an epoch; the two newest of these are kept."""
-        with self._trying():
-            self.saver.save_recovery(epoch, update)
+    def save_recovery(self, epoch: int, batch: int) -> None:
+        """Write a checkpoint in the middle of an epoch, and remove all but the two newest of them."""
+        with self._tolerate_errors():
+            self.saver.save_recovery(epoch, batch)
 
     def newest(self) -> Path | None:
-        """The last whole checkpoint of this run."""
+        """The newest intact checkpoint of this run."""
         return newest_checkpoint(self.folder, self.since)
 
     def finish(self) -> None:
-        """Remove the recovery files of a run that is done."""
+        """Remove the recovery files at the end of the run.
+
+        Raises:
+            OSError: If the last checkpoint could not be written.
+        """
+        if self.failure is not None:
+            raise OSError(
+                f'training is finished, but its last checkpoint could not be written ({self.failure}); make room in '
+                f'{self.folder} and run the same command with --resume auto')
         for path in (self.saver.prev_recovery_file, self.saver.curr_recovery_file):
-            if path and self.failure is None:
+            if path:
                 Path(path).unlink(missing_ok=True)
 
     @contextmanager
-    def _trying(self) -> Iterator[None]:
-        """Go on without a checkpoint that cannot be written: the disk may have room again at the next one."""
+    def _tolerate_errors(self) -> Iterator[None]:
+        """Log a failed write; the disk may have room for the next checkpoint."""
         try:
             yield
             self.failure = None
-        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own kind
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
             self.failure = error
             self._remove_temporaries()
             newest = self.newest()
-            kept = f'{newest} is kept' if newest else 'there is none yet'
+            kept = f'{newest} is kept' if newest else 'there is no other yet'
             _logger.error(
-                f'cannot write a checkpoint ({one_line(error, 200)}); {kept}. The training goes on; make '
-                f'room in {self.folder}')
+                f'cannot write a checkpoint ({one_line(error, 200)}); {kept}. Training continues; make room in '
+                f'{self.folder}')
 
     def _remove_temporaries(self) -> None:
         for path in self._temporaries:
             path.unlink(missing_ok=True)
 
 
-def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Where to go on: the epoch, and how many of its batches have been trained on."""
-    loop = (checkpoint.get('task_state') or {}).get('loop') or {}
-    if 'epoch' in loop:
-        return loop['epoch'], loop['batch']
-    return checkpoint.get('epoch', -1) + 1, 0  # of another loop: what it saves are ends of epochs
+# -- finding and resuming ----------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(args: Namespace, output: Path, ranks: Ranks) -> str:
+    """The file of --resume; for 'auto' the newest checkpoint in the folder of the run, or '' if there is none."""
+    if args.resume != 'auto':
+        return args.resume
+    newest = ranks.gather(newest_checkpoint(output) if ranks.primary else None)[0]
+    _logger.info(f'resuming from {newest}' if newest else f'no checkpoint in {output}: starting a new run')
+    return str(newest or '')
 
 
 def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> Path | None:
-    """Of the checkpoints in a folder, the last one written that is whole; others are told in the log.
+    """The newest intact checkpoint in a folder; logs which ones are not intact.
 
     Args:
         folder: The folder of a run.
-        since: Leave out what was written before this time.
+        since: Ignore files older than this time.
     """
     found = []
     for path in Path(folder).glob(f'*{SUFFIX}'):
@@ -113,9 +159,10 @@ def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> 
         if since is not None and path.stat().st_mtime < since:
             continue
         try:
-            # by time: a folder may hold a longer run from before
-            found.append((path.stat().st_mtime, *position(load_checkpoint_metadata(str(path))), path))
-        except Exception as error:  # what a broken file makes torch raise: RuntimeError, EOFError, KeyError, ...
+            # by time first: the folder may hold a longer, older run
+            position = saved_position(load_checkpoint_metadata(str(path)))
+            found.append((path.stat().st_mtime, position.epoch, position.batch, path))
+        except Exception as error:  # corrupt files make torch raise RuntimeError, EOFError, KeyError, ...
             _logger.warning(f'cannot read the checkpoint {path} ({one_line(error, 120)})')
     for *_, path in sorted(found, reverse=True):
         if zip_is_intact(path):
@@ -124,64 +171,124 @@ def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> 
     return None
 
 
+def saved_position(checkpoint: dict[str, Any]) -> Position:
+    """Where to resume. Checkpoints of other training loops are saved at the end of an epoch."""
+    loop = (checkpoint.get('task_state') or {}).get('loop') or {}
+    if 'epoch' in loop:
+        return Position(*(loop[name] for name in Position._fields))
+    return Position(checkpoint.get('epoch', -1) + 1)
+
+
+def batch_layout(args: Namespace, ranks: Ranks) -> dict[str, int]:
+    """What decides which images the n-th batch of a process holds."""
+    return dict(batch_size=args.batch_size, processes=ranks.size, grad_accum_steps=args.grad_accum_steps)
+
+
+def loop_state(position: Position, args: Namespace, ranks: Ranks) -> dict[str, Any]:
+    """What a checkpoint needs to resume: everything random is a function of the seed, the epoch and the batch."""
+    return {**position._asdict(), **batch_layout(args, ranks)}
+
+
+def resume(
+        args: Namespace,
+        task: ShiftNASTask,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+        ranks: Ranks,
+) -> Position:
+    """Load the checkpoint of --resume into task, optimizer and loss scaler.
+
+    Returns:
+        Where to continue.
+
+    Raises:
+        ValueError: If the checkpoint does not fit the flags.
+    """
+    saved = check_checkpoint(args.resume, task.space)
+    for name in SAME_DATA if args.no_resume_opt else (*SAME_DATA, *SAME_OPTIMIZER):
+        before, now = saved.get(name), getattr(args, name)
+        # the value of the weight decay may change; with it or without, the optimizer has other parameter groups
+        same = bool(before) == bool(now) if name == 'weight_decay' else before == now
+        if name in saved and not same:
+            raise ValueError(
+                f'the checkpoint was trained with --{name.replace("_", "-")} {before} and not {now}; resume with '
+                f'the flags of its run: -c {Path(args.resume).with_name("args.yaml")}')
+    if args.no_resume_opt:
+        optimizer = scaler = None
+    epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=scaler)
+    if not task.loop_state:
+        return Position(epoch or 0)
+    position = Position(*(task.loop_state[name] for name in Position._fields))
+    for name, value in batch_layout(args, ranks).items():
+        if position.batch and task.loop_state[name] != value:
+            raise ValueError(
+                f'the checkpoint is from the middle of an epoch, with {name}={task.loop_state[name]}, and not {value}: '
+                'resume with the same value, or from a checkpoint of the end of an epoch')
+    return position
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
 def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator, dict[str, Any]]:
-    """What a training of a supernet has come to, ours or timm's own with `timm_shiftnas.patch`.
+    """Load a supernet from a checkpoint of this package, or of timm's own script with `timm_shiftnas.patch`.
 
     Args:
         path: A checkpoint.
-        use_ema: Take the averaged weights, if there are any.
+        use_ema: Load the averaged weights, if there are any.
 
     Returns:
         The supernet in eval mode, its generator, and the state of the task with the flags under 'args'.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or no checkpoint of a supernet's training.
+        ValueError: If the file is missing or corrupt, or not a checkpoint of a supernet.
     """
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     state = checkpoint['task_state']
     net = create_model(state['network']['architecture'], **state['network']['model_args'])
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(state['generator'])
     averaged = use_ema and checkpoint.get('state_dict_ema')
     net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
-    return net.eval(), generator, dict(state, args=_flags(checkpoint))
+    return net.eval(), generator, dict(state, args=saved_flags(checkpoint))
 
 
 def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
-    """Refuse a file that cannot be resumed from before anything is loaded into a model.
+    """Check that a run can resume from a file, before anything is loaded into a model.
 
     Returns:
-        The flags of the run that wrote it (empty if it holds none).
+        The flags of the run that wrote it; nothing if it holds none.
 
     Raises:
-        ValueError: If the file is missing or corrupt, no checkpoint of this task, or of another search space.
+        ValueError: If the file is missing or corrupt, not a checkpoint of this task, or of another search space.
     """
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     check_same_space(checkpoint['task_state'], space)
-    return _flags(checkpoint)
+    return saved_flags(checkpoint)
 
 
-def _flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     flags = checkpoint.get('args') or {}
     return dict(vars(flags) if isinstance(flags, Namespace) else flags)
 
 
-def _read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this task, its tensors mapped from the file.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this task, with its tensors mapped from the file.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the file is missing or corrupt, or something else.
     """
-    if not Path(path).is_file():
-        raise ValueError(f'no checkpoint at {str(path)!r}; give a file such as output/NAME/last.pth.tar')
-    hint = 'give another one of its folder, or --resume auto with the --experiment of the run'
+    problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
         checkpoint = load_checkpoint_metadata(str(path))
+        if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
+            problem, hint = 'is not a checkpoint of ShiftNAS', 'start from its weights with --initial-checkpoint'
+        elif not zip_is_intact(path):
+            problem = 'is corrupt: the checksum of a part differs'
+    except (FileNotFoundError, IsADirectoryError):
+        problem, hint = 'does not exist', 'give a file such as output/NAME/last.pth.tar'
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f'cannot read the checkpoint {str(path)!r} ({str(error).splitlines()[0]}); {hint}') from None
-    if not zip_is_intact(path):
-        raise ValueError(f'the checkpoint {str(path)!r} is corrupt: parts have not the checksum they had; {hint}')
-    if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
-        raise ValueError(
-            f'{str(path)!r} is no checkpoint of a ShiftNAS training; start from its weights by --initial-checkpoint')
+        problem = f'cannot be read ({str(error).splitlines()[0]})'
+    if problem:
+        raise ValueError(f'the checkpoint {str(path)!r} {problem}; {hint}')
     return checkpoint

@@ -1,13 +1,14 @@
-"""What a training reads: datasets and loaders out of its flags, and batches that it can go on from.
+"""Datasets and loaders of a run, created from its flags with timm's loaders.
 
-timm makes the loaders. Training batches are a function of (seed, epoch, position in the epoch): an image is augmented
-from a seed of its own position, whichever worker or process reads it. So a run that was stopped goes on from any batch
-without reading those before it, and several processes read what one would.
+A training batch is a function of (seed, epoch, position in the epoch): every image is augmented with the seed of its
+position, whichever worker or process reads it. So a run can resume from any batch without reading those before it, and
+several processes read the images that one process would.
 """
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data.loader import PrefetchLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.datasets import create_dataset
@@ -23,9 +25,12 @@ from ..data.loader import TrainLoader
 from ..data.shift_batches import StepBatches, preprocessing
 from ..data.views import DatasetView, split_held_out
 from ..utils.distributed import Ranks
-from ..utils.streams import stream
+from ..utils.streams import seed_process, stream
 
-__all__ = ['Data', 'Loaders', 'ShiftBatches', 'create_calibration_loader', 'create_loaders', 'open_data']
+__all__ = [
+    'Data', 'Loaders', 'ShiftBatches', 'create_calibration_loader', 'create_loaders', 'open_data', 'read_batches',
+    'uses_mixup',
+]
 
 _logger = logging.getLogger('train')
 
@@ -35,32 +40,33 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Data:
-    """What a run reads."""
-    train: Dataset  # what the weights are trained on
-    held_out: DatasetView | None  # split off the training data, for the shift or the search
-    validation: Dataset  # what accuracy is reported on
-    calibration: Dataset  # training images without augmentation, for BatchNorm statistics
+    """The datasets of a run, without transforms.
+
+    Args:
+        train: Images for the weights.
+        held_out: Split off the training images, for the shift or the search.
+        validation: Images for the reported accuracy.
+        calibration: Training images without augmentation, for BatchNorm statistics.
+        num_classes: Number of classes, if the training data tells.
+    """
+    train: Dataset
+    held_out: DatasetView | None
+    validation: Dataset
+    calibration: Dataset
     num_classes: int | None
 
 
 def open_data(args: argparse.Namespace) -> Data:
-    """The datasets, without transforms.
+    """Open the datasets.
 
     Raises:
         ValueError: If they cannot be opened, do not fit together, or are too small.
     """
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
-    if (bands := len(Image.new(mode, (1, 1)).getbands())) != channels:
-        flag = '--input-size' if args.input_size else '--in-chans'
-        raise ValueError(
-            f'{flag} asks for {channels} channels, and images of the mode {mode} have {bands}; change it, or give an '
-            '--input-img-mode with as many: L (1), RGB (3), RGBA (4)')
     keys = {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
     open_split = partial(
         create_dataset, args.dataset, args.data_dir, class_map=args.class_map, download=args.dataset_download,
-        batch_size=args.batch_size, seed=args.seed, input_img_mode=mode, skip_broken=args.skip_broken_images,
-        trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
+        batch_size=args.batch_size, seed=args.seed, input_img_mode=image_mode(args),
+        skip_broken=args.skip_broken_images, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **keys)
     train = open_split(
         split=args.train_split, is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
@@ -68,28 +74,42 @@ def open_data(args: argparse.Namespace) -> Data:
     classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
     if None not in classes and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise ValueError(f'training and validation images are of different classes: {odd[0]!r} is in one of them only')
-    num_classes = count_classes(train)
-    held_out = None
+        raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
+    num_classes, held_out = count_classes(train), None
     if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
         share = args.held_out if args.held_out is not None else 0.02 if len(train) >= 20_000 else 0.05
         train, held_out = split_held_out(train, share, args.seed)
     if isinstance(train, IterableDataset):
         calibration = open_split(split=args.train_split, is_training=False, num_samples=args.train_num_samples)
-    else:
-        # several views of one dataset have transforms of their own
+    else:  # views of one dataset have their own transforms
         train = train if isinstance(train, DatasetView) else DatasetView(train, torch.arange(len(train)))
         calibration = train.with_transform(None)
-    ranks = Ranks.current()
-    if len(train) < args.batch_size * ranks.size:
-        times = f' in each of {ranks.size} processes' if ranks.size > 1 else ''
-        raise ValueError(f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; '
-                         'lower it')
+    processes = Ranks.current().size
+    if len(train) < args.batch_size * processes:
+        times = f' in each of {processes} processes' if processes > 1 else ''
+        raise ValueError(
+            f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
     return Data(train, held_out, validation, calibration, num_classes)
 
 
+def image_mode(args: argparse.Namespace) -> str:
+    """Mode of the PIL images, such as 'RGB'.
+
+    Raises:
+        ValueError: If images of this mode have another number of channels than the model.
+    """
+    flag = '--input-size' if args.input_size else '--in-chans'
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
+    if (bands := len(Image.new(mode, (1, 1)).getbands())) != channels:
+        raise ValueError(
+            f'{flag} asks for {channels} channels, but images of mode {mode} have {bands}; change it, or give a '
+            'matching --input-img-mode: L (1), RGB (3), RGBA (4)')
+    return mode
+
+
 def count_classes(dataset: Dataset) -> int | None:
-    """Number of classes, where the dataset tells."""
+    """Number of classes, if the dataset tells."""
     reader = getattr(dataset, 'reader', None)
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     targets = getattr(dataset, 'targets', None)
@@ -101,13 +121,42 @@ def count_classes(dataset: Dataset) -> int | None:
 # -- loaders -----------------------------------------------------------------------------------------------------------
 
 
+class ShiftBatches:
+    """The (images, targets) of the n-th shift, from training data and from held-out data, without augmentation."""
+
+    def __init__(self, args: argparse.Namespace, data: Data, config: dict[str, Any]) -> None:
+        create = partial(
+            StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1), **preprocessing(config))
+        self.train = create(data.train.with_transform(None), seed=2 * args.seed)
+        self.held_out = create(data.held_out, seed=2 * args.seed + 1)
+
+    def __call__(self, n: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return self.train.batch(n), self.held_out.batch(n)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.train.close()
+        self.held_out.close()
+
+
 @dataclass
 class Loaders:
-    """Batches of a run. All but `train` are read from their beginning each time."""
+    """Batches of a run.
+
+    Args:
+        train: Training batches; `read_batches` moves them to the device.
+        validation: Validation images; in a distributed run, the part of this process.
+        held_out: Held-out images for the search of --sampler uniform.
+        calibration: Training images for BatchNorm statistics.
+        mixup: Mixes the images of a training batch.
+        shift: Batches for a learned shift.
+    """
     train: TrainLoader
-    validation: DataLoader | PrefetchLoader  # of this process, in a distributed run
-    held_out: DataLoader | PrefetchLoader | None  # for the search of --sampler uniform
+    validation: DataLoader | PrefetchLoader
+    held_out: DataLoader | PrefetchLoader | None
+    calibration: DataLoader | PrefetchLoader | None
     mixup: Mixup | FastCollateMixup | None
+    shift: ShiftBatches | None
 
 
 def create_loaders(
@@ -115,31 +164,28 @@ def create_loaders(
         data: Data,
         config: dict[str, Any],
         device: torch.device,
-        ranks: Ranks = Ranks(),
+        ranks: Ranks | None = None,
+        calibrated: bool = False,
 ) -> Loaders:
-    """Loaders for training, validation and, where data is held out, the search.
+    """Create the loaders of a run.
+
+    Args:
+        args: The flags, with the number of classes.
+        data: The datasets.
+        config: timm's data config.
+        device: Device of the batches.
+        ranks: The processes that share the images (default: this one alone).
+        calibrated: Create `Loaders.calibration`.
 
     Raises:
         ValueError: If mixup cannot pair the images of a batch.
     """
+    ranks = ranks or Ranks()
+    warn_about_augmentation(args, ranks)
     common = dict(
         input_size=config['input_size'], mean=config['mean'], std=config['std'], num_workers=args.workers,
         device=device, pin_memory=args.pin_mem, use_prefetcher=not args.no_prefetcher, persistent_workers=False)
-    mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
-        if args.batch_size % 2:
-            raise ValueError(f'mixup and cutmix pair images: --batch-size {args.batch_size} must be even')
-        mixup = (Mixup if args.no_prefetcher else FastCollateMixup)(
-            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-            num_classes=args.num_classes)
-    if args.aug_repeats and ranks.size == 1:
-        _logger.warning('--aug-repeats needs several processes; it is ignored in this one')
-    risky = (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa
-    if risky and ranks.primary and not posterizes_to_nothing():
-        _logger.warning(
-            f'--aa {args.aa}: sooner or later timm posterizes an image to 0 bits, which this Pillow refuses ("bits '
-            'must be between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')
+    mixup = create_mixup(args) if uses_mixup(args) else None
     interpolation = config['interpolation'] if args.no_aug or not args.train_interpolation else args.train_interpolation
     train = create_loader(
         data.train, batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
@@ -151,14 +197,43 @@ def create_loaders(
     evaluation = partial(
         create_loader, batch_size=args.validation_batch_size or args.batch_size, interpolation=config['interpolation'],
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
-    held_out = evaluation(data.held_out.with_transform(None)) if args.sampler == 'uniform' else None
     return Loaders(
-        TrainLoader(train, args.seed, ranks, args.aug_repeats if ranks.size > 1 else 0),
-        evaluation(data.validation, distributed=ranks.size > 1), held_out, mixup)
+        train=TrainLoader(train, args.seed, ranks, args.aug_repeats if ranks.size > 1 else 0),
+        validation=evaluation(data.validation, distributed=ranks.size > 1),
+        held_out=evaluation(data.held_out.with_transform(None)) if args.sampler == 'uniform' else None,
+        calibration=create_calibration_loader(args, data, config, device) if calibrated else None,
+        mixup=mixup,
+        shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None)
 
 
-def posterizes_to_nothing() -> bool:
-    """Whether Pillow makes a black image of 0 bits, as timm's policies expect at their largest magnitude."""
+def uses_mixup(args: argparse.Namespace) -> bool:
+    """Whether the images of a batch are mixed, so that targets are probabilities."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def create_mixup(args: argparse.Namespace) -> Mixup | FastCollateMixup:
+    """timm's mixup and cutmix, in the workers or, with --no-prefetcher, on the device."""
+    if args.batch_size % 2:
+        raise ValueError(f'mixup and cutmix pair images: --batch-size {args.batch_size} must be even')
+    return (Mixup if args.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+        num_classes=args.num_classes)
+
+
+def warn_about_augmentation(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Log which augmentation flags have no effect, or will fail with the installed Pillow."""
+    if args.aug_repeats and ranks.size == 1:
+        _logger.warning('--aug-repeats needs several processes; it is ignored')
+    risky = (args.aa or '').startswith(('rand', 'v0')) and 'mmax' not in args.aa
+    if risky and ranks.primary and not can_posterize_to_zero():
+        _logger.warning(
+            f'--aa {args.aa}: timm will posterize some images to 0 bits, which this Pillow refuses ("bits must be '
+            'between or equal to 1 and 8"); give a rand- policy with -mmax9, or install Pillow below 13')
+
+
+def can_posterize_to_zero() -> bool:
+    """Whether Pillow posterizes to 0 bits, as timm's policies do at their largest magnitude."""
     try:
         ImageOps.posterize(Image.new('L', (1, 1)), 0)
         return True
@@ -172,16 +247,16 @@ def create_calibration_loader(
         config: dict[str, Any],
         device: torch.device,
 ) -> DataLoader | PrefetchLoader:
-    """`--bn-images` training images, preprocessed as for evaluation, to take BatchNorm statistics from.
+    """Create a loader of `--bn-images` training images for BatchNorm statistics, preprocessed as for evaluation.
 
-    The same in every process: a subnet has the same statistics wherever they are taken.
+    The images are the same in every process, so that the statistics of a subnet are, too.
     """
     batch_size, images = args.validation_batch_size or args.batch_size, data.calibration
     if not isinstance(images, IterableDataset):
         order = torch.randperm(len(images), generator=stream(args.seed, 'calibration', 0))
         count = min(args.bn_images, len(order))
         if count > batch_size:
-            count = count // batch_size * batch_size  # batches count alike
+            count = count // batch_size * batch_size  # full batches: each has the same weight in the mean
         images = DatasetView(images.base, images.indices[order[:count]])
     return create_loader(
         images, batch_size=batch_size, num_workers=args.workers, device=device,
@@ -189,25 +264,26 @@ def create_calibration_loader(
         **preprocessing(config))
 
 
-class ShiftBatches:
-    """The n-th shift's (images, targets) from training data and from held-out data, without augmentation or mixup."""
+def read_batches(
+        args: argparse.Namespace,
+        loaders: Loaders,
+        device: torch.device,
+        epoch: int,
+        start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read the (images, targets) of an epoch on the device, from the `start`-th batch on.
 
-    def __init__(self, args: argparse.Namespace, data: Data, config: dict[str, Any]) -> None:
-        make = partial(
-            StepBatches, batch_size=args.shift_batch_size, workers=min(args.workers, 1),
-            **preprocessing(config))
-        self.train = make(data.train.with_transform(None), seed=2 * args.seed)
-        self.held_out = make(data.held_out, seed=2 * args.seed + 1)
-
-    def __call__(self, n: int):
-        return self.train.batch(n), self.held_out.batch(n)
-
-    def close(self) -> None:
-        """Stop the workers."""
-        self.train.close()
-        self.held_out.close()
-
-
-# -- epochs that can begin anywhere ------------------------------------------------------------------------------------
-
-
+    Each batch sets the random state of the process for the training step that follows.
+    """
+    mixup = loaders.mixup
+    if mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        mixup.mixup_enabled = False
+    for number, (images, targets) in enumerate(loaders.train.epoch(epoch, start), start):
+        seed_process(args.seed, f'step/{epoch}/{loaders.train.ranks.rank}', number)
+        if args.no_prefetcher:
+            images, targets = images.to(device), targets.to(device)
+            if mixup is not None:  # after --mixup-off-epoch, it still creates the soft targets that the loss expects
+                images, targets = mixup(images, targets)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        yield images, targets

@@ -1,4 +1,4 @@
-"""Watching a run: TensorBoard and Weights & Biases, as far as they are asked for."""
+"""Metrics for TensorBoard and Weights & Biases."""
 from __future__ import annotations
 
 import logging
@@ -15,16 +15,18 @@ _logger = logging.getLogger('train')
 
 
 class Tracker:
-    """Writes figures to TensorBoard (events in the folder of the run), to Weights & Biases, to both or to neither.
+    """Writes metrics to TensorBoard (event files in the folder of the run), to Weights & Biases, to both or to none.
+
+    Logging failures never stop training. On a full disk, metrics are dropped and one error is logged.
 
     Args:
-        folder: The folder of the run; its name is the run's.
+        folder: The folder of the run; its name is the name of the run.
         config: The flags of the run.
-        tensorboard, wandb: Which of them to write to.
-        project, tags, resume_id: As `wandb.init` has them; an id is that of a run to go on with.
+        tensorboard, wandb: Where to write.
+        project, tags, resume_id: Arguments of `wandb.init`; the id is that of a run to resume.
 
     Raises:
-        ImportError: If a package that is asked for is not installed.
+        ImportError: If a package is not installed.
         ValueError: If Weights & Biases refuses the run.
     """
 
@@ -32,29 +34,28 @@ class Tracker:
                  project: str | None = None, tags: Sequence[str] = (), resume_id: str = '') -> None:
         self._events = self._run = None
         self._failed = False
-        if tensorboard:
-            try:
+        try:
+            if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("--log-tensorboard: run pip install 'timm_shiftnas[tracking]'") from error
+            if wandb:
+                import wandb as client
+        except ImportError as error:
+            flag = '--log-wandb' if 'wandb' in str(error) else '--log-tensorboard'
+            raise ImportError(f"{flag}: run pip install 'timm_shiftnas[tracking]'") from error
+        if tensorboard:
             self._events = SummaryWriter(str(folder))
         if wandb:
-            try:
-                import wandb as client
-            except ImportError as error:
-                raise ImportError("--log-wandb: run pip install 'timm_shiftnas[tracking]'") from error
             try:
                 self._run = client.init(
                     project=project, name=folder.name, dir=str(folder), config=dict(config), tags=list(tags),
                     resume='must' if resume_id else None, id=resume_id or None)
             except client.Error as error:
                 raise ValueError(
-                    f'--log-wandb: {one_line(error)}; run wandb login, or set WANDB_MODE=offline'
-                ) from None
+                    f'--log-wandb: {one_line(error)}; run wandb login, or set WANDB_MODE=offline') from None
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
-        """Figures at an optimizer update."""
-        with self._trying():
+        """Log metrics after an update of the weights."""
+        with self._tolerate_errors():
             if self._events is not None:
                 for name, value in values.items():
                     self._events.add_scalar(name, value, update)
@@ -62,19 +63,18 @@ class Tracker:
                 self._run.log({**values, 'update': update})
 
     def close(self, exit_code: int = 0) -> None:
-        """Write what is not written yet, and how the run ended."""
-        with self._trying():
+        """Write what is buffered, and how the run ended."""
+        with self._tolerate_errors():
             if self._events is not None:
                 self._events.close()
             if self._run is not None:
                 self._run.finish(exit_code=exit_code)
 
     @contextmanager
-    def _trying(self) -> Iterator[None]:
-        """Nobody watches a run at the price of the run: a full disk costs figures, and is told once."""
+    def _tolerate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if not self._failed:
-                _logger.error(f'cannot log to a tracker ({error}); the training goes on')
+                _logger.error(f'cannot write metrics ({error}); training continues without them')
             self._failed = True

@@ -48,7 +48,7 @@ class Ranks:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that are this process' to work on: every `size`-th."""
         return items[self.rank::self.size]
 

@@ -1,0 +1,201 @@
+"""The format of a model directory: file names, and `config.json` with its entry `timm_shiftnas`.
+
+A directory holds timm's `config.json`, `model.safetensors` and, for a supernet, `generator.safetensors` and
+`bn_stats.safetensors`. A config may come from anyone, so it is checked before a network is built from it. The type
+annotations below are these checks: `_fits` compares JSON data with them.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from reprlib import repr as short
+from types import UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from timm.models import build_model_with_cfg, create_model, is_model
+from torch import Tensor, nn
+
+from ..space import is_supernet
+from ..utils.text import one_line
+
+__all__ = ['ModelRecord', 'build_network', 'check_tensors']
+
+KEY, FORMAT = 'timm_shiftnas', 1
+CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
+BN_STATS = 'bn_stats.safetensors'
+FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; files with other names are neither read nor published
+
+# Bounds far above any network in use: of widths, image sizes and classes; of depths and lengths; of the generator.
+MAX_SIZE, MAX_DEPTH, MAX_HIDDEN = 1_000_000, 1_000, 1024
+
+Count = Annotated[int, lambda value: value >= 0]
+Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
+Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
+Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
+Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
+
+
+class SavedFile(TypedDict):
+    size: Count
+    sha256: Sha256
+
+
+Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= set(files) <= FILES]
+
+
+class Row(TypedDict):
+    """An evaluated subnet: a row of `evaluation.tables`."""
+    name: str
+    budget: float | None
+    macs: float
+    params: float
+    top1: float
+    top5: float
+    arch: Any
+
+
+class Training(TypedDict, total=False):
+    """Facts about the training, for the model card."""
+    command: str
+    dataset: str
+    versions: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The entry `timm_shiftnas` of `config.json`: what timm does not know of a saved model."""
+    format: Literal[1] = FORMAT
+    kind: Literal['supernet', 'subnet']
+    groups: Edges | None = None  # of the K budget groups, in MACs
+    probabilities: Probabilities | None = None  # P, one for each group
+    results: list[Row] | None = None
+    training: Training | None = None
+    searched: list[Any] | None = None  # archs that a search on images found
+    generator: Generator | None = None
+    stock: Any = None  # how timm builds a subnet without this package
+    bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
+    files: Files
+
+    @classmethod
+    def of_config(cls, config: Any, where: str) -> ModelRecord:
+        """Read the record of a config.
+
+        Raises:
+            ValueError: If `save_pretrained` cannot have written the config.
+        """
+        if problem := next(_problems(config), None):
+            raise ValueError(f'{where} {problem}')
+        return cls(**config[KEY])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _problems(config: Any) -> Iterator[str]:
+    """The faults of a config. Each check relies on those before it, so only the first fault is of use."""
+    if not isinstance(config, dict) or not isinstance(config.get(KEY), dict):
+        yield f'has no {KEY!r} entry: the model was not saved by timm_shiftnas; load it with timm.create_model'
+    ours = config[KEY]
+    version, types = ours.get('format'), _types(ModelRecord)
+    if isinstance(version, int) and version > FORMAT:
+        yield (f'has format {version}, but this timm_shiftnas reads formats up to {FORMAT}; '
+               'upgrade it: pip install -U timm_shiftnas')
+    for name in sorted(set(ours) - set(types)):
+        yield f'has an unknown entry {KEY}.{name}; this timm_shiftnas writes no such entry'
+    for name in [name for name, kind in types.items() if not _fits(ours.get(name), kind)] or _contradictions(**ours):
+        yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
+    if not isinstance(config.get('architecture'), str) or not is_model(config['architecture']):
+        yield f'names an unknown architecture {short(config.get("architecture"))}'
+    for name in ('model_args', 'pretrained_cfg'):
+        if not isinstance(config.get(name), dict):
+            yield f'has an unusable entry {name}: {short(config.get(name))}'
+    yield from _oversized({name: config.get(name) for name in ('model_args', 'pretrained_cfg', 'num_classes')})
+    # arguments of timm's factory could fetch other weights than those that are checked
+    factory = {*inspect.signature(create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
+    for name in sorted(factory & set(config['model_args'])):
+        yield f'has model_args.{name}, which is not an argument of a network'
+
+
+def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
+    """Names of entries that do not agree with the others."""
+    wrong = dict(
+        probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
+        generator=GENERATOR in files and generator is None,
+        bn_archs=(BN_STATS in files) != (bn_archs is not None))
+    return [name for name in wrong if wrong[name]]
+
+
+def _oversized(config: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers and lists that are larger than any network needs."""
+    pending = list(config.items())
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(name, item) for item in value]
+            if len(value) > MAX_DEPTH:
+                yield f'has {len(value):,} values of {name}; at most {MAX_DEPTH:,} are loaded'
+        limit = MAX_DEPTH if name == 'depth' else MAX_SIZE
+        if isinstance(value, (int, float)) and not abs(value) <= limit:  # 'not': NaN compares false
+            yield f'asks for {name}={short(value)}; at most {limit:,} is loaded'
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether JSON data fits a type annotation. Numbers have to be finite; a TypedDict may have further keys."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Annotated:
+        return _fits(value, args[0]) and all(check(value) for check in args[1:])
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin in (list, dict):
+        return isinstance(value, origin) and all(
+            _fits(item, args[-1]) for item in (value.values() if origin is dict else value))
+    if is_typeddict(kind):
+        return isinstance(value, dict) and kind.__required_keys__ <= set(value) and all(
+            _fits(value[name], each) for name, each in _types(kind).items() if name in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind
+
+
+def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
+    """The network of a checked config, on the meta device: it needs no memory, even with absurd shapes."""
+    labels = {name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
+    try:
+        net = create_model(
+            config['architecture'], pretrained_cfg=dict(config['pretrained_cfg'], **labels), device='meta',
+            **config['model_args'])
+    except Exception as error:  # timm raises many types; the config is always the cause
+        raise ValueError(f'{where} does not describe a network ({type(error).__name__}: {one_line(error)})') from error
+    kind = config[KEY]['kind']
+    if not (is_supernet(net) if kind == 'supernet' else hasattr(net, 'arch')):
+        raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
+    return net
+
+
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise a `ValueError` unless `tensors` have the names, shapes and number types of the `expected` ones."""
+    def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
+        return {name: ('float' if x.is_floating_point() else 'int', *x.shape) for name, x in state.items()}
+
+    own, given = kinds(expected), kinds(tensors)
+    for name in own | given:
+        if own.get(name) != given.get(name):
+            raise ValueError(
+                f'{where} does not belong to the network in {CONFIG}: {name} is {given.get(name, "missing")} in the '
+                f'file and {own.get(name, "missing")} in the network')

@@ -1,0 +1,155 @@
+"""Saving a model as a directory that timm can load too. Nothing is pickled."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import safetensors.torch
+from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..method.generator import ArchitectureGenerator
+from ..models import present_args, stock_description
+from ..models.calibration import bn_statistics
+from ..space import is_supernet
+from ..space.core import Arch
+from ..utils.files import atomic_write
+from .format import BN_STATS, CONFIG, FILES, GENERATOR, KEY, WEIGHTS, ModelRecord, build_network, check_tensors
+
+__all__ = ['save_pretrained']
+
+
+def save_pretrained(
+        directory: str | os.PathLike,
+        net: nn.Module,
+        generator: ArchitectureGenerator | None = None,
+        *,
+        groups: Sequence[float] | None = None,
+        probabilities: Sequence[float] | Tensor | None = None,
+        results: Sequence[Mapping[str, Any]] | None = None,
+        searched: Sequence[Arch] | None = None,
+        bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
+        training: Mapping[str, Any] | None = None,
+        data_config: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
+) -> None:
+    """Save a supernet and its generator, or an extracted subnet, as a directory that timm can load too.
+
+    A model that is already in the directory is replaced. If saving is interrupted, either the old model is still
+    whole, or nothing can be loaded from the directory.
+
+    Args:
+        directory: Where to save; created if missing, with its parents.
+        net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`).
+        generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
+        groups: The K + 1 edges of the budget groups, in MACs.
+        probabilities: P, the K probabilities of the groups.
+        results: Rows of evaluated subnets, as in `evaluation.tables`.
+        searched: Archs that a search on images found. For a budget, the one with the most MACs within it is loaded;
+            the generator, which may never have seen images, proposes an arch only if none fits.
+        bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest
+            arch replace the supernet's own.
+        training: Facts about the training for the model card: `command`, `dataset`, `versions`.
+        data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
+        model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
+
+    Raises:
+        ValueError: If `net` is neither a supernet nor a subnet, if an argument does not belong to it, or if the
+            directory could not be loaded again.
+    """
+    net, bn_stats = unwrap_model(net), dict(bn_stats or {})
+    kind = 'supernet' if is_supernet(net) else 'subnet'
+    if kind == 'subnet' and not isinstance(getattr(net, 'arch', None), Arch):
+        raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
+    if not hasattr(net, 'pretrained_cfg'):
+        raise ValueError(f'this {type(net).__name__} has no pretrained_cfg; create it with timm.create_model')
+    if kind == 'subnet' and (generator is not None or bn_stats):
+        raise ValueError(
+            'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
+    if generator is not None and generator.space.unbind() != net.space.unbind():
+        raise ValueError('the generator belongs to another search space than the network; create it with net.space')
+
+    for arch, stats in bn_stats.items():
+        check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
+    largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
+    tensors = {WEIGHTS: _cpu_copies({**net.state_dict(), **largest})}
+    if generator is not None:
+        tensors[GENERATOR] = _cpu_copies(generator.state_dict())
+    if bn_stats:
+        tensors[BN_STATS] = _cpu_copies({
+            f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
+    files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
+    record = ModelRecord(
+        kind=kind,
+        groups=groups,
+        probabilities=probabilities,
+        results=results,
+        training=training,
+        searched=None if searched is None else [arch.to_dict() for arch in searched],
+        generator=None if generator is None else dict(hidden_size=generator.hidden_size),
+        stock=stock_description(net) if kind == 'subnet' else None,
+        bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
+        files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+    config = _timm_config(net, record, data_config, model_config)
+    # refuse what could not be loaded
+    ModelRecord.of_config(config, CONFIG)
+    check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
+    _write(Path(directory), {CONFIG: json.dumps(config, indent=2).encode(), **files})
+
+
+def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU: safetensors refuses tensors that share memory or are not contiguous."""
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError('the network has no weights (it is on the meta device); load them before saving')
+    return {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
+
+
+def _timm_config(
+        net: nn.Module, record: ModelRecord, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
+    """The content of `config.json`: timm's entries and ours."""
+    # drop rates belong to a training, not to the weights: timm omits them too
+    args = {name: value for name, value in present_args(net).items()
+            if not name.endswith(('drop_rate', 'drop_path_rate'))}
+    if record.kind == 'supernet':
+        args['space'] = net.space.unbind().to_dict()
+    else:
+        args['arch'] = net.arch.to_dict()
+    model_config = {**(model_config or {}), KEY: _json_data(record.to_dict())}
+    # the tag of a registered supernet says 'untrained'
+    model_config['pretrained_cfg'] = {'tag': None, **model_config.get('pretrained_cfg', {})}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        save_config_for_hf(net, path, model_config=model_config, model_args=args, data_config=data_config)
+        return json.loads(path.read_text(encoding='utf-8'))
+
+
+def _json_data(value: Any) -> Any:
+    """JSON data of tensors, arrays, tuples and mappings."""
+    return json.loads(json.dumps(value, default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
+
+
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a model, `config.json` first.
+
+    All are written under temporary names, which the stack renames in reverse order. The old `config.json` is removed
+    before the first rename and the new one is renamed last: a `config.json` is always beside its own files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        for abandoned in directory.glob(f'.{name}.*tmp'):  # by a save that was killed
+            abandoned.unlink()
+    with ExitStack() as stack:
+        for name, data in files.items():
+            with open(stack.enter_context(atomic_write(directory / name)), 'wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in {CONFIG, *FILES - set(files)}:  # the latter are of the model that was here
+            (directory / name).unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""Evaluation of a run, and the files that it writes: tables, pictures, the model directory."""
+from __future__ import annotations
+
+import copy
+import logging
+import shlex
+from typing import Any
+
+import torchvision
+from timm.utils import update_summary
+from torch import Tensor, nn
+
+from ..evaluation.accuracy import evaluate_budgets
+from ..evaluation.plots import plot_accuracy, plot_shift
+from ..evaluation.search import search_archs
+from ..evaluation.tables import format_table, write_budgets_csv, write_shift_csv
+from ..hub.save import save_pretrained
+from ..hub.push import push_directory
+from ..models.calibration import BatchNormCalibration
+from ..space.complexity import macs
+from ..space.core import Arch
+from ..utils.streams import stream
+from .flags import training_facts
+from .interrupts import Interrupts
+from .setup import Run
+
+__all__ = ['Results']
+
+_logger = logging.getLogger('train')
+
+
+class Results:
+    """Evaluates a run and writes its files; only the first process writes.
+
+    Args:
+        run: The run.
+        interrupts: SIGTERM stops an evaluation at once.
+    """
+
+    def __init__(self, run: Run, interrupts: Interrupts) -> None:
+        self.run, self.interrupts = run, interrupts
+        self.args, self.task, self.loaders, self.output = run.args, run.task, run.loaders, run.output
+
+    def evaluate(self, last: bool) -> dict[str, float]:
+        """Evaluate the ends of the range and one subnet per budget group, and write what belongs to them.
+
+        Args:
+            last: Whether this is the last evaluation, whose files must not be missing.
+
+        Returns:
+            Top-1 in percent: the mean over groups, the smallest subnet, the largest.
+        """
+        run, args, task = self.run, self.args, self.task
+        net = self.evaluated_net()
+        options: dict[str, Any] = dict(
+            device=run.device, autocast=run.autocast(), channels_last=args.channels_last, ranks=run.ranks)
+        if self.loaders.calibration is not None:
+            options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
+        searched = None
+        with self.interrupts.immediate():
+            if args.sampler == 'uniform':
+                searched = archs = search_archs(
+                    net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
+                    seed=args.seed, **options)
+            else:
+                archs = task.generator.propose_many(task.groups.budgets)
+            rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
+        if run.ranks.primary:
+            print(format_table(rows), flush=True)
+            try:
+                self.write(net, rows, searched, options.get('calibration'))
+            except OSError as error:
+                if last:
+                    raise
+                _logger.error(f'cannot write the results ({error}); training continues')
+        groups = [row['top1'] for row in rows[1:-1]]
+        return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
+
+    def evaluated_net(self) -> nn.Module:
+        """The averaged weights if there are any, on the device."""
+        ema = self.task.get_trainable_module(ema=True)
+        if ema is None:
+            return self.run.net
+        same_device = next(ema.module.parameters()).device == next(self.run.net.parameters()).device
+        return ema.module if same_device else copy.deepcopy(ema.module).to(self.run.device)
+
+    def write(
+            self,
+            net: nn.Module,
+            rows: list[dict[str, Any]],
+            searched: list[Arch] | None,
+            calibration: BatchNormCalibration | None,
+    ) -> None:
+        """Write tables, pictures and the model directory.
+
+        Args:
+            net: The evaluated network.
+            rows: The budget table.
+            searched: Archs that a search has found for the groups.
+            calibration: BatchNorm statistics of the evaluated subnets.
+        """
+        task, space = self.task, net.space
+        write_budgets_csv(self.output / 'budgets.csv', rows)
+        plot_accuracy(self.output / 'accuracy.png', rows)
+        write_shift_csv(self.output / 'shift.csv', task.history)
+        noise = stream(self.args.seed, 'histogram', 0)
+        uniform = macs(space, [space.sample(noise) for _ in range(2000)]).tolist()
+        plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)
+        in_table = dict.fromkeys(space.from_dict(row['arch']) for row in rows)
+        statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
+        save_pretrained(
+            self.output / 'model', net, task.generator, groups=task.groups.edges,
+            probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
+            training=training_facts(self.args, self.run.ranks.size), data_config=self.run.data_config,
+            bn_stats=statistics)
+
+    def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
+        """Append an epoch to summary.csv.
+
+        Args:
+            epoch: From 0.
+            metrics: Training loss and seconds.
+            results: As `evaluate` returns them; nothing without an evaluation.
+            lr: Learning rate.
+        """
+        path = self.output / 'summary.csv'
+        columns = {name: results.get(name, '') for name in ('top1', 'top1_smallest', 'top1_largest')}
+        try:
+            update_summary(epoch, metrics, columns, str(path), lr=lr)
+        except OSError as error:
+            _logger.error(f'cannot write {path} ({error.strerror}); training continues')
+
+    def save_images(self, images: Tensor, epoch: int, batch: int) -> None:
+        """Save the images of a batch as a picture."""
+        torchvision.utils.save_image(
+            images, self.output / f'train-batch-{epoch}-{batch}.jpg', padding=0, normalize=True)
+
+    def publish(self) -> None:
+        """Push the model directory to --push-to-hub."""
+        args = self.args
+        try:
+            address = push_directory(
+                self.output, args.push_to_hub, private=args.hub_private or None, revision=args.hub_revision)
+        except Exception:
+            flags = ' --private' * args.hub_private
+            flags += f' --revision {shlex.quote(args.hub_revision)}' if args.hub_revision else ''
+            _logger.error(
+                'training is finished, but the model is not published; run: timm-shiftnas push '
+                f'{shlex.quote(str(self.output))} {args.push_to_hub}{flags}')
+            raise
+        _logger.info(f'published: {address}')

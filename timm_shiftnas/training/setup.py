@@ -1,0 +1,279 @@
+"""What a run is made of, created from its flags: processes, model, task, optimizer, precision."""
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import random_seed
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+
+from ..method.config import ShiftNASConfig, settings_of
+from ..method.distillation import Teacher
+from ..method.generator import ArchitectureGenerator
+from ..method.groups import BudgetGroups
+from ..method.task import ShiftNASTask, load_task_ema_checkpoint
+from ..models.calibration import has_batch_norm
+from ..space import is_supernet
+from ..utils.distributed import Ranks
+from ..utils.text import one_line
+from ..utils.units import format_count, parse_count
+from .checkpoints import Position, find_checkpoint, resume
+from .data import Data, Loaders, create_loaders, open_data, uses_mixup
+from .flags import dest_of
+from .schedule import Schedule
+
+__all__ = ['LossScaler', 'Run', 'create_run', 'create_supernet', 'scaled_lr']
+
+_logger = logging.getLogger('train')
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's loss scaler, with the name that it has in timm's checkpoints."""
+    state_dict_key = 'amp_scaler'
+
+
+@dataclass
+class Run:
+    """What a run is made of.
+
+    Args:
+        args: The flags, with what they leave open: number of classes, learning rate, checkpoint to resume from.
+        output: Folder of the run.
+        start: Where training starts, after the checkpoint was loaded.
+    """
+    args: argparse.Namespace
+    output: Path
+    device: torch.device
+    ranks: Ranks
+    net: nn.Module
+    data_config: dict[str, Any]
+    loaders: Loaders
+    task: ShiftNASTask
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], Any]
+    scaler: LossScaler | None
+    schedule: Schedule
+    start: Position
+
+
+def create_run(flags: argparse.Namespace) -> Run:
+    """Create everything that a run needs, and load the checkpoint that it resumes from. Writes no file.
+
+    Raises:
+        ValueError: If the flags do not fit together, or to the data or the checkpoint.
+    """
+    args = argparse.Namespace(**vars(flags))  # a copy, completed below
+    device, ranks = init_process(args)
+    data = open_data(args)
+    args.num_classes = choose_num_classes(args, data)
+    net = create_supernet(args, device)
+    args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
+    config = create_data_config(args, net)
+    loaders = create_loaders(args, data, config, device, ranks, calibrated=has_batch_norm(net))
+    updates = -(-len(loaders.train) // args.grad_accum_steps)
+    task = create_task(args, net, loaders, updates, config, device)
+    optimizer = create_optimizer(args, net)
+    autocast = partial(
+        torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
+    scaler = LossScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
+    output = Path(ranks.gather(output_dir(args))[0])  # the name holds a time: that of the first process
+    args.resume = find_checkpoint(args, output, ranks)
+    start = resume(args, task, optimizer, scaler, ranks) if args.resume else Position(0)
+    if args.start_epoch is not None:
+        start = Position(args.start_epoch)
+    prepare_task(args, task, device, ranks)
+    schedule = Schedule(args, optimizer, updates)
+    schedule.step(start.epoch, start.batch // args.grad_accum_steps if args.sched_on_updates else 0)
+    return Run(args, output, device, ranks, net, config, loaders, task, optimizer, autocast, scaler, schedule, start)
+
+
+def init_process(args: argparse.Namespace) -> tuple[torch.device, Ranks]:
+    """Join the other processes, if there are any, and seed this one."""
+    for name in args.device_modules:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ImportError(f'--device-modules {name}: {error}') from error
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f'--device {args.device}: torch finds no CUDA device; give --device cpu')
+    device = torch.device(init_distributed_device_so(args.device, args.dist_backend)['device'])
+    ranks = Ranks.current(device)
+    if not ranks.primary:  # the first process logs for all
+        logging.getLogger().setLevel(logging.WARNING)
+        warnings.simplefilter('ignore')
+    random_seed(args.seed)
+    return device, ranks
+
+
+def output_dir(args: argparse.Namespace) -> str:
+    """Folder of the run: a resumed run stays in the folder of its checkpoint."""
+    if args.resume not in ('', 'auto') and not args.experiment:
+        return str(Path(args.resume).resolve().parent)
+    name = args.experiment or '-'.join([time.strftime('%Y%m%d-%H%M%S'), args.model.replace('/', '_')])
+    return str(Path(args.output, name))
+
+
+# -- model and task ----------------------------------------------------------------------------------------------------
+
+
+def choose_num_classes(args: argparse.Namespace, data: Data) -> int | None:
+    """--num-classes, or the number of classes in the data.
+
+    Raises:
+        ValueError: If the data has more classes than the flag.
+    """
+    if data.num_classes and args.num_classes and args.num_classes < data.num_classes:
+        raise ValueError(
+            f'--num-classes {args.num_classes} is less than the {data.num_classes} classes found; leave it out')
+    return args.num_classes or data.num_classes
+
+
+def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The supernet of --model, with its initial weights, on a device.
+
+    Raises:
+        ValueError: If it cannot be created from the flags.
+    """
+    overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else {}
+    overlay.update(args.pretrained_cfg_overlay)
+    model_args = dict(
+        num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans,
+        img_size=args.input_size[1:] if args.input_size else args.img_size,
+        global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    try:
+        net = timm.create_model(
+            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
+            pretrained_cfg_overlay=overlay or None, checkpoint_path=args.initial_checkpoint or None,
+            **dict(model_args, **args.model_kwargs))
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # unknown arguments, or files that hold other weights
+        raise ValueError(
+            f'cannot create --model {args.model} ({one_line(error, 300)}); look at --model-kwargs, '
+            '--pretrained-cfg-overlay, --pretrained-path and --initial-checkpoint') from error
+    if not is_supernet(net):  # of the Hub, or of a directory
+        raise ValueError(f'--model {args.model} is not a supernet; give one such as shiftformer_tiny_supernet')
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            net.get_classifier().weight.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            net.get_classifier().bias.fill_(args.head_init_bias)
+    net.set_grad_checkpointing(args.grad_checkpointing)
+    net.to(device=device)
+    return net.to(memory_format=torch.channels_last) if args.channels_last else net
+
+
+def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
+    """timm's data config: size, mean, std, interpolation and crop of the images."""
+    config = resolve_input_data_config(net, vars(args))
+    if has_batch_norm(net):
+        resolution = net.space.largest.resolution
+        if min(config['input_size'][1:]) < resolution:
+            _logger.warning(
+                f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest '
+                f'subnet; give --img-size {resolution}')
+    return config
+
+
+def create_task(
+        args: argparse.Namespace,
+        net: nn.Module,
+        loaders: Loaders,
+        updates_per_epoch: int,
+        data_config: dict[str, Any],
+        device: torch.device,
+) -> ShiftNASTask:
+    """The task that trains a supernet with ShiftNAS."""
+    width = None if args.group_width is None else parse_count(args.group_width, '--group-width')
+    groups = BudgetGroups.of_space(net.space, width=width, count=args.num_groups)
+    low, high = groups.edges[0], groups.edges[-1]
+    _logger.info(
+        f'{args.model}: {net.space.size:,} subnets, {format_count(low)} to {format_count(high)} MACs, '
+        f'{len(groups)} groups')
+    teacher = None if args.kd_model is None else Teacher(
+        args.kd_model, net, mean=data_config['mean'], std=data_config['std'], path=args.kd_model_path, device=device)
+    return ShiftNASTask(
+        net, criterion_kwargs=criterion_kwargs(args), config=task_config(args, updates_per_epoch),
+        generator=ArchitectureGenerator(net.space, seed=args.seed), groups=groups, shift_batches=loaders.shift,
+        teacher=teacher, device=device)
+
+
+def task_config(args: argparse.Namespace, updates_per_epoch: int) -> ShiftNASConfig:
+    """The settings of ShiftNAS, with epochs converted to updates."""
+    given = {each.name: getattr(args, dest_of(each)) for each in settings_of(ShiftNASConfig) if each.flag}
+    warmup = args.epochs / 10 if args.shift_warmup_epochs is None else args.shift_warmup_epochs
+    return ShiftNASConfig(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
+        warmup_updates=round(warmup * updates_per_epoch), total_updates=args.epochs * updates_per_epoch,
+        accum_steps=args.grad_accum_steps, seed=args.seed)
+
+
+def criterion_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """timm's arguments of the loss."""
+    loss = args.loss or ('bce' if args.bce_loss else 'ce')
+    kwargs = dict(
+        loss_type=loss, smoothing=args.smoothing, soft_targets=uses_mixup(args), asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg, poly_epsilon=args.poly_epsilon)
+    if loss == 'bce':
+        kwargs.update(
+            bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.loss_pos_weight)
+    return kwargs
+
+
+def prepare_task(args: argparse.Namespace, task: ShiftNASTask, device: torch.device, ranks: Ranks) -> None:
+    """Averaged weights, compilation and DDP, around weights that are loaded already."""
+    if args.model_ema:
+        ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
+        if args.resume:
+            load_task_ema_checkpoint(task, args.resume)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if ranks.size > 1:
+        _logger.info(f'{ranks.size} processes, {ranks.size * args.batch_size} images per batch')
+        task.prepare_distributed(device_ids=[device], broadcast_buffers=not args.no_ddp_bb)
+
+
+# -- optimizer ---------------------------------------------------------------------------------------------------------
+
+
+def create_optimizer(args: argparse.Namespace, net: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of --opt.
+
+    Raises:
+        ValueError: If the optimizer refuses its settings.
+    """
+    try:
+        optimizer = create_optimizer_v2(net, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:  # every optimizer has its own
+        raise ValueError(
+            f'--opt {args.opt} does not take its settings ({one_line(error)}); look at --opt-kwargs, '
+            '--opt-betas and --opt-eps') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ValueError(f'--opt {args.opt} needs second derivatives, which are not computed; give --opt adamw')
+    return optimizer
+
+
+def scaled_lr(args: argparse.Namespace, processes: int = 1) -> float:
+    """--lr, or --lr-base scaled to the global batch size with timm's rule."""
+    if args.lr is not None:
+        return args.lr
+    ratio = args.batch_size * args.grad_accum_steps * processes / args.lr_base_size
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    return args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)

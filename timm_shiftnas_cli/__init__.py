@@ -1,0 +1,133 @@
+"""The command line `timm-shiftnas`: its parser, and nothing that takes long to import.
+
+This package stands beside `timm_shiftnas`, because any import from there registers models and so imports torch and
+timm, which takes seconds. Help, the version and wrong arguments are answered without it; the commands themselves are in
+`timm_shiftnas.cli`, which is imported when one of them runs.
+
+A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in one line and exit code 130.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ['build_parser', 'main']
+
+PROG = 'timm-shiftnas'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = argparse.Namespace(traceback=False)
+    try:
+        if argv[:1] == ['train']:
+            from timm_shiftnas.training.trainer import launch
+            return launch(argv[1:], prog=f'{PROG} train')
+        build_parser().parse_args(argv, args)
+        from timm_shiftnas import cli
+        cli.COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        print(f'{PROG}: interrupted', file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            import traceback
+            traceback.print_exc()
+        print(f'{PROG}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line like any other mistake: in one line, without the usage."""
+        raise ValueError(f'{message} (see {self.prog} --help)')
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version  # of the installed package
+        print(f'{PROG} {version("timm_shiftnas")}')
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `train` has its own in `timm_shiftnas.training.flags`."""
+    parser = _Parser(prog=PROG, description='Train supernets, inspect them, extract subnets, and publish either.')
+    parser.add_argument('--version', action=_Version, nargs=0, help="show the program's version and exit")
+    commands = parser.add_subparsers(title='commands', dest='command', required=True, metavar='COMMAND')
+
+    commands.add_parser('train', help='train a supernet; takes the flags of train.py', add_help=False)
+
+    info = commands.add_parser('info', help='show what a model directory holds')
+    info.add_argument('--json', action='store_true', help='print JSON')
+
+    extract = commands.add_parser('extract', help='save the subnet for a budget in its own directory')
+    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
+    extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
+
+    evaluate = commands.add_parser('evaluate', help='measure the accuracy of the subnet for a budget on images')
+    evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
+
+    push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
+
+    for command in (extract, evaluate):
+        which = command.add_mutually_exclusive_group(required=command is extract)
+        which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
+        which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
+        which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
+        command.add_argument(
+            '--data-dir', metavar='DIR', required=command is evaluate,
+            help='folder of images; those in its train/ (or all, without train/) give the BatchNorm statistics of the '
+                 'subnet if they were not saved')
+        command.add_argument(
+            '--bn-images', metavar='N', type=_count, default=2000,
+            help='number of images for these statistics (default: 2000)')
+    for command in (extract, push):
+        command.add_argument('--private', action='store_true', default=None, help='create a private repository')
+        command.add_argument('--revision', metavar='BRANCH', help='branch of the repository (default: main)')
+        command.add_argument('--token', metavar='TOKEN', help='token of the Hub (default: that of hf auth login)')
+        command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+        command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
+        command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
+    for command in (info, extract, evaluate, push):
+        command.add_argument(
+            'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
+    push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
+
+    convert = commands.add_parser('convert', help='convert a training checkpoint into a model directory')
+    convert.add_argument(
+        'checkpoint', metavar='CHECKPOINT', type=Path,
+        help="checkpoint of train.py, or of timm's own script with timm_shiftnas.patch")
+    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
+    convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
+    convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
+    for command in (info, extract, evaluate, push, convert):
+        command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of 1 or more')
+    return int(text)
+
+
+def _directory(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{text} is not a directory; give one that save_pretrained or train.py wrote')
+    return Path(text)
