@@ -27,22 +27,26 @@ STARTERS = {'Client', 'Job', 'Popen', 'call', 'client', 'ranks', 'script', 'star
 # Parts of names of tests that take more than about two seconds, and fixtures whose tests do, by file.
 SLOW = {
     'data/test_data.py': ('killed_worker',),
-    'hub/test_hub.py': ('fresh_process', 'subnet_for_params'),
-    'hub/test_publish.py': ('xet', 'publishes', 'one_commit', 'wrapped', 'branch'),
-    'integration/test_benchmarks.py': ('comparison', 'separately', 'wrong_flags'),
-    'integration/test_cli.py': ('ctrl_c', 'console_script'),
+    'hub/test_hub.py': ('fresh_process', 'subnet_for_params', 'has_to_satisfy'),
+    'hub/test_publish.py': ('',),
+    'integration/test_benchmarks.py': ('comparison', 'separately', 'wrong_flags', 'speed'),
+    'integration/test_cli.py': ('ctrl_c', 'console_script', 'extract[--params'),
+    'integration/test_examples.py': ('own_loop',),
     'integration/test_patch.py': (
         'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes'),
-    'method/test_generator.py': ('fitted', 'params_budget', 'autoformer_t'),
-    'method/test_task.py': ('untrained', 'graphs', 'function_of_seed', 'saves_and_restores', 'exact_inner_products'),
-    'models/test_extract.py': ('onnx', 'torch_export'),
+    'method/test_generator.py': ('fitted', 'autoformer_t', 'global_random_state'),
+    'method/test_task.py': (
+        'untrained', 'compilation', 'function_of_seed', 'saves_and_restores', 'exact_inner_products',
+        'restores_everything', 'warmup', 'as_fitted', 'sandwich'),
+    'models/test_extract.py': ('onnx', 'torch_export', 'compiles'),
     'models/test_mobilenet_oracles.py': ('logits_in_evaluation',),
     'models/test_shiftformer.py': ('compiled',),
-    'models/test_shiftmobilenet.py': ('onnx',),
+    'models/test_shiftmobilenet.py': ('onnx', 'generator_uses'),
     'training/test_distributed.py': ('',),
     'training/test_faults.py': ('',),
     'training/test_train.py': (
-        'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation'),
+        'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation',
+        'learning_rate', 'wrong_flags[flags0-'),
     'training/test_train_mobilenet.py': ('finished', 'learns', 'resume'),
 }
 
