@@ -1,13 +1,16 @@
-"""Elastic layers against plain slices, masks against widths, relative position against its definition."""
+"""Elastic layers against plain slices, masks against widths, relative position against its definition, CNN blocks."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import nn
 
 from timm_shiftnas.layers import (
     BlockWidths,
+    ConvWidths,
     ElasticAttention,
     ElasticBlock,
     ElasticLayerNorm,
@@ -15,9 +18,14 @@ from timm_shiftnas.layers import (
     ElasticMlp,
     ElasticPatchEmbed,
     ElasticQKV,
+    Projection,
     RelativeAttention,
     RelativePosition2d,
+    WidthShortcut,
+    elastic_kernel,
     extend_table,
+    make_elastic,
+    masked,
 )
 
 F64 = dict(dtype=torch.float64)
@@ -45,26 +53,26 @@ def ones(count: int, width: int) -> torch.Tensor:
 
 def test_linear():
     layer, x = noise(ElasticLinear(8, 12, **F64)), torch.randn(3, 5, **F64)
-    torch.testing.assert_close(layer(x, 7), x @ layer.weight[:7, :5].T + layer.bias[:7])
+    torch.testing.assert_close(layer(x, out=7), x @ layer.weight[:7, :5].T + layer.bias[:7])
     torch.testing.assert_close(layer(x), x @ layer.weight[:, :5].T + layer.bias)
     assert layer(torch.randn(2, 8, **F64)).shape == (2, 12)
-    assert ElasticLinear(8, 12, bias=False, **F64)(x, 7).shape == (3, 7)
+    assert ElasticLinear(8, 12, bias=False, **F64)(x, out=7).shape == (3, 7)
 
 
 def test_qkv_slices_the_first_heads_of_each_role():
     layer, x = noise(ElasticQKV(8, 3, **F64)), torch.randn(2, 5, **F64)
     for heads in (1, 2, 3):
-        q, k, v = layer(x, heads).chunk(3, dim=-1)
+        q, k, v = layer(x, heads=heads).chunk(3, dim=-1)
         for role, out in enumerate((q, k, v)):
             rows = slice(role * 192, role * 192 + 64 * heads)
             torch.testing.assert_close(out, x @ layer.weight[rows, :5].T + layer.bias[rows])
-    assert torch.equal(layer(x), layer(x, 3))
+    assert torch.equal(layer(x), layer(x, heads=3))
 
 
 def test_qkv_joint_bias_is_autoformers_prefix():
     layer, x = noise(ElasticQKV(8, 3, bias_slicing='joint', **F64)), torch.randn(2, 8, **F64)
     for heads in (1, 2, 3):
-        out = layer(x, heads) - ElasticQKV.forward(_without_bias(layer), x, heads)
+        out = layer(x, heads=heads) - _without_bias(layer)(x, heads=heads)
         torch.testing.assert_close(out, layer.bias[:3 * 64 * heads].expand_as(out))
 
 
@@ -76,7 +84,7 @@ def _without_bias(layer: ElasticQKV) -> ElasticQKV:
 
 def test_layer_norm():
     layer, x = noise(ElasticLayerNorm(8, eps=1e-5, **F64)), torch.randn(3, 5, **F64)
-    torch.testing.assert_close(layer(x, 5), F.layer_norm(x, (5,), layer.weight[:5], layer.bias[:5], 1e-5))
+    torch.testing.assert_close(layer(x, width=5), F.layer_norm(x, (5,), layer.weight[:5], layer.bias[:5], 1e-5))
 
 
 def test_patch_embed():
@@ -85,7 +93,7 @@ def test_patch_embed():
     full = nn.functional.conv2d(x, layer.proj.weight, layer.proj.bias, stride=4).flatten(2).transpose(1, 2)
     assert layer(x).shape == (3, 6, 6)
     torch.testing.assert_close(layer(x), full)
-    torch.testing.assert_close(layer(x, 4), full[..., :4])
+    torch.testing.assert_close(layer(x, out=4), full[..., :4])
     with pytest.raises(ValueError, match=r'\(8, 8\).*\(8, 12\).*set_input_size'):
         layer(x[..., :8])
 
@@ -93,12 +101,12 @@ def test_patch_embed():
 def test_mlp():
     layer, x = noise(ElasticMlp(8, 16, **F64)), torch.randn(3, 5, **F64)
     hidden = F.gelu(x @ layer.fc1.weight[:9, :5].T + layer.fc1.bias[:9])
-    torch.testing.assert_close(layer(x, 9, 5), hidden @ layer.fc2.weight[:5, :9].T + layer.fc2.bias[:5])
+    torch.testing.assert_close(layer(x, hidden=9, out=5), hidden @ layer.fc2.weight[:5, :9].T + layer.fc2.bias[:5])
 
 
 def test_slices_share_memory_and_gradients_fill_only_them():
     layer = noise(ElasticLinear(8, 12, **F64))
-    layer(torch.randn(3, 5, **F64), 7).sum().backward()
+    layer(torch.randn(3, 5, **F64), out=7).sum().backward()
     used = torch.zeros(12, 8, dtype=torch.bool)
     used[:7, :5] = True
     assert torch.equal(layer.weight.grad != 0, used)
@@ -109,15 +117,15 @@ def test_slices_share_memory_and_gradients_fill_only_them():
 
 def test_masked_norm_equals_sliced():
     layer, x = noise(ElasticLayerNorm(8, eps=1e-5, **F64)), torch.randn(3, 8, **F64)
-    masked = layer(x, ones(5, 8))
-    torch.testing.assert_close(masked[:, :5], layer(x[:, :5], 5))
+    masked = layer(x, width=ones(5, 8))
+    torch.testing.assert_close(masked[:, :5], layer(x[:, :5], width=5))
     assert (masked[:, 5:] == 0).all()
 
 
 def test_masked_mlp_equals_sliced():
     layer, x = noise(ElasticMlp(8, 16, **F64)), torch.randn(3, 8, **F64)
-    torch.testing.assert_close(layer(x, ones(9, 16)), layer(x, 9))
-    assert layer.fc2(torch.randn(3, 16, **F64), 5).shape == (3, 5)
+    torch.testing.assert_close(layer(x, hidden=ones(9, 16)), layer(x, hidden=9))
+    assert layer.fc2(torch.randn(3, 16, **F64), out=5).shape == (3, 5)
 
 
 @pytest.mark.parametrize('bias_slicing', ['role', 'joint'])
@@ -206,13 +214,13 @@ def test_attention_masks_on_both_paths(relative, mask):
         outputs.append(layer(x, **arguments))
     torch.testing.assert_close(*outputs)
     assert not torch.allclose(outputs[0], layer(x))
-    # what a token may not see does not change its output
+    # tokens that are masked out do not change an output
     x[:, 4] += 1
     torch.testing.assert_close(layer(x, **arguments)[:, :4], outputs[0][:, :4])
 
 
 def test_attention_dropout():
-    """Dropout of the attention, not of the relative position: with p close to 1, hardly anything arrives."""
+    """Dropout acts on the attention as a whole: with p = 1 the output is zero."""
     rel_pos = noise(RelativePosition2d((3, 3), 1, 2, **F64))
     q, k, v = torch.randn(3, 400, 1, 10, 64, **F64)
     index = rel_pos.index(q)
@@ -228,3 +236,48 @@ def test_extend_table():
     assert extend_table(table, 3, 5)[:, 0].tolist() == [0, 3, 3, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert extend_table(table, 9, 7)[:, 0].tolist() == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11]
     assert extend_table(table, 9, 2)[:, 0].tolist() == [0, 4, 5, 6, 7, 8]
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+
+def conv_block(kind, width_in: int, width_out: int, stride: int, shortcut: nn.Module | None = None) -> nn.Module:
+    """An elastic block of timm's with elastic kernels, in evaluation."""
+    block = kind(width_in, width_out, stride=stride, norm_layer=BatchNormAct2d, se_layer=SqueezeExcite)
+    make_elastic(block)
+    elastic_kernel(block.conv_dw, (3,), transform=False)
+    if shortcut is not None:
+        make_elastic(shortcut)
+        block.projection = shortcut
+    return noise(block.double()).eval()
+
+
+@pytest.mark.parametrize('kind', [DepthwiseSeparableConv, InvertedResidual])
+@pytest.mark.parametrize('name, width_in, width_out, stride, narrow', [
+    ('identity', 8, 8, 1, (8, 8)), ('none', 8, 12, 2, (4, 6)),
+    ('where widths are equal', 8, 12, 1, (6, 6)), ('where widths are equal', 8, 12, 1, (4, 6)),
+    ('projection', 8, 12, 2, (4, 6)), ('projection', 8, 12, 2, (6, 6)), ('pooling', 8, 8, 2, (8, 8)),
+])
+def test_masked_blocks_equal_sliced(kind, name, width_in, width_out, stride, narrow):
+    """With every kind of shortcut; the stream is full-width, with noise beyond the narrow width."""
+    shortcut = {
+        'where widths are equal': WidthShortcut(), 'projection': Projection(width_in, width_out, stride, True),
+        'pooling': Projection(width_in, width_out, stride, False)}.get(name)
+    block = conv_block(kind, width_in, width_out, stride, shortcut)
+    full = block.conv_dw.weight.shape[0]
+    hidden = narrow[0] if kind is DepthwiseSeparableConv else full // 2
+    se = block.se.conv_reduce.out_channels
+    x = torch.randn(2, width_in, 5, 5, **F64)
+    sliced = block(x[:, :narrow[0]], widths=ConvWidths(hidden, narrow[1], 3, se))
+    masks = ConvWidths(
+        ones(hidden, full), None, ones(1, 1), ones(se, se), width_in=ones(narrow[0], width_in),
+        equal=torch.tensor(float(narrow[0] == narrow[1]), **F64), active=torch.tensor(1., **F64))
+    torch.testing.assert_close(block(x, widths=masks)[:, :narrow[1]], sliced)
+
+
+def test_masked():
+    x = torch.randn(2, 3, 4, 5, **F64)
+    assert masked(x, 3) is x and masked(x, None) is x
+    assert torch.equal(masked(x, ones(2, 3)), torch.cat([x[:, :2], 0 * x[:, 2:]], 1))
+    assert torch.equal(masked(x, ones(2, 5), -1), torch.cat([x[..., :2], 0 * x[..., 2:]], -1))
+    assert torch.equal(masked(x, torch.tensor(0., **F64)), 0 * x)

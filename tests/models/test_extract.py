@@ -1,4 +1,4 @@
-"""Extraction: equal to the supernet, with weights of its own, loadable, exportable; the view that copies nothing."""
+"""Extraction: equal to the supernet, with its own weights, loadable, exportable; and the view that shares weights."""
 import copy
 import io
 import json
@@ -77,7 +77,7 @@ def test_equal_gradients():
     sub, x = tsn.extract(net, MIDDLE).train(), images(net)
     net.train()(x, MIDDLE).square().sum().backward()
     sub(x).square().sum().backward()
-    # the gradient of a slice is the slice of the gradient: read it as a subnet of its own
+    # the gradient of a slice is the slice of the gradient: extract it like weights
     with torch.no_grad():
         for weight in net.parameters():
             weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
@@ -97,7 +97,7 @@ def test_no_storage_is_shared():
         own = [weight.untyped_storage() for weight in sub.state_dict().values()]
         assert not shared & {storage.data_ptr() for storage in own}
         assert len({storage.data_ptr() for storage in own}) == len(own)
-        # nothing of the larger network is carried along
+        # storages hold no more than the slices
         assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in sub.state_dict().values())
         assert all(weight.is_contiguous() and weight.requires_grad and weight.is_leaf for weight in sub.parameters())
     before = sub(images(net, 1).zero_())
@@ -146,7 +146,7 @@ def test_copies():
 
 @pytest.mark.parametrize('name', OPTIONS)
 def test_loads_into_a_created_network(name):
-    """What is written down about a subnet, as JSON, is enough to make it again."""
+    """`model_args` and the arch of a subnet, as JSON, are enough to create it again."""
     net = create(**OPTIONS[name])
     sub, x = tsn.extract(net, MIDDLE), images(net)
     arguments = json.loads(json.dumps(dict(sub.model_args, arch=sub.arch.to_dict())))
@@ -167,7 +167,7 @@ def test_errors():
     net = create()
     with pytest.raises(ValueError, match='not in the space'):
         tsn.extract(net, tsn.shiftformer_space((32,), (1,), (1,), (1.0,)).smallest)
-    with pytest.raises(ValueError, match='expected an Arch'):
+    with pytest.raises(ValueError, match='embed_dim'):
         tsn.extract(net, MIDDLE.to_dict())
     for model in (tsn.extract(net, MIDDLE), nn.Linear(2, 2)):
         with pytest.raises(ValueError, match='not a supernet'):
@@ -204,7 +204,7 @@ def test_onnx(exportable, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), sub(batch).detach(), rtol=0, atol=1e-5)
 
 
-def test_compiles_without_breaks(exportable):
+def test_compiles_as_one_graph(exportable):
     sub, x = exportable
     compiled = torch.compile(sub, backend='eager', fullgraph=True)
     torch.testing.assert_close(compiled(x), sub(x), rtol=0, atol=1e-5)
@@ -225,3 +225,10 @@ def test_view():
     with torch.no_grad():
         net.head.bias += 1
     torch.testing.assert_close(view(x), clone(x) + 1)
+
+
+@pytest.mark.parametrize('name', ['test_shiftformer_supernet', 'test_shiftmobilenet_supernet'])
+def test_static_subnets_can_be_scripted(name):
+    net = timm.create_model(name, num_classes=3).eval()
+    subnet, x = tsn.extract(net, net.space.smallest), torch.randn(1, *net.pretrained_cfg['input_size'])
+    torch.testing.assert_close(torch.jit.script(subnet)(x), subnet(x))

@@ -91,7 +91,7 @@ def test_tokens_layer_by_layer(net):
 
 
 def reference_name(name: str) -> str:
-    """A name of ours in AutoFormer's words."""
+    """AutoFormer's name for one of our parameters."""
     for ours, theirs in {
         'patch_embed.': 'patch_embed_super.', 'norm1.': 'attn_layer_norm.', 'norm2.': 'ffn_layer_norm.',
         'mlp.fc1.': 'fc1.', 'mlp.fc2.': 'fc2.', 'rel_pos.k_rows': 'rel_pos_embed_k.embeddings_table_v',
@@ -119,7 +119,7 @@ def test_gradients(net, index, way):
             continue
         summary, gradient = row['grads'][name], weight.grad.double()
         assert abs(gradient.norm() - summary['l2']) <= 1e-4 * summary['l2'], name
-        # a sum may cancel to nothing: the norm tells how large its terms are
+        # a sum may cancel: the norm is the scale of its terms
         assert abs(gradient.sum() - summary['sum']) <= 1e-4 * max(abs(summary['sum']), summary['l2']), name
         if not name.endswith('qkv.bias'):  # the bias of the keys has no effect: its gradient is rounding
             assert gradient.count_nonzero() == summary['nonzero'], name
@@ -159,7 +159,7 @@ def test_as_published(net, tmp_path):
 
 @pytest.mark.parametrize('direct', [True, False])
 def test_the_bias_rule_survives(net, direct, tmp_path):
-    """Converted, saved and loaded as our own: from `model_args`, or from timm's record of how the network was made."""
+    """Converted, saved and loaded again: from `model_args`, or from timm's record of the arguments."""
     assert net.model_args['qkv_bias_slicing'] == net._model_args['qkv_bias_slicing'] == 'joint'
     save_file(net.state_dict(), tmp_path / 'model.safetensors')
     arguments = net.model_args if direct else get_model_args(net, dict(space=SPACE.to_dict()))
@@ -170,7 +170,7 @@ def test_the_bias_rule_survives(net, direct, tmp_path):
     for index, arch in enumerate(ARCHS):
         for model in (tsn.Subnet(other, arch), tsn.extract(other, arch)):
             torch.testing.assert_close(model(IO['input']), IO[f'logits.{index}'], rtol=0, atol=1e-5)
-    # the rule matters where heads are missing
+    # the rule matters for fewer heads
     other.set_qkv_bias_slicing('role')
     assert other.model_args['qkv_bias_slicing'] == other._model_args['qkv_bias_slicing'] == 'role'
     assert (other(IO['input'], ARCHS[1]) - IO['logits.1']).abs().max() > 1e-3
@@ -198,7 +198,7 @@ def widened(state: dict, depth: int = 3) -> dict:
 
 @pytest.mark.parametrize('depth', [3, 5])
 def test_a_published_supernet_wider_than_the_space(net, depth, tmp_path):
-    """As T, published 256 wide for archs of up to 240: what no arch reaches is left out."""
+    """As T, published 256 wide for archs of up to 240: channels that no arch reaches are left out."""
     wide = widened(load_file(FILE), depth)
     assert wide['blocks.0.attn.qkv.weight'].shape == (576, 160)
     save_file(wide, tmp_path / 'wide.safetensors')
@@ -209,7 +209,7 @@ def test_a_published_supernet_wider_than_the_space(net, depth, tmp_path):
 
 
 def test_the_published_shape_of_tiny():
-    """By direct slices: embed 256 for 240, with 4 heads, hidden 1024 for 960, 14 layers."""
+    """Compared with direct slices: embed 256 for 240, with 4 heads, hidden 1024 for 960, 14 layers."""
     net = timm.create_model('shiftformer_tiny_supernet', num_classes=20, device='meta')
     generator = torch.Generator().manual_seed(0)
     published, wider = {}, {240: 256, 960: 1024}

@@ -14,7 +14,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
-from timm_shiftnas.space import BlockMasks, MobileNetMasks, arch_masks, block_choices, space_from_dict
+from timm_shiftnas.space import BlockMasks, ShiftMobileNetMasks, arch_masks, block_table, space_from_dict
 
 NAMES = (
     'shiftmobilenet_supernet', 'attentivenas_supernet', 'ofa_mobilenetv3_supernet', 'ofa_mobilenetv3_w12_supernet',
@@ -38,7 +38,7 @@ SPACES = dict(stagewise=STAGEWISE, per_block=PER_BLOCK, identity=IDENTITY, skips
 def create(space=STAGEWISE, **kwargs):
     torch.manual_seed(0)
     net = timm.create_model('shiftmobilenet_supernet', space=space, **dict(dict(num_classes=5), **kwargs))
-    with torch.no_grad():  # statistics, scales and matrices that are not those of a new network
+    with torch.no_grad():  # statistics, scales and matrices unlike those of a new network
         for name, tensor in net.state_dict().items():
             if 'running_mean' in name or name.endswith('.bias') or 'matrices' in name:
                 tensor.add_(.2 * torch.randn_like(tensor))
@@ -74,13 +74,13 @@ def test_archs_per_block():
     full = dict(resolution=16, width=(8, 8, 16, 24, 32), depth=(1, 2))
     short = PER_BLOCK.arch(**full, kernel_size=[3, 5, 7], expand_ratio=[2, 2, 3])
     long = PER_BLOCK.arch(**full, kernel_size=[3, None, 5, 7, None], expand_ratio=[2, 3, 2, 3, 3])
-    assert short == long and hash(short) == hash(long)  # what no block reads makes no other arch
+    assert short == long and hash(short) == hash(long)  # values that no block reads do not count
     assert short.kernel_size == (3, 5, 7)
     assert PER_BLOCK.arch(**full, kernel_size=3, expand_ratio=2).kernel_size == (3, 3, 3)
     blocks = 6  # kernel sizes x ratios
     assert PER_BLOCK.size == 2 * 8 * (blocks + blocks ** 2) * (blocks + blocks ** 2 + blocks ** 3)
     assert space_from_dict(PER_BLOCK.to_dict()) == PER_BLOCK
-    with pytest.raises(ValueError, match='kernel_size has 4 values for 3 layers'):
+    with pytest.raises(ValueError, match='kernel_size.* 4 .* 3 '):
         PER_BLOCK.arch(**full, kernel_size=[3, 3, 3, 3], expand_ratio=2)
     noise = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -91,27 +91,27 @@ def test_archs_per_block():
 def test_a_field_without_a_choice_may_be_left_out():
     arch = IDENTITY.arch(depth=[1, 1], kernel_size=3, expand_ratio=2)
     assert arch.resolution == 16 and arch.width == (8, 8, 16, 16)
-    with pytest.raises(ValueError, match="arch field 'depth' is missing"):
+    with pytest.raises(ValueError, match="'depth'"):
         IDENTITY.arch(kernel_size=3, expand_ratio=2)
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(resolution=(18,)), 'resolution=18 cannot be divided by .* a multiple of 4, and at least 4, such as'),
-    (dict(resolution=(2,)), 'resolution=2 cannot be divided'),
-    (dict(width=((8, 12), (8,), (16,), (16,))), 'width=12 must be a multiple of 8'),
-    (dict(width=(8, 8, 16, 16)), 'width=.* must hold the choices of the stem'),
-    (dict(kernel_size=(3, 4)), 'kernel_size=4 must be odd'),
+    (dict(resolution=(18,)), 'resolution=18 .* multiple of 4'),
+    (dict(resolution=(2,)), 'resolution=2 '),
+    (dict(width=((8, 12), (8,), (16,), (16,))), 'width=12 .* 8'),
+    (dict(width=(8, 8, 16, 16)), 'width=.*8, 8, 16, 16'),
+    (dict(kernel_size=(3, 4)), 'kernel_size=4 '),
     (dict(depth=((1, 2),)), r'depth=.* for each of 2 stages'),
-    (dict(expand_ratio=((1, 2), (2,))), 'ratios are above 1, or 1 alone'),
-    (dict(expand_ratio=((2, 2.1), (2,))), 'they must differ'),
+    (dict(expand_ratio=((1, 2), (2,))), 'expand_ratio=.*1.0, 2.0'),
+    (dict(expand_ratio=((2, 2.1), (2,))), 'expand_ratio=.*2.0, 2.1'),
     (dict(stride=(1, 3)), r'stride=\(1, 3\) must be 2 of \(1, 2\)'),
-    (dict(stride=(1, 2, 2)), 'must be 2 of'),
+    (dict(stride=(1, 2, 2)), r'stride=\(1, 2, 2\)'),
     (dict(act='tanh'), "act=.*'tanh'.* must be 4 of"),
-    (dict(act=('relu', 'relu', 'relu', 'swish')), 'the same activation'),
+    (dict(act=('relu', 'relu', 'relu', 'swish')), "act=.*'swish'"),
     (dict(head='v3'), 'head='), (dict(kernel='learned'), 'kernel='), (dict(shortcut=True), 'shortcut='),
-    (dict(resolution=(24, 16)), 'smallest first'), (dict(resolution=(16, 8000)), 'at most 4096'),
-    (dict(depth=((1, 200), (100,))), 'makes 300 blocks in all; at most 256'), (dict(stem_block='yes'), 'stem_block='),
-    (dict(width=[16., 24., 32., 64.]), 'must hold the choices of the stem'),
+    (dict(resolution=(24, 16)), r'\(16, 24\)'), (dict(resolution=(16, 8000)), '8000.* at most 4096'),
+    (dict(depth=((1, 200), (100,))), '300 blocks.* at most 256'), (dict(stem_block='yes'), 'stem_block='),
+    (dict(width=[16., 24., 32., 64.]), r'width=\[16.0, 24'),
 ])
 def test_bad_spaces(change, message):
     good = dict(resolution=(16, 24), width=((8,), (8, 16), (16,), (16,)), depth=((1, 2), (1,)), kernel_size=(3, 5),
@@ -121,8 +121,8 @@ def test_bad_spaces(change, message):
         tsn.shiftmobilenet_space(**{**good, **change})
 
 
-def test_a_stride_beyond_what_timm_builds():
-    with pytest.raises(ValueError, match='makes 64 in all; at most 32'):
+def test_the_total_stride_is_limited():
+    with pytest.raises(ValueError, match='64.* at most 32'):
         tsn.shiftmobilenet_space((64,), [[8]] * 7, [[1]] * 5, (3,), (2,), stride=(2,) * 5)
 
 
@@ -148,7 +148,7 @@ def test_macs_have_gradients():
     assert macs.item() == net.macs(net.space.largest)
     for choice, gradient in zip(net.space.choices, gradients):
         assert len(choice.values) == 1 or gradient.abs().sum() > 0, choice.label
-    # linear in every choice: the gradient foretells a single change of a kernel size exactly
+    # linear in every choice: the gradient predicts a single change of a kernel size exactly
     i = next(i for i, choice in enumerate(net.space.choices) if choice.name == 'kernel_size')
     indices = net.space.encode(net.space.largest)
     indices[i] = 0
@@ -159,8 +159,8 @@ def test_macs_have_gradients():
 # -- masks, through the whole network ----------------------------------------------------------------------------------
 
 
-def reference(net, x, masks: MobileNetMasks, train: bool = False) -> torch.Tensor:
-    """The masked network in plain arithmetic, written from DESIGN 3 and the definitions of the reference networks."""
+def reference(net, x, masks: ShiftMobileNetMasks, train: bool = False) -> torch.Tensor:
+    """The masked network in plain arithmetic, written from the definitions of the reference networks."""
     w, fixed = net.state_dict(), dict(net.space.structure)
     acts = dict(relu=F.relu, hard_swish=F.hardswish, swish=F.silu)
 
@@ -197,17 +197,17 @@ def reference(net, x, masks: MobileNetMasks, train: bool = False) -> torch.Tenso
         x = F.interpolate(x, (masks.resolution, masks.resolution), mode='bicubic', align_corners=False)
     act = acts[fixed['act'][0]]
     x = act(norm(F.conv2d(x, w['conv_stem.weight'], stride=2, padding=1), 'bn1'))
-    for block, mask in zip(block_choices(net.space), masks.blocks):
+    for block, mask in zip(block_table(net.space).blocks, masks.blocks):
         name, act = f'blocks.{block.stage}.{block.position}', acts[block.act]
         numbers = (2, 3) if block.expands else (1, 2)
         y = x
         if block.expands:
             y = act(norm(pointwise(x * wide(mask.width_in), f'{name}.conv_pw'), f'{name}.bn1'))
-        sizes = (3,) if block.kernel_size is None else net.space.choices[block.kernel_size].values
+        sizes = block.kernel_size.values
         weight = kernel(f'{name}.conv_dw', sizes, mask.kernel_size)
         y = F.conv2d(y, weight, stride=block.stride, padding=sizes[-1] // 2, groups=y.shape[1])
         y = act(norm(y, f'{name}.bn{numbers[0]}')) * wide(mask.hidden)
-        if block.se:
+        if any(block.se.values):
             gate = F.relu(pointwise(y.mean((2, 3), keepdim=True), f'{name}.se.conv_reduce')
                           + wide(w[f'{name}.se.conv_reduce.bias'])) * wide(mask.se)
             gate = pointwise(gate, f'{name}.se.conv_expand') + wide(w[f'{name}.se.conv_expand.bias'])
@@ -250,7 +250,7 @@ def test_mask_equals_slice(name, train):
         torch.testing.assert_close(net(images(), masks), reference(net, images(), masks, train), rtol=1e-9, atol=1e-9)
 
 
-def leaves_of(masks: MobileNetMasks, change=lambda mask: mask) -> tuple[MobileNetMasks, list[torch.Tensor]]:
+def leaves_of(masks: ShiftMobileNetMasks, change=lambda mask: mask) -> tuple[ShiftMobileNetMasks, list[torch.Tensor]]:
     leaves = []
 
     def leaf(mask):
@@ -258,13 +258,14 @@ def leaves_of(masks: MobileNetMasks, change=lambda mask: mask) -> tuple[MobileNe
         return leaves[-1]
 
     blocks = tuple(BlockMasks(*map(leaf, block)) for block in masks.blocks)
-    return MobileNetMasks(masks.resolution, blocks, leaf(masks.stage), leaf(masks.expanded), leaf(masks.last)), leaves
+    ends = leaf(masks.stage), leaf(masks.expanded), leaf(masks.last)
+    return ShiftMobileNetMasks(masks.resolution, blocks, *ends), leaves
 
 
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', SPACES)
 def test_gradients_of_masks(name, train):
-    """Against the plain reference; and no inactive entry that the network could grow by is without one."""
+    """Equal to the plain reference, and non-zero for the inactive entries that the network could grow into."""
     net = create(SPACES[name]).double().train(train)
     space, cotangent = net.space, torch.randn(3, 5, dtype=torch.float64)
     for arch in (space.smallest, archs_of(space)[2]):
@@ -277,14 +278,14 @@ def test_gradients_of_masks(name, train):
             assert (gradient is None) == (other is None)
             if gradient is not None:
                 torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-7)
-        for block, mask in zip(block_choices(space), masks.blocks):
+        for block, mask in zip(block_table(space).blocks, masks.blocks):
             if mask.active == 0:
                 assert found[id(mask.active)] != 0
                 continue
             for field in ('hidden', 'kernel_size', 'se', 'width_in'):
                 inactive = getattr(mask, field) == 0
                 gradient = found[id(getattr(mask, field))]
-                if inactive.any() and not (field == 'se' and not block.se) and not (
+                if inactive.any() and not (
                         field == 'width_in' and not block.expands):
                     # the gate of SE is flat where it saturates, and ReLU where it is off
                     share = (gradient[inactive] != 0).double().mean()
@@ -311,14 +312,15 @@ def test_masks_reach_the_generator():
     gradients = torch.autograd.grad(loss, list(generator.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
     heads = dict(zip([name for name, _ in generator.named_parameters()], gradients))['head_bias']
-    for choice, row in zip(net.space.choices, heads):  # the resolution, which is no mask, by what is decided after it
+    # the resolution has no mask: its gradient comes through the decisions after it
+    for choice, row in zip(net.space.choices, heads):
         assert (row.abs().sum() > 0) == (len(choice.values) > 1), choice.label
 
 
 # -- BatchNorm ---------------------------------------------------------------------------------------------------------
 
 
-def test_who_writes_running_statistics():
+def test_only_the_full_network_updates_running_statistics():
     net = create().train()
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     for arch in archs_of(net.space):
@@ -336,7 +338,7 @@ def timm_copy(net):
     return tsn.extract(net, net.space.largest)
 
 
-def test_the_full_network_is_timms():
+def test_the_full_network_equals_timms():
     for space in SPACES.values():
         net = create(space)
         stock = timm_copy(net)
@@ -350,7 +352,7 @@ def test_the_full_network_is_timms():
 
 @pytest.mark.parametrize('recipe', ['attentivenas', 'ofa'])
 def test_calibration_is_the_mean_of_batches(recipe):
-    """Of the first layer, whose input depends on no statistics, in closed form; everything else is as before."""
+    """In closed form for the first layer, whose input depends on no statistics. Nothing else changes."""
     net = create().eval()
     sub = tsn.extract(net, net.space.largest)
     batches = [images(24, 5).float(), images(24, 2).float() * 2]
@@ -369,7 +371,7 @@ def test_calibration_is_the_mean_of_batches(recipe):
     assert not any(module._forward_pre_hooks for module in sub.modules())
 
 
-def test_calibration_sees_as_many_images_as_it_is_told():
+def test_calibration_uses_the_given_number_of_images():
     net = create()
     batches = [(images(24, 4).float() * (i + 1), None) for i in range(5)]
     results = []
@@ -390,21 +392,21 @@ def test_calibration_changes_nothing_when_it_fails():
         yield images(24, 4).float()
         raise OSError('disk on fire')
 
-    for loader, error in ((broken(), 'disk on fire'), ([], 'gave no images')):
+    for loader, error in ((broken(), 'disk on fire'), ([], 'no images')):
         with pytest.raises((OSError, ValueError), match=error):
             tsn.calibrate_bn(sub, loader, 8, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sub.state_dict().items()) and sub.training
-    for bad, message in (((net, []), 'extracted subnet, not a supernet'), ((sub, [], 0), 'num_images=0')):
+    for bad, message in (((net, []), 'extract'), ((sub, [], 0), 'num_images=0')):
         with pytest.raises(ValueError, match=message):
             tsn.calibrate_bn(*bad)
-    with pytest.raises(ValueError, match="recipe='bignas' is unknown"):
+    with pytest.raises(ValueError, match="recipe='bignas'"):
         tsn.calibrate_bn(sub, [], recipe='bignas')
 
 
 @pytest.mark.parametrize('batch,message', [
-    (torch.zeros(2, 3, 24, 24, dtype=torch.uint8), 'got torch.uint8 of shape'), (dict(image=1), 'got dict'),
-    (torch.zeros(3, 24, 24), r'got torch.float32 of shape \[3, 24, 24\]'),
-    (torch.full((2, 3, 24, 24), torch.nan), 'statistics are not finite'),
+    (torch.zeros(2, 3, 24, 24, dtype=torch.uint8), 'torch.uint8'), (dict(image=1), 'dict'),
+    (torch.zeros(3, 24, 24), r'\[3, 24, 24\]'),
+    (torch.full((2, 3, 24, 24), torch.nan), 'not finite'),
 ])
 def test_bad_images_for_calibration(batch, message):
     net = create()
@@ -459,7 +461,7 @@ def test_extracted_equals_supernet(name):
         torch.testing.assert_close(sub(x.float()), net(x.float(), arch), rtol=0, atol=5e-5)
         torch.testing.assert_close(tsn.extract(exact, arch)(x), exact(x, arch), rtol=0, atol=1e-9)
         assert sub.arch == arch and isinstance(sub, EfficientNet if name in ('stagewise', 'skips') else MobileNetV3)
-        for weight in sub.parameters():  # a copy of its own
+        for weight in sub.parameters():  # its own copy
             weight.data.zero_()
     torch.testing.assert_close(net.double()(images(), SPACES[name].largest), exact(images(), SPACES[name].largest))
 
@@ -527,7 +529,7 @@ def test_reset_classifier():
         assert tsn.extract(net, arch)(images(arch.resolution).float()).shape == (3, 7)
         net.reset_classifier(0)
         assert net(images().float(), arch).shape == (3, arch.width[-1])
-        with pytest.raises(ValueError, match="global_pool='catavgmax' is not supported"):
+        with pytest.raises(ValueError, match="global_pool='catavgmax'"):
             net.reset_classifier(5, 'catavgmax')
 
 
@@ -568,12 +570,12 @@ def test_drop_rules():
     assert varies(net, STAGEWISE.largest) and varies(net) and not varies(net, other)
     assert varies(create(STAGEWISE, drop_rate=.5, drop_archs='all').train(), other)
     assert not varies(net.eval(), STAGEWISE.largest)
-    # extracted networks drop what the supernet does
+    # extracted networks have the drop rates of the supernet
     sub = tsn.extract(net.train(), STAGEWISE.largest)
     assert {(s, i): getattr(block.drop_path, 'drop_prob', 0) for s, stage in enumerate(sub.blocks)
             for i, block in enumerate(stage)} == rates and sub.drop_rate == .5
     assert not varies(tsn.extract(net, other)) and varies(sub)
-    with pytest.raises(ValueError, match="drop_archs='some' is unknown"):
+    with pytest.raises(ValueError, match="drop_archs='some'"):
         create(drop_archs='some')
 
 
@@ -591,14 +593,14 @@ def test_archs_outside_the_space(fields):
     net = create()
     arch = tsn.Arch(**{**vars(net.space.smallest), **fields})
     for call in (lambda: net(images().float(), arch), lambda: tsn.extract(net, arch), lambda: net.macs(arch)):
-        with pytest.raises(ValueError, match=f'{next(iter(fields))}.* is not in the space; choose one of'):
+        with pytest.raises(ValueError, match=f'{next(iter(fields))}.*choose one of'):
             call()
 
 
 @pytest.mark.parametrize('args,message', [
-    (dict(space=STAGEWISE, global_pool='token'), "global_pool='token' is not supported"),
-    (dict(space=timm.create_model('test_shiftformer_supernet', device='meta').space), 'a ShiftMobileNet needs'),
-    (dict(space=dict(family='shiftmobilenet')), 'not a shiftmobilenet search space'),
+    (dict(space=STAGEWISE, global_pool='token'), "global_pool='token'"),
+    (dict(space=timm.create_model('test_shiftformer_supernet', device='meta').space), "family='shiftformer'"),
+    (dict(space=dict(family='shiftmobilenet')), 'shiftmobilenet'),
 ])
 def test_bad_arguments(args, message):
     with pytest.raises(ValueError, match=message):
@@ -606,10 +608,10 @@ def test_bad_arguments(args, message):
 
 
 @pytest.mark.parametrize('args,message', [
-    (dict(arch=dict(depth=[1])), 'is not a ShiftMobileNet arch'),
-    (dict(arch={**STAGEWISE.smallest.to_dict(), 'width': 8}), 'must be a list'),
-    (dict(structure=dict(stride=[1, 2], colour='red')), 'describes no network'),
-    (dict(structure=dict(stride=[1])), 'must be 2 of'),
+    (dict(arch=dict(depth=[1])), 'depth.*resolution'),
+    (dict(arch={**STAGEWISE.smallest.to_dict(), 'width': 8}), 'width=8'),
+    (dict(structure=dict(stride=[1, 2], colour='red')), 'colour'),
+    (dict(structure=dict(stride=[1])), 'stride='),
 ])
 def test_bad_subnet_arguments(args, message):
     good = dict(arch=STAGEWISE.smallest.to_dict(), structure=STAGEWISE.to_dict())

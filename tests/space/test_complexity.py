@@ -86,7 +86,7 @@ def test_every_row_of_the_table(spaces, name):
 
 def test_known_figures(spaces):
     plain = timm.create_model(NAMES['T'], relative_position=False, device='meta').space
-    assert [format_count(macs) for macs in macs_range(plain)] == ['1.167G', '2.263G']  # DESIGN: 1.17 to 2.26
+    assert [format_count(macs) for macs in macs_range(plain)] == ['1.167G', '2.263G']
     assert tsn.params(spaces['T'], spaces['T'].smallest) == 5_366_056
     assert tsn.params(spaces['B'], spaces['B'].largest) == 76_882_264
     assert macs_range(spaces['T']) == (1_281_241_344, tsn.macs(spaces['T'], spaces['T'].largest))
@@ -136,7 +136,7 @@ def test_counts_follow_the_network():
     assert net.params(arch) == sum(weight.numel() for weight in tsn.extract(net, arch).parameters())
 
 
-def test_asking_changes_nothing():
+def test_counting_changes_nothing():
     net = create()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     space, state = net.space, torch.get_rng_state()
@@ -176,7 +176,7 @@ def test_gradients_are_those_of_the_polynomial(function):
     """Against central differences, exact for a polynomial that has at most degree two in every single entry."""
     space = create().space
     one_hots = space.one_hot([space.sample(rng(seed)) for seed in range(3)])
-    # off the corners, as a straight-through sample never is, so that every product is seen
+    # away from 0 and 1, so that every product contributes
     soft = [(one_hot + .1 * torch.rand(one_hot.shape, dtype=torch.float64, generator=rng(9))).requires_grad_()
             for one_hot in one_hots]
     value = function(space, soft)
@@ -187,7 +187,7 @@ def test_gradients_are_those_of_the_polynomial(function):
             step = torch.zeros_like(gradient)
             step[:, entry] = .5
 
-            def moved(sign):
+            def moved(sign, i=i, step=step):
                 return function(space, [s.detach() + sign * step if j == i else s.detach() for j, s in enumerate(soft)])
 
             torch.testing.assert_close(moved(1) - moved(-1), gradient[:, entry], rtol=1e-9, atol=1e-3)
@@ -196,7 +196,7 @@ def test_gradients_are_those_of_the_polynomial(function):
 
 
 def test_gradient_of_depth_is_the_cost_of_a_layer(spaces):
-    """The generator learns to grow only if an absent layer has a price."""
+    """Without a cost of absent layers, the generator could not learn to grow."""
     space = spaces['T']
     one_hots = [one_hot.requires_grad_() for one_hot in space.one_hot(space.smallest)]
     by_depth = torch.autograd.grad(tsn.macs(space, one_hots), one_hots[1])[0]
@@ -233,7 +233,7 @@ def test_budgets_as_text(text, value):
     0, -1, '0', '-1G', 'abc', '', 'G', '1.4GB', '1.2.3', '1,4G', float('nan'), float('inf'), 'nan', '1e999', None, True,
     [1],
 ])
-def test_what_is_no_budget(text):
+def test_texts_that_are_not_budgets(text):
     with pytest.raises(ValueError, match='params=.*1.4G'):
         parse_count(text, 'params')
 

@@ -1,9 +1,11 @@
-"""Elastic convolutions: timm's MobileNet blocks whose forward takes the widths and the kernel size to compute.
+"""Elastic convolutions: timm's MobileNet blocks with a forward that takes the widths and kernel size to compute.
 
 The rules are those of `layers.vit`: an int slices, a 0/1 mask of full width multiplies once, where a value is read;
-what a block adds to the stream stays unmasked. BatchNorm of a slice uses the statistics of the batch in training and
-the first channels of the shared running ones in evaluation, and never writes: what a running mean over different
-networks would mean, nobody can say. Only a forward of the full network, without widths, updates them.
+what a block adds to the stream stays unmasked.
+
+BatchNorm of a slice uses the statistics of the batch in training, and the first channels of the shared running ones in
+evaluation. Running statistics are not updated: an average over different subnets is meaningless. Only a forward of the
+full network, without widths, updates them.
 
 Networks are built by timm and made elastic in place: `make_elastic` changes the class of a module, so that names,
 shapes and initial weights are timm's by construction.
@@ -11,24 +13,27 @@ shapes and initial weights are timm's by construction.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
+from .widths import Width, masked, prefix
+
 __all__ = [
     'ConvWidths', 'ElasticBatchNorm', 'ElasticConv2d', 'ElasticConvBnAct', 'ElasticDepthwiseConv2d',
-    'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual', 'ElasticSqueezeExcite',
-    'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection', 'elastic_kernel', 'make_elastic',
-    'resize',
+    'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual', 'ElasticProjection', 'ElasticSqueezeExcite',
+    'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection',
+    'WidthShortcut', 'elastic_kernel', 'make_elastic', 'resize',
 ]
 
 
 class ConvWidths(NamedTuple):
-    """What one block is to compute: ints, or masks of full width.
+    """What one block computes: ints, or masks of full width; the defaults are timm's full block.
 
     Attributes:
         hidden: Channels of the depthwise convolution.
@@ -36,18 +41,23 @@ class ConvWidths(NamedTuple):
         kernel_size: Kernel size, or a mask over the sizes of the block, smallest first.
         se: Channels inside squeeze-and-excitation.
         width_in: Mask of the incoming channels, masks only.
-        equal: 0-d, masks only: 1 where as many channels come in as go out.
+        equal: 0-d, masks only: 1 if as many channels come in as go out.
         active: 0-d, masks only: 0 skips the block.
         drop: Whether drop path applies.
+        elastic: Whether the block is part of a subnet, which updates no running statistics.
     """
-    hidden: int | Tensor
-    width_out: int | None
-    kernel_size: int | Tensor
-    se: int | Tensor
+    hidden: Width = None
+    width_out: int | None = None
+    kernel_size: Width = None
+    se: Width = None
     width_in: Tensor | None = None
     equal: Tensor | None = None
     active: Tensor | None = None
     drop: bool = True
+    elastic: bool = True
+
+
+FULL = ConvWidths(elastic=False)
 
 
 def resize(x: Tensor, resolution: int) -> Tensor:
@@ -57,19 +67,14 @@ def resize(x: Tensor, resolution: int) -> Tensor:
     return F.interpolate(x, size=(resolution, resolution), mode='bicubic', align_corners=False)
 
 
-def _slice(width: int | Tensor | None) -> int | None:
-    """The width to slice to; masks compute at full width."""
-    return None if isinstance(width, Tensor) else width
-
-
-def _channels(mask: Tensor) -> Tensor:
-    return mask[:, None, None]
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 class ElasticConv2d(nn.Conv2d):
     """Convolution that computes its first `out` channels from the first `x.shape[1]` ones."""
 
-    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
+        out = prefix(out)
         bias = None if self.bias is None else self.bias[:out]
         return F.conv2d(x, self.weight[:out, :x.shape[1]], bias, self.stride, self.padding)
 
@@ -77,21 +82,20 @@ class ElasticConv2d(nn.Conv2d):
 class ElasticDepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution of the first `x.shape[1]` channels, at any of its kernel sizes.
 
-    A smaller kernel is the centre of the next larger one, where `matrices` has an entry after that linear map of its
-    values, the same for all channels (OFA).
+    A smaller kernel is the centre of the next larger one. If `matrices` has an entry for the two sizes, the centre's
+    values then pass through that linear map, which is the same for all channels (OFA).
 
     Attributes:
         kernel_sizes: The sizes, smallest first; the weight has the largest.
-        matrices: Learned maps [size * size, size * size] under the names '7to5', '5to3'; may be empty.
+        matrices: Learned maps [size * size, size * size] with the names '7to5', '5to3'; may be empty.
     """
     kernel_sizes: tuple[int, ...]
     matrices: nn.ParameterDict
 
     def kernel(self, size: int, channels: int | None = None) -> Tensor:
         """The weight [channels, 1, size, size]."""
-        weight = self.weight[:channels]
-        sizes = self.kernel_sizes
-        for larger, smaller in zip(sizes[:0:-1], sizes[-2::-1]):
+        weight: Tensor = self.weight[:channels]
+        for larger, smaller in pairwise(self.kernel_sizes[::-1]):
             if larger == size:
                 break
             border = (larger - smaller) // 2
@@ -103,13 +107,13 @@ class ElasticDepthwiseConv2d(nn.Conv2d):
     def masked_kernel(self, mask: Tensor) -> Tensor:
         """The weight for a nested mask over the sizes, [C, 1, largest, largest]: a sum of what each size adds."""
         total = torch.zeros_like(self.weight)
-        previous = 0
-        for size, share in zip(self.kernel_sizes, mask):
+        previous: Tensor | int = 0
+        for size, share in zip(self.kernel_sizes, mask, strict=True):
             kernel = F.pad(self.kernel(size), [(self.kernel_sizes[-1] - size) // 2] * 4)
             total, previous = total + share * (kernel - previous), kernel
         return total
 
-    def forward(self, x: Tensor, size: int | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, size: Width = None) -> Tensor:
         channels = x.shape[1]
         if isinstance(size, Tensor):
             weight = self.masked_kernel(size)
@@ -121,7 +125,7 @@ class ElasticDepthwiseConv2d(nn.Conv2d):
 class ElasticBatchNorm(BatchNormAct2d):
     """BatchNorm, then activation, of the first `x.shape[1]` channels."""
 
-    def forward(self, x: Tensor, elastic: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, elastic: bool = False) -> Tensor:
         if not elastic:
             return super().forward(x)
         channels = x.shape[1]
@@ -129,19 +133,27 @@ class ElasticBatchNorm(BatchNormAct2d):
         if self.training:
             x = F.batch_norm(x, None, None, weight, bias, True, 0., self.eps)
         else:
-            x = F.batch_norm(
-                x, self.running_mean[:channels], self.running_var[:channels], weight, bias, False, 0., self.eps)
+            mean, var = self.running_mean[:channels], self.running_var[:channels]  # type: ignore[index]
+            x = F.batch_norm(x, mean, var, weight, bias, False, 0., self.eps)
         return self.act(self.drop(x))
 
 
 class ElasticSqueezeExcite(SqueezeExcite):
     """timm's squeeze-and-excitation of the first `x.shape[1]` channels."""
 
-    def forward(self, x: Tensor, hidden: int | Tensor | None = None) -> Tensor:
-        gate = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True), _slice(hidden)))
-        if isinstance(hidden, Tensor):
-            gate = gate * _channels(hidden)
-        return x * self.gate(self.conv_expand(gate, x.shape[1]))
+    def forward(self, x: Tensor, *, hidden: Width = None) -> Tensor:
+        gate = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True), out=hidden))
+        return x * self.gate(self.conv_expand(masked(gate, hidden), out=x.shape[1]))
+
+
+class ElasticConvBnAct(ConvBnAct):
+    """timm's convolution with BatchNorm and activation, computing its first `out` channels."""
+
+    def forward(self, x: Tensor, *, out: Width = None, elastic: bool = False) -> Tensor:
+        return self.bn1(self.conv(x, out=out), elastic=elastic)
+
+
+# -- shortcuts ---------------------------------------------------------------------------------------------------------
 
 
 class Projection(nn.Module):
@@ -149,9 +161,9 @@ class Projection(nn.Module):
 
     Args:
         width_in: Channels.
-        width_out: Channels; a convolution where they may differ.
+        width_out: Channels of the output.
         stride: 1, or 2 for pooling; odd sides get a border of zeros, which count.
-        convolution: Whether there is one.
+        convolution: Whether there is a convolution; without one, as many channels come in as go out.
     """
 
     def __init__(self, width_in: int, width_out: int, stride: int, convolution: bool, device=None, dtype=None) -> None:
@@ -169,12 +181,68 @@ class Projection(nn.Module):
         return self.conv(self.pool(x))
 
 
+class _Shortcut(nn.Module):
+    """What an elastic block adds its branch to.
+
+    `forward(x, *, read, branch, widths)` takes the input of the block, the same with its channels masked, and the
+    output of the branch. It returns the output of the block.
+    """
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
+        raise NotImplementedError
+
+
+class NoShortcut(_Shortcut):
+    """The branch alone."""
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
+        return branch
+
+
+class IdentityShortcut(_Shortcut):
+    """Past a block that keeps size and width in every arch."""
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
+        return branch + x
+
+
+class WidthShortcut(_Shortcut):
+    """Past a block that keeps size, and keeps the width in some archs: there is a shortcut in these only."""
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
+        if widths.equal is not None:
+            return branch + widths.equal * _pad_channels(x, branch.shape[1])
+        return branch + x if x.shape[1] == branch.shape[1] else branch
+
+
+class ElasticProjection(Projection):
+    """`Projection` where widths differ, and pooling alone in archs where as many channels come in as go out."""
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:  # type: ignore[override]
+        out = branch.shape[1]
+        if isinstance(self.conv, nn.Identity):
+            return branch + self.pool(x)
+        if widths.equal is None:
+            x = self.pool(x)
+            return branch + (x if x.shape[1] == out else self.conv(x, out=out))
+        same = self.pool(_pad_channels(x, out))
+        return branch + (widths.equal * same + (1 - widths.equal) * self.conv(self.pool(read), out=out))
+
+
+def _pad_channels(x: Tensor, channels: int) -> Tensor:
+    """The stream at another full width, unmasked: nothing reads the channels beyond the narrower one."""
+    return F.pad(x, [0, 0, 0, 0, 0, channels - x.shape[1]])
+
+
+# -- static blocks -----------------------------------------------------------------------------------------------------
+
+
 class ProjectedDepthwiseSeparableConv(DepthwiseSeparableConv):
     """timm's block, plus the `Projection` of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:  # not by super(), which TorchScript does not know
+    def forward(self, x: Tensor) -> Tensor:  # TorchScript cannot compile a call of super()
         y = self.se(self.bn1(self.conv_dw(x)))
-        return self.bn2(self.conv_pw(y)) + self.projection(x)
+        return self.bn2(self.conv_pw(y)) + self.projection(x)  # type: ignore[operator]
 
 
 class ProjectedInvertedResidual(InvertedResidual):
@@ -183,104 +251,105 @@ class ProjectedInvertedResidual(InvertedResidual):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv_pw(x))
         y = self.se(self.bn2(self.conv_dw(y)))
-        return self.bn3(self.conv_pwl(y)) + self.projection(x)
+        return self.bn3(self.conv_pwl(y)) + self.projection(x)  # type: ignore[operator]
 
 
-class _ElasticBlock:
-    """What both elastic blocks share: the order of a forward, and the shortcut.
+# -- elastic blocks ----------------------------------------------------------------------------------------------------
+
+
+class _ElasticBlock(nn.Module):
+    """An elastic block: the branch that its subclasses define, and a shortcut.
 
     Attributes:
-        projection: The shortcut of a block that changes size or width, or `None`.
-        may_skip: Whether there is an identity shortcut at some widths only: where as many channels come in as go out.
+        projection: The shortcut, a module of one of the classes above. Checkpoints hold the weights of an
+            `ElasticProjection` with this name.
     """
+    projection: nn.Module
+    drop_path: DropPath | nn.Identity
+    se: nn.Module
 
-    def forward(self, x: Tensor, widths: ConvWidths | None = None) -> Tensor:
-        elastic = widths is not None
-        hidden, out, kernel_size, se, width_in, equal, active, drop = widths or ConvWidths(None, None, None, None)
-        read = x if width_in is None else x * _channels(width_in)
-        y = self._depthwise(x, read, hidden, kernel_size, elastic)
-        if isinstance(hidden, Tensor):
-            y = y * _channels(hidden)
-        if isinstance(self.se, SqueezeExcite):
-            y = self.se(y, se)
-        y = self._project(y, out, elastic)
-        if drop:
-            y = self.drop_path(y)
-        if active is not None:
-            y = y * active
-        if self.projection is not None:
-            return y + self._shortcut(x, read, y.shape[1], equal)
-        if self.may_skip and elastic:
-            # what lies beyond the narrower width is read by nothing
-            if equal is not None:
-                return y + equal * F.pad(x, [0, 0, 0, 0, 0, y.shape[1] - x.shape[1]])
-            return y + x if x.shape[1] == y.shape[1] else y
-        return y + x if self.has_skip else y
+    def forward(self, x: Tensor, *, widths: ConvWidths = FULL) -> Tensor:
+        read = masked(x, widths.width_in)
+        y = self.expand(x, read, widths)
+        y = masked(self.depthwise(y, widths), widths.hidden)
+        y = self.squeeze_excite(y, widths)
+        y = self.project(y, widths)
+        y = self.drop_path(y) if widths.drop else y
+        return self.shortcut(x, read=read, branch=masked(y, widths.active), widths=widths)
 
-    def _shortcut(self, x: Tensor, read: Tensor, out: int, equal: Tensor | None) -> Tensor:
-        """The input at the size and width of the output: itself where as many channels go out, else projected."""
-        projection = self.projection
-        if equal is None:
-            x = projection.pool(x)
-            return x if x.shape[1] == out or isinstance(projection.conv, nn.Identity) else projection.conv(x, out)
-        # the stream passes on unmasked; channels beyond the narrower width are read by nothing
-        same = projection.pool(F.pad(x, [0, 0, 0, 0, 0, out - x.shape[1]]))
-        if isinstance(projection.conv, nn.Identity):
-            return same
-        return equal * same + (1 - equal) * projection.conv(projection.pool(read), out)
+    @property
+    def shortcut(self) -> nn.Module:
+        return self.projection
+
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        """From the channels of the stream, plain and masked, to those of the depthwise convolution."""
+        raise NotImplementedError
+
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        raise NotImplementedError
+
+    def squeeze_excite(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return x if isinstance(self.se, nn.Identity) else self.se(x, hidden=widths.se)
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        raise NotImplementedError
 
 
 class ElasticDepthwiseSeparableConv(_ElasticBlock, DepthwiseSeparableConv):
     """timm's depthwise separable block at the given widths; without widths, the full block."""
 
-    def _depthwise(self, x: Tensor, read: Tensor, hidden, kernel_size, elastic: bool) -> Tensor:
-        # channels do not mix here: their mask is that of `hidden`, after the activation
-        return self.bn1(self.conv_dw(x, kernel_size), elastic)
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        return x  # channels do not mix before the mask of `hidden`, which is the same: masks multiply once
 
-    def _project(self, y: Tensor, out: int | None, elastic: bool) -> Tensor:
-        return self.bn2(self.conv_pw(y, out), elastic)
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return self.bn1(self.conv_dw(x, size=widths.kernel_size), elastic=widths.elastic)
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return self.bn2(self.conv_pw(x, out=widths.width_out), elastic=widths.elastic)
 
 
 class ElasticInvertedResidual(_ElasticBlock, InvertedResidual):
     """timm's inverted residual block at the given widths; without widths, the full block."""
 
-    def _depthwise(self, x: Tensor, read: Tensor, hidden, kernel_size, elastic: bool) -> Tensor:
-        y = self.bn1(self.conv_pw(read, _slice(hidden)), elastic)
-        return self.bn2(self.conv_dw(y, kernel_size), elastic)
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        return self.bn1(self.conv_pw(read, out=widths.hidden), elastic=widths.elastic)
 
-    def _project(self, y: Tensor, out: int | None, elastic: bool) -> Tensor:
-        return self.bn3(self.conv_pwl(y, out), elastic)
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return self.bn2(self.conv_dw(x, size=widths.kernel_size), elastic=widths.elastic)
 
-
-class ElasticConvBnAct(ConvBnAct):
-    """timm's convolution with BatchNorm and activation, computing its first `out` channels."""
-
-    def forward(self, x: Tensor, out: int | None = None, elastic: bool = False) -> Tensor:
-        return self.bn1(self.conv(x, out), elastic)
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return self.bn3(self.conv_pwl(x, out=widths.width_out), elastic=widths.elastic)
 
 
-_ELASTIC = {
+# -- from timm's modules -----------------------------------------------------------------------------------------------
+
+
+_ELASTIC: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct2d: ElasticBatchNorm, SqueezeExcite: ElasticSqueezeExcite, ConvBnAct: ElasticConvBnAct,
     DepthwiseSeparableConv: ElasticDepthwiseSeparableConv, InvertedResidual: ElasticInvertedResidual,
+    Projection: ElasticProjection,
 }
 
 
 def make_elastic(module: nn.Module) -> None:
-    """Turn timm's modules into elastic ones, in place: weights, names and hooks stay."""
-    for child in module.modules():
+    """Turn timm's modules into elastic ones, in place: weights, names and hooks stay.
+
+    Blocks get the shortcut that timm's have; assign `projection` where the widths of archs require another one.
+    """
+    for child in list(module.modules()):
         if type(child) is nn.Conv2d:
             child.__class__ = ElasticConv2d if child.groups == 1 else ElasticDepthwiseConv2d
-            if child.groups > 1:
+            if isinstance(child, ElasticDepthwiseConv2d):
                 child.kernel_sizes, child.matrices = (child.kernel_size[0],), nn.ParameterDict()
         elif type(child) in _ELASTIC:
             child.__class__ = _ELASTIC[type(child)]
             if isinstance(child, _ElasticBlock):
-                child.projection, child.may_skip = None, False
+                child.projection = IdentityShortcut() if child.has_skip else NoShortcut()
 
 
 def elastic_kernel(conv: ElasticDepthwiseConv2d, sizes: Sequence[int], transform: bool) -> None:
-    """Let a depthwise convolution have several kernel sizes, smaller ones by learned matrices if `transform`."""
+    """Give a depthwise convolution several kernel sizes; if `transform`, learned matrices lead to the smaller ones."""
     conv.kernel_sizes = tuple(sizes)
-    like = dict(device=conv.weight.device, dtype=conv.weight.dtype)
-    for larger, smaller in zip(sizes[:0:-1], sizes[-2::-1]) if transform else ():
-        conv.matrices[f'{larger}to{smaller}'] = nn.Parameter(torch.eye(smaller ** 2, **like))
+    for larger, smaller in pairwise(sizes[::-1]) if transform else ():
+        conv.matrices[f'{larger}to{smaller}'] = nn.Parameter(
+            torch.eye(smaller ** 2, device=conv.weight.device, dtype=conv.weight.dtype))

@@ -9,22 +9,22 @@ from timm.layers import Attention, maybe_add_mask, register_notrace_function, re
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..space.complexity import HEAD_DIM, fused_columns
+from ..space.shiftformer import HEAD_DIM, fused_columns
 
 __all__ = ['RelativeAttention', 'RelativeBlock', 'RelativeIndex', 'RelativePosition2d', 'extend_table']
 
 
 class RelativeIndex(NamedTuple):
-    """Constants of relative position on a token grid of R x C; made once per forward and shared by the layers."""
+    """Constants of relative position on a token grid of R x C, computed once per forward and shared by the layers."""
     rows: Tensor  # [R, R] table row of (query row, key row)
     cols: Tensor  # [C, C] the same for columns
-    columns: Tensor  # [tokens, fused width - 64] one-hot row, one-hot column and class flag of every key
+    columns: Tensor  # [tokens, fused_columns] one-hot row, one-hot column and class flag of every key
 
 
 @torch.fx.wrap
 @register_notrace_function
 def relative_index(grid_size: tuple[int, int], num_prefix: int, max_distance: int, like: Tensor) -> RelativeIndex:
-    """Constants for attention over `num_prefix` (0 or 1) class tokens followed by the grid, in the type of `like`."""
+    """Constants for `num_prefix` (0 or 1) class tokens followed by the grid, with the dtype and device of `like`."""
     rows, cols = grid_size
     row, col = torch.arange(rows, device=like.device), torch.arange(cols, device=like.device)
     columns = torch.zeros(num_prefix + rows * cols, fused_columns(grid_size), device=like.device, dtype=like.dtype)
@@ -48,7 +48,7 @@ def _read_pairs(row_table: Tensor, col_table: Tensor, index: RelativeIndex, num_
     rows, cols = index.rows.shape[0], index.cols.shape[0]
     by_row = index.rows.repeat_interleave(cols, 0).repeat_interleave(cols, 1)
     by_col = index.cols.repeat(rows, rows)
-    pad = [num_prefix, 0, num_prefix, 0]  # with table row 0, that of the class token
+    pad = [num_prefix, 0, num_prefix, 0]  # with 0, the table row of the class token
     return row_table[F.pad(by_row, pad)] + col_table[F.pad(by_col, pad)]
 
 
@@ -65,16 +65,18 @@ class RelativePosition2d(nn.Module):
     """
 
     def __init__(
-            self, grid_size: tuple[int, int], num_prefix: int = 1, max_distance: int = 14, device=None, dtype=None,
+            self, grid_size: tuple[int, int], num_prefix: int = 1, max_distance: int = 14, *, device=None, dtype=None,
     ) -> None:
         super().__init__()
         self.grid_size = (grid_size[0], grid_size[1])
         self.num_prefix = num_prefix
         self.max_distance = max_distance
         self.scale = HEAD_DIM ** -0.5
-        for name in ('k_rows', 'k_cols', 'v_rows', 'v_cols'):
-            table = torch.empty(2 * max_distance + 2, HEAD_DIM, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(table))
+        shape = 2 * max_distance + 2, HEAD_DIM
+        self.k_rows = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.k_cols = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.v_rows = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.v_cols = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -84,7 +86,7 @@ class RelativePosition2d(nn.Module):
     reset_parameters = init_weights  # the name that timm's weight_init='reset' calls
 
     def index(self, like: Tensor) -> RelativeIndex:
-        """The constants that `attend` takes, in the type and place of `like`."""
+        """The constants that `attend` takes, with the dtype and device of `like`."""
         return relative_index(self.grid_size, self.num_prefix, self.max_distance, like)
 
     def _on_grid(self, x: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class RelativePosition2d(nn.Module):
 
     def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, dropout: float = 0.,
                        attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The same by the definition, with tables of [tokens, tokens, 64]: slow, no fused attention needed."""
+        """The same by its definition, with tables of [tokens, tokens, 64]: slow, but needs no fused attention."""
         by_pair = _read_pairs(self.k_rows, self.k_cols, index, self.num_prefix)
         logits = (q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, by_pair)) * self.scale
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))
@@ -143,7 +145,7 @@ def extend_table(table: Tensor, trained: int, max_distance: int) -> Tensor:
 
     Args:
         table: [2M + 2, 64].
-        trained: The largest distance that was ever read, e.g. grid side - 1; rows further out hold their initial noise.
+        trained: The largest distance that was ever read, such as grid side - 1; rows further out hold initial noise.
         max_distance: M of the returned table, [2 * max_distance + 2, 64].
     """
     limit = table.shape[0] // 2 - 1
@@ -153,7 +155,7 @@ def extend_table(table: Tensor, trained: int, max_distance: int) -> Tensor:
 
 
 class RelativeAttention(Attention):
-    """timm's attention with heads of 64 channels and, when `rel_pos` is set, 2D relative position."""
+    """timm's attention with heads of 64 channels and, if `rel_pos` is set, 2D relative position."""
 
     def __init__(self, dim: int, num_heads: int, **kwargs) -> None:
         super().__init__(dim, num_heads, attn_head_dim=HEAD_DIM, **kwargs)
@@ -184,7 +186,7 @@ class RelativeAttention(Attention):
 
 
 class RelativeBlock(Block):
-    """timm's pre-norm block, handing the constants of relative position to its attention."""
+    """timm's pre-norm block; it passes the constants of relative position on to its attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None) -> Tensor:

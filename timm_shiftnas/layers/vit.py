@@ -1,10 +1,12 @@
-"""Elastic layers: timm's layers whose forward takes the width to compute, and 2D relative position for attention.
+"""Elastic layers of vision transformers: timm's layers with a forward that takes the width to compute.
 
 A width is an **int** (slice the shared weights: the fast path) or a **0/1 mask of full width** (differentiable: the
-path of the architecture generator). The *input* width is always read off the tensor, and nothing is kept on a layer.
+path of the architecture generator). The *input* width is always read off the tensor. Layers store nothing about an
+arch.
+
 Masks multiply exactly once, where a value is read: after a LayerNorm, on the attention output, after the activation of
-the MLP, and once per residual branch. Writes to the residual stream stay unmasked, or the gradient of every inactive
-unit would be exactly zero and the generator could never learn to grow.
+the MLP, and once per residual branch. Writes to the residual stream stay unmasked: otherwise the gradient of every
+inactive unit would be exactly zero, and the generator could never learn to grow.
 """
 from __future__ import annotations
 
@@ -12,35 +14,28 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    LayerNorm,
-    Mlp,
-    PatchEmbed,
-)
+from timm.layers import LayerNorm, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from ..space.complexity import HEAD_DIM
+from ..space.shiftformer import HEAD_DIM
 from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex
+from .widths import Width, masked, prefix
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
     'ElasticPatchEmbed', 'ElasticQKV',
 ]
 
-Width = int | Tensor | None  # None: the full width
-
 
 class BlockWidths(NamedTuple):
-    """What one transformer block is to compute; every entry an int, or every entry a mask of full width."""
-    embed_dim: int | Tensor
-    num_heads: int | Tensor
-    hidden: int | Tensor
+    """What one transformer block computes: ints, or masks of full width; the defaults are the full block."""
+    embed_dim: Width = None
+    num_heads: Width = None
+    hidden: Width = None
     active: Tensor | None = None  # 0-d, masks only: 0 skips the block
 
 
-def _slice(width: Width) -> int | None:
-    """The width to slice to; masks compute at full width."""
-    return None if isinstance(width, Tensor) else width
+FULL = BlockWidths()
 
 
 # -- linear, norm, embedding, MLP --------------------------------------------------------------------------------------
@@ -49,7 +44,8 @@ def _slice(width: Width) -> int | None:
 class ElasticLinear(nn.Linear):
     """Linear layer that computes its first `out` outputs from the first `x.shape[-1]` inputs."""
 
-    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
+        out = prefix(out)
         bias = None if self.bias is None else self.bias[:out]
         return F.linear(x, self.weight[:out, :x.shape[-1]], bias)
 
@@ -60,12 +56,12 @@ class ElasticQKV(nn.Linear):
     Args:
         dim: Largest input width.
         num_heads: Largest number of heads.
-        bias_slicing: How fewer heads read the bias. 'role': the first heads of each of q, k and v, as the weight.
-            'joint': the first 3 * 64 * heads entries, split into q, k and v, as AutoFormer's published supernets were
-            trained; only its converter sets this.
+        bias_slicing: Which entries of the bias fewer heads read. 'role': the first heads of each of q, k and v, as for
+            the weight. 'joint': the first 3 * 64 * heads entries, split into q, k and v, as in the training of
+            AutoFormer's published supernets; only its converter sets this.
     """
 
-    def __init__(self, dim: int, num_heads: int, bias: bool = True, bias_slicing: str = 'role', device=None,
+    def __init__(self, dim: int, num_heads: int, *, bias: bool = True, bias_slicing: str = 'role', device=None,
                  dtype=None) -> None:
         super().__init__(dim, 3 * num_heads * HEAD_DIM, bias=bias, device=device, dtype=dtype)
         self.bias_slicing = bias_slicing
@@ -73,7 +69,7 @@ class ElasticQKV(nn.Linear):
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 * 64 * heads, dim] and bias of the first `heads` heads."""
         rows = heads * HEAD_DIM
-        # copies, of all heads too: views where they are possible would give every number of heads compiled graphs
+        # always copies: views, which are possible for some numbers of heads only, would add compiled graphs
         layout = torch.contiguous_format
         weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].clone(memory_format=layout).view(-1, dim)
         if self.bias is None:
@@ -82,39 +78,40 @@ class ElasticQKV(nn.Linear):
             return weight, self.bias[:3 * rows]
         return weight, self.bias.view(3, -1)[:, :rows].clone(memory_format=layout).view(-1)
 
-    def forward(self, x: Tensor, heads: Width = None) -> Tensor:
+    def forward(self, x: Tensor, *, heads: Width = None) -> Tensor:
         if not isinstance(heads, Tensor):
             heads = self.out_features // (3 * HEAD_DIM) if heads is None else heads
             return F.linear(x, *self.sliced(x.shape[-1], heads))
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and self.bias_slicing == 'joint':
-            # Active heads read the bias that their number gives; the others the one that they would have in full.
+            # active heads read the bias of a network with as many heads, inactive ones that of the full network
             rows = int(heads.detach().sum().round()) * HEAD_DIM
             bias = torch.cat([bias[:3 * rows].view(3, rows), bias.view(3, -1)[:, rows:]], dim=1).flatten()
         return F.linear(x, self.weight[:, :x.shape[-1]], bias)
 
 
 class ElasticLayerNorm(LayerNorm):
-    """LayerNorm over the first `width` channels; a mask gives moments over the active ones and masks the output."""
+    """LayerNorm over the channels of `x`; with a mask, over the active ones, and the output is masked."""
 
-    def forward(self, x: Tensor, width: Width = None) -> Tensor:
+    def forward(self, x: Tensor, *, width: Width = None) -> Tensor:
         if not isinstance(width, Tensor):
             dim = x.shape[-1]
             return F.layer_norm(x, (dim,), self.weight[:dim], self.bias[:dim], self.eps)
         count = width.sum()
         x = x - (x * width).sum(-1, keepdim=True) / count
         variance = (x * x * width).sum(-1, keepdim=True) / count
-        return (x * torch.rsqrt(variance + self.eps) * self.weight + self.bias) * width
+        return masked(x * torch.rsqrt(variance + self.eps) * self.weight + self.bias, width, -1)
 
 
 class ElasticPatchEmbed(PatchEmbed):
     """timm's patch embedding, computing its first `out` channels: [B, C, H, W] -> [B, patches, out]."""
 
-    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
         if x.shape[-2:] != tuple(self.img_size):
             raise ValueError(
                 f'input of size {tuple(x.shape[-2:])} for a network of {tuple(self.img_size)}; '
                 'resize the images or call set_input_size')
+        out = prefix(out)
         bias = None if self.proj.bias is None else self.proj.bias[:out]
         x = F.conv2d(x, self.proj.weight[:out], bias, self.proj.stride)
         return x.flatten(2).transpose(1, 2)
@@ -123,18 +120,16 @@ class ElasticPatchEmbed(PatchEmbed):
 class ElasticMlp(Mlp):
     """timm's MLP with elastic hidden and output widths."""
 
-    def __init__(self, in_features, hidden_features, act_layer=nn.GELU, norm_layer=None, bias=True, drop=0.,
-                 device=None, dtype=None) -> None:
-        # what is replaced is built on the meta device, at no cost
+    def __init__(self, in_features: int, hidden_features: int, act_layer=nn.GELU, norm_layer=None, bias: bool = True,
+                 drop: float = 0., device=None, dtype=None) -> None:
+        # timm's linear layers are replaced, so they are built on the meta device at no cost
         super().__init__(in_features, hidden_features, act_layer=act_layer, bias=bias, drop=drop, device='meta')
         self.fc1 = ElasticLinear(in_features, hidden_features, bias=bias, device=device, dtype=dtype)
         self.fc2 = ElasticLinear(hidden_features, in_features, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, hidden: Width = None, out: int | None = None) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x, _slice(hidden))))
-        if isinstance(hidden, Tensor):
-            x = x * hidden
-        return self.drop2(self.fc2(x, out))
+    def forward(self, x: Tensor, *, hidden: Width = None, out: Width = None) -> Tensor:
+        x = self.drop1(self.act(self.fc1(x, out=hidden)))
+        return self.drop2(self.fc2(masked(x, hidden, -1), out=out))
 
 
 # -- attention with 2D relative position -------------------------------------------------------------------------------
@@ -150,21 +145,18 @@ class ElasticAttention(RelativeAttention):
         self.proj = ElasticLinear(self.attn_dim, dim, bias=proj_bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-                index: RelativeIndex | None = None, heads: Width = None, out: int | None = None) -> Tensor:
-        x = self.attend(self.qkv(x, heads), attn_mask, is_causal, index)
-        if isinstance(heads, Tensor):
-            x = x * heads[:, None, None]
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2), out))
+                index: RelativeIndex | None = None, *, heads: Width = None, out: Width = None) -> Tensor:
+        x = self.attend(self.qkv(x, heads=heads), attn_mask, is_causal, index)
+        return self.proj_drop(self.proj(masked(x, heads).transpose(1, 2).flatten(2), out=out))
 
 
 class ElasticBlock(RelativeBlock):
     """timm's pre-norm block at the given widths; without widths, the full block."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-                index: RelativeIndex | None = None, widths: BlockWidths | None = None) -> Tensor:
-        embed, heads, hidden, active = widths or BlockWidths(None, None, None)
-        out = _slice(embed)
-        branch = self.attn(self.norm1(x, embed), attn_mask, is_causal, index, heads, out)
-        x = x + self.drop_path1(branch if active is None else branch * active)
-        branch = self.mlp(self.norm2(x, embed), hidden, out)
-        return x + self.drop_path2(branch if active is None else branch * active)
+                index: RelativeIndex | None = None, *, widths: BlockWidths = FULL) -> Tensor:
+        embed, heads, hidden, active = widths
+        y = self.attn(self.norm1(x, width=embed), attn_mask, is_causal, index, heads=heads, out=embed)
+        x = x + self.drop_path1(masked(y, active))
+        y = self.mlp(self.norm2(x, width=embed), hidden=hidden, out=embed)
+        return x + self.drop_path2(masked(y, active))

@@ -5,13 +5,24 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+__all__ = ['check_fits', 'weights_of']
 
-def check_fits(state_dict: Mapping[str, Tensor], model: nn.Module, first_conv: str, classifier: str) -> None:
-    """Refuse the weights of another network in one line (timm adapts other classes and input channels after this).
+
+def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
+    """The weights in a training checkpoint, without the prefix of `DataParallel`."""
+    for key in ('state_dict', 'model'):
+        checkpoint = checkpoint.get(key, checkpoint)
+    return {name.removeprefix('module.'): weight for name, weight in checkpoint.items()}
+
+
+def check_fits(state_dict: Mapping[str, Tensor], model: nn.Module, *, first_conv: str, classifier: str) -> None:
+    """Raise an error of one line for the weights of another network.
+
+    Classes and input channels may differ: timm adapts them afterwards.
 
     Args:
-        state_dict: Weights under the names of `model`.
-        model: Where they are to go.
+        state_dict: Weights with the names of `model`.
+        model: The network that is to load them.
         first_conv, classifier: Names of these modules.
 
     Raises:
@@ -25,17 +36,16 @@ def check_fits(state_dict: Mapping[str, Tensor], model: nn.Module, first_conv: s
             raise ValueError(f'the checkpoint is of another network: it {has} {name}; {hint}')
     for name in own.keys() & state_dict.keys():
         there, here = tuple(state_dict[name].shape), tuple(own[name].shape)
+        compared = slice(None)
         if name == f'{first_conv}.weight':
-            same = there[0] == here[0]
+            compared = slice(1)
         elif name.startswith(f'{classifier}.'):
-            same = there[1:] == here[1:]
-        else:
-            same = there == here
-        if not same:
+            compared = slice(1, None)
+        if there[compared] != here[compared]:
             raise ValueError(f'the checkpoint is of another network: {name} is {there} there and {here} here; {hint}')
     bias = state_dict.get(f'{classifier}.bias')
     classes = model.num_classes if bias is None else bias.shape[0]
     if classes != model.num_classes and getattr(model, 'pretrained_cfg', {}).get('num_classes') == model.num_classes:
         raise ValueError(
-            f'the checkpoint has {classes} classes; say so, as in pretrained_cfg_overlay=dict(num_classes={classes}), '
-            f'and its head is left out')
+            f'the checkpoint has {classes} classes, not {model.num_classes}; type '
+            f'pretrained_cfg_overlay=dict(num_classes={classes}), and its head is left out')

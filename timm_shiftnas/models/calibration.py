@@ -1,11 +1,12 @@
-"""BatchNorm statistics of subnets: the shared running ones of a supernet are those of no network in particular.
+"""BatchNorm statistics of subnets: the running ones of a supernet belong to no single network.
 
-An extracted subnet gets its own from some training images (BigNAS, Yu et al., ECCV 2020; Once-for-all, Cai et al.,
+An extracted subnet computes its own from some training images (BigNAS, Yu et al., ECCV 2020; Once-for-all, Cai et al.,
 ICLR 2020; AttentiveNAS, Wang et al., CVPR 2021): no labels, no gradients, seconds.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.conv import resize
-from ..space import is_supernet
+from ..space import family_of, is_supernet
 from ..space.core import Arch
 from ..utils.distributed import Ranks
 from .subnet import extract
@@ -26,12 +27,12 @@ RECIPES = ('attentivenas', 'ofa')
 
 
 def has_batch_norm(net: nn.Module) -> bool:
-    """Whether the subnets of a supernet need statistics of their own."""
+    """Whether the subnets of a supernet need their own statistics."""
     return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
 def bn_statistics(net: nn.Module) -> dict[str, Tensor]:
-    """Running statistics of all BatchNorms, under their names in the state_dict."""
+    """Running statistics of all BatchNorms, with their names in the state_dict."""
     return {
         f'{prefix}.{name}': buffer for prefix, module in net.named_modules() if isinstance(module, _BatchNorm)
         for name, buffer in module.named_buffers(recurse=False)}
@@ -49,16 +50,17 @@ def calibrate_bn(
     """Replace the BatchNorm statistics of an extracted subnet by those of some images.
 
     Every batch is normalised by its own statistics; the running ones become their mean over batches. Whole batches are
-    taken, until there are enough images. Statistics change at the end, all at once.
+    taken, until there are enough images. The subnet changes at the end only, and not at all if there is an error.
 
     Args:
         subnet: A network of `extract` or `from_pretrained`, changed in place. Without BatchNorm, nothing happens.
-        loader: Batches of images [B, C, H, W], or tuples that start with them, as the network expects them but for
-            their size: they are resized to its own. Training images, without mixup.
-        num_images: How many to see at least, if the loader has them.
-        recipe: 'ofa': batches count by their images, with the biased variance (Once-for-all: 2,000 images);
-            'attentivenas': batches count alike, with the unbiased variance (64 batches). Default: that of the space.
-        progress: Show a bar where the standard error stream is a terminal.
+        loader: Batches of images [B, C, H, W], or tuples that start with them, preprocessed as the network expects.
+            They are resized to its resolution. Training images, without mixup.
+        num_images: The least number of images to use, if the loader has them.
+        recipe: 'ofa': batches are weighted by their images, with the biased variance (Once-for-all: 2,000 images);
+            'attentivenas': batches have equal weights, with the unbiased variance (64 batches). Default: that of the
+            search space.
+        progress: Show a bar if the standard error stream is a terminal.
 
     Returns:
         The subnet, in the mode it was in.
@@ -68,10 +70,11 @@ def calibrate_bn(
     """
     net = unwrap_model(subnet)
     if is_supernet(net):
-        raise ValueError('calibrate_bn takes an extracted subnet, not a supernet: extract(net, arch) makes one')
-    if recipe is None:
-        fixed = getattr(net, 'model_args', {}).get('structure', {})
-        recipe = 'ofa' if fixed.get('kernel') == 'transform' else 'attentivenas'
+        raise ValueError('calibrate_bn takes an extracted subnet, not a supernet; extract one first')
+    space = getattr(net, 'static_space', None)
+    if recipe is None and space is not None:
+        recipe = family_of(space).bn_recipe(space)
+    recipe = recipe or RECIPES[0]
     if recipe not in RECIPES:
         raise ValueError(f'recipe={recipe!r} is unknown; choose one of {RECIPES}')
     if not isinstance(num_images, int) or num_images < 1:
@@ -82,59 +85,94 @@ def calibrate_bn(
     weight = next(net.parameters())
     if weight.is_meta:
         raise ValueError('the network has no weights (it is on the meta device); load them before calibrating')
-    before = {name: buffer.clone() for name, buffer in bn_statistics(net).items()}
-    sums = [[0., 0.] for _ in norms]
-    counts: dict[nn.Module, int] = {}  # values per channel in a batch
-    size = getattr(getattr(net, 'arch', None), 'resolution', None)
-    total = seen = 0
-    precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    means = [_Statistics(norm, by_images=recipe == 'ofa') for norm in norms]
+    seen = 0
+    with _batch_statistics(net, norms), tqdm(
+            total=num_images, desc='calibrating BatchNorm', unit='image', disable=None if progress else True) as bar:
+        for images in map(_images_of, loader):
+            if seen and len(images) == 1:
+                continue  # a last image alone has no variance
+            _run(net, images.to(device=weight.device, dtype=weight.dtype), means)
+            seen += len(images)
+            bar.update(len(images))
+            if seen >= num_images:
+                break
+    if not seen:
+        raise ValueError('the loader gave no images to calibrate BatchNorm with; give training images')
+    if not all(mean.is_finite() for mean in means):
+        raise ValueError('statistics are not finite; are there NaNs in the images, or in the weights?')
+    for mean in means:
+        mean.write()
+    return subnet
+
+
+class _Statistics:
+    """Mean over batches of the statistics of one BatchNorm, which holds those of the last batch.
+
+    Args:
+        norm: The layer.
+        by_images: Weight batches by their images, and take the biased variance.
+    """
+
+    def __init__(self, norm: _BatchNorm, by_images: bool) -> None:
+        self.norm, self.by_images = norm, by_images
+        self.mean: Any = 0.
+        self.variance: Any = 0.
+        self.weight = 0
+        self.dtype = torch.float64 if norm.running_mean.dtype == torch.float64 else torch.float32
+
+    def add(self, images: int, count: int) -> None:
+        """Add a batch with `images` images and `count` values per channel."""
+        share, biased = (images, (count - 1) / count) if self.by_images else (1, 1)
+        self.mean = self.mean + share * self.norm.running_mean.to(self.dtype)
+        self.variance = self.variance + share * biased * self.norm.running_var.to(self.dtype)
+        self.weight += share
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.variance).all())
+
+    def write(self) -> None:
+        self.norm.running_mean.copy_(self.mean / self.weight)
+        self.norm.running_var.copy_(self.variance / self.weight)
+        self.norm.num_batches_tracked.fill_(1)
+
+
+def _run(net: nn.Module, images: Tensor, means: Sequence[_Statistics]) -> None:
+    """Add the statistics of one batch."""
+    counts: dict[nn.Module, int] = {}  # values per channel
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         counts[module] = inputs[0].numel() // inputs[0].shape[1]
 
+    handles = [mean.norm.register_forward_pre_hook(count) for mean in means]
+    try:
+        net(_resized(net, images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for mean in means:
+        mean.add(len(images), counts[mean.norm])
+
+
+@contextmanager
+def _batch_statistics(net: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let BatchNorms normalise by the batch and keep its statistics; afterwards everything is as before."""
+    before = {name: buffer.clone() for name, buffer in bn_statistics(net).items()}
     modes = [(module, module.training) for module in net.modules()]
-    momenta = [norm.momentum for norm in norms]
-    handles = [norm.register_forward_pre_hook(count) for norm in norms]
-    bar = tqdm(total=num_images, desc='calibrating BatchNorm', unit='image', disable=None if progress else True)
+    momenta = [(norm, norm.momentum) for norm in norms]
     try:
         net.eval()
         for norm in norms:
             norm.train()
-            norm.momentum = 1.  # running statistics are those of the last batch
-        for batch in loader:
-            images = _images_of(batch)
-            if seen and len(images) == 1:
-                continue  # a last one alone says nothing of a variance
-            images = images.to(device=weight.device, dtype=weight.dtype)
-            net(images if size is None else resize(images, size))
-            share = len(images) if recipe == 'ofa' else 1
-            for part, norm in zip(sums, norms):
-                biased = (counts[norm] - 1) / counts[norm] if recipe == 'ofa' else 1
-                part[0] = part[0] + share * norm.running_mean.to(precision)
-                part[1] = part[1] + share * biased * norm.running_var.to(precision)
-            total, seen = total + share, seen + len(images)
-            bar.update(len(images))
-            if seen >= num_images:
-                break
+            norm.momentum = 1.
+        yield
     finally:
-        bar.close()
-        for handle in handles:
-            handle.remove()
         for module, training in modes:
             module.training = training
-        for norm, momentum in zip(norms, momenta):
+        for norm, momentum in momenta:
             norm.momentum = momentum
         for name, buffer in bn_statistics(net).items():
             buffer.copy_(before[name])
-    if not seen:
-        raise ValueError('the loader gave no images to calibrate BatchNorm with; give training images')
-    if not all(bool(torch.isfinite(part).all()) for parts in sums for part in parts):
-        raise ValueError('statistics are not finite; are there NaNs in the images, or in the weights?')
-    for norm, (mean, variance) in zip(norms, sums):
-        norm.running_mean.copy_(mean / total)
-        norm.running_var.copy_(variance / total)
-        norm.num_batches_tracked.fill_(1)
-    return subnet
 
 
 def _images_of(batch: Any) -> Tensor:
@@ -145,38 +183,46 @@ def _images_of(batch: Any) -> Tensor:
     return images
 
 
+def _resized(net: nn.Module, images: Tensor) -> Tensor:
+    """Images at the resolution of a subnet, if its arch has one."""
+    space = getattr(net, 'static_space', None)
+    resolution = None if space is None else family_of(space).resolution(net.arch)
+    return images if resolution is None else resize(images, resolution)
+
+
 class ResizedInput(nn.Module):
-    """An extracted subnet that takes images of any size: they are resized to its own."""
+    """An extracted subnet that takes images of any size: they are resized to its resolution."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(resize(x, self.module.arch.resolution))
+        return self.module(_resized(self.module, x))
 
 
 class BatchNormCalibration:
-    """Makes the subnets of a supernet ready for evaluation, and keeps their statistics.
+    """Prepares the subnets of a supernet for evaluation, and keeps their statistics.
 
     Args:
         loader: Training images, as for `calibrate_bn`.
-        num_images: How many each subnet sees.
+        num_images: How many images each subnet uses.
 
     Attributes:
-        statistics: By arch, those of the subnets made so far: of one state of the supernet's weights.
+        statistics: Those of the subnets prepared so far, by arch. They belong to one state of the supernet's weights.
     """
 
     def __init__(self, loader: Iterable[Any], num_images: int = 2000) -> None:
         self.loader, self.num_images = loader, num_images
         self.statistics: dict[Arch, dict[str, Tensor]] = {}
 
-    def prepare(self, net: nn.Module, archs: Sequence[Arch], ranks: Ranks = Ranks()) -> None:
-        """Take the statistics of some archs, each in one of the processes, and give them to all."""
+    def prepare(self, net: nn.Module, archs: Sequence[Arch], ranks: Ranks | None = None) -> None:
+        """Compute the statistics of some archs, each in one of the processes, and share them with all."""
+        ranks = ranks or Ranks()
         mine = ranks.shard(list(dict.fromkeys(archs)))
         for arch in mine:
             self(net, arch)
-        # over the CPU: what arrives elsewhere is on the device of its sender
+        # on the CPU: tensors arrive on the device of their sender
         taken = {arch: {name: buffer.cpu() for name, buffer in self.statistics[arch].items()} for arch in mine}
         for part in ranks.gather(taken):
             self.statistics |= part

@@ -3,7 +3,7 @@
 The search spaces are those of AutoFormer (Chen et al., ICCV 2021, arXiv 2107.00651): token width and depth, and per
 layer the number of heads and the MLP width, with 2D relative position on keys and values. ShiftNAS (Zhang et al., ICCV
 2023, arXiv 2307.08300) calls the network ShiftFormer. Attribute names and the layout of weights are timm's: with
-`relative_position=False` the state_dict of the full network is that of a timm ViT with heads of 64 channels.
+`relative_position=False`, the state_dict of the full network is that of a timm ViT with heads of 64 channels.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, Mlp, PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, create_model, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._input import get_pretrained_grid_size, update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
@@ -32,19 +32,29 @@ from ..layers.vit import (
     ElasticMlp,
     ElasticPatchEmbed,
 )
-from ..space import Supernet
-from ..space.core import Arch, SearchSpace, shiftformer_space, space_from_dict
-from ..space.matrix_mapping import ArchMasks
-from ._checkpoint import check_fits
+from ..layers.widths import Width, masked
+from ..space.core import Arch, SearchSpace
+from ..space.families import space_of_family
+from ..space.shiftformer import ShiftFormerMasks, shiftformer_space, shiftformer_space_of
+from ._checkpoint import check_fits, weights_of
+from ._published import convert_autoformer, is_autoformer
+from ._supernet import TimmSupernet
 
 __all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
 
-# arguments of timm's VisionTransformer that elastic widths leave alone
+# arguments of timm's VisionTransformer that elastic widths do not touch
 _PASSED_ON = frozenset((
     'proj_bias', 'class_token', 'pos_embed', 'no_embed_class', 'final_norm', 'pool_include_prefix', 'drop_rate',
     'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'fix_init', 'act_layer',
 ))
 _POOLS = ('', 'avg', 'avgmax', 'max', 'token')
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return dict(
+        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.875, interpolation='bicubic',
+        fixed_input_size=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+        first_conv='patch_embed.proj', classifier='head', license='apache-2.0') | kwargs
 
 
 class ShiftFormer(VisionTransformer):
@@ -57,7 +67,7 @@ class ShiftFormer(VisionTransformer):
         img_size: Input size, H and W.
         patch_size: Patch size.
         in_chans: Input channels.
-        num_classes: Classes; 0 leaves the head out.
+        num_classes: Classes; 0 for no head.
         global_pool: 'avg' (mean over patch tokens), 'token', 'max', 'avgmax' or ''.
         fc_norm: Put the final norm after pooling instead of before it.
         qkv_bias: Bias in the projection to queries, keys and values.
@@ -65,10 +75,10 @@ class ShiftFormer(VisionTransformer):
         max_relative_position: Distance M at which relative positions are clipped.
         norm_eps: Epsilon of the LayerNorms (AutoFormer: 1e-5).
         weight_init: As in timm's `VisionTransformer`.
-        **kwargs: Further arguments of timm's `VisionTransformer` that elasticity can honour.
+        **kwargs: Further arguments of timm's `VisionTransformer` that can be elastic.
 
     Raises:
-        ValueError: If the arch is not one, or for an argument that elastic widths cannot honour.
+        ValueError: If `arch` is not a ShiftFormer arch, or for an argument that cannot be elastic.
     """
     block_cls = RelativeBlock
     layer_types = dict(embed_layer=PatchEmbed, mlp_layer=Mlp, attn_layer=RelativeAttention)
@@ -94,7 +104,7 @@ class ShiftFormer(VisionTransformer):
             **kwargs,
     ) -> None:
         _refuse_unsupported(kwargs, global_pool)
-        arch = _static_arch(arch)
+        static_space, arch = shiftformer_space_of(arch)
 
         def block_fn(depth: int, num_heads: int, mlp_ratio: float, **block_kwargs) -> nn.Module:
             return self.block_cls(
@@ -109,12 +119,12 @@ class ShiftFormer(VisionTransformer):
         for block in self.blocks if relative_position else ():
             block.attn.rel_pos = RelativePosition2d(
                 self.patch_embed.grid_size, self.num_prefix_tokens, max_relative_position, device=device, dtype=dtype)
-        # what reconstructs this network, whichever way it was made: extraction and saving read it
+        # arguments that create this network again: extraction and saving read them
         self.model_args: dict[str, Any] = dict(
             kwargs, img_size=to_2tuple(img_size), patch_size=to_2tuple(patch_size), in_chans=in_chans,
             num_classes=num_classes, global_pool=global_pool, fc_norm=fc_norm, qkv_bias=qkv_bias,
             relative_position=relative_position, max_relative_position=max_relative_position, norm_eps=norm_eps)
-        self.arch = arch
+        self.arch, self.static_space = arch, static_space
         if weight_init != 'skip':
             self.weight_init_mode = weight_init
             self.init_weights(needs_reset=False)
@@ -125,7 +135,7 @@ class ShiftFormer(VisionTransformer):
             trunc_normal_(self.cls_token, std=.02)  # AutoFormer's; timm's is 1e-6
 
     def _relative_index(self, x: Tensor) -> RelativeIndex | None:
-        """Constants of relative position for tokens `x`, made once and shared by all layers."""
+        """Constants of relative position for tokens `x`, shared by all layers."""
         rel_pos = self.blocks[0].attn.rel_pos
         return None if rel_pos is None else rel_pos.index(x)
 
@@ -167,46 +177,32 @@ class ShiftFormer(VisionTransformer):
                     table.copy_(_adapt_table(name, table, old_grid, rel_pos.grid_size, rel_pos.max_distance))
 
 
-class ShiftFormerSupernet(Supernet, ShiftFormer):
+class ShiftFormerSupernet(TimmSupernet, ShiftFormer):
     """A ShiftFormer whose depth and widths are chosen per call: `net(x, arch)`.
 
     The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is
-    an argument of `forward` and is stored nowhere, so copies, gradient checkpointing and compiled graphs just work.
+    an argument of `forward` and is stored nowhere, so copies, gradient checkpointing and compiled graphs work.
 
     Args:
         space: The search space, or the dict of its `to_dict`.
         qkv_bias_slicing: 'role', or 'joint' for converted AutoFormer checkpoints; see `layers.ElasticQKV`.
         **kwargs: As for `ShiftFormer`.
     """
+    untrained_cfg = _cfg()
     block_cls = ElasticBlock
     layer_types = dict(embed_layer=ElasticPatchEmbed, mlp_layer=ElasticMlp, attn_layer=ElasticAttention)
     norm_cls = ElasticLayerNorm
 
     def __init__(self, space: SearchSpace | Mapping[str, Any], *, qkv_bias_slicing: str = 'role', **kwargs) -> None:
-        space = space if isinstance(space, SearchSpace) else space_from_dict(space)
-        if space.family != 'shiftformer':
-            raise ValueError(f'a ShiftFormer needs a shiftformer space, got family={space.family!r}')
+        space = space_of_family(space, 'shiftformer')
         super().__init__(arch=space.largest, **kwargs)
-        del self.arch  # a supernet has no arch of its own
+        del self.arch, self.static_space  # a supernet has no arch of its own
         self._make_head_elastic()
-        self._unbound_space = space.unbind()
+        self.unbound_space = space.unbind()
         self.set_qkv_bias_slicing(qkv_bias_slicing)
 
-    # -- arch, MACs and parameters -------------------------------------------------------------------------------------
-
-    @property
-    def space(self) -> SearchSpace:
-        """The search space, bound to the present geometry of the network."""
-        args = self.model_args
-        return self._unbound_space.bind(
-            img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
-            num_classes=self.num_classes, global_pool=self.global_pool, class_token=self.has_class_token,
-            no_embed_class=self.no_embed_class, pos_embed=self.pos_embed is not None,
-            final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'], proj_bias=args.get('proj_bias', True),
-            relative_position=args['relative_position'], max_relative_position=args['max_relative_position'])
-
     def set_qkv_bias_slicing(self, mode: str) -> None:
-        """Choose how fewer heads read the qkv bias ('role' or 'joint'), and record it for saving and extraction."""
+        """Choose which entries of the qkv bias fewer heads read ('role' or 'joint'); saving and extraction keep it."""
         if mode not in ('role', 'joint'):
             raise ValueError(f"qkv_bias_slicing={mode!r} is unknown; choose 'role' or 'joint'")
         for block in self.blocks:
@@ -214,44 +210,47 @@ class ShiftFormerSupernet(Supernet, ShiftFormer):
         self.model_args['qkv_bias_slicing'] = mode
         update_model_args(self, qkv_bias_slicing=mode)  # timm's own record
 
-    def _widths(self, arch: Arch | ArchMasks | None) -> list[BlockWidths]:
-        """What every block is to compute, first to last."""
-        if isinstance(arch, ArchMasks):
-            return [BlockWidths(arch.embed_dim, *widths) for widths in zip(arch.num_heads, arch.hidden, arch.depth)]
+    def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[BlockWidths]:
+        """What every block computes, first to last."""
+        if isinstance(arch, ShiftFormerMasks):
+            return [
+                BlockWidths(arch.embed_dim, *widths)
+                for widths in zip(arch.num_heads, arch.hidden, arch.depth, strict=True)]
         if arch is None:
-            arch = self._unbound_space.largest
+            arch = self.unbound_space.largest
         elif not torch.compiler.is_compiling():
-            self._unbound_space.validate(arch)
+            self.unbound_space.validate(arch)
         return [
             BlockWidths(arch.embed_dim, heads, int(arch.embed_dim * ratio))
-            for heads, ratio in zip(arch.num_heads, arch.mlp_ratio)]
+            for heads, ratio in zip(arch.num_heads, arch.mlp_ratio, strict=True)]
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, arch: Arch | ArchMasks | None = None) -> Tensor:
+    def forward(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
         """Logits [B, num_classes] of one subnet for images [B, in_chans, H, W].
 
         Args:
             x: Images.
-            arch: The subnet; `None` is the largest one. `ArchMasks` compute the same at full width, differentiably.
+            arch: The subnet; `None` is the largest one. Masks compute the same at full width, differentiably.
         """
         return self.forward_head(self.forward_features(x, arch), arch=arch)
 
-    def forward_features(self, x: Tensor, arch: Arch | ArchMasks | None = None) -> Tensor:
-        widths = self._widths(arch.to(x) if isinstance(arch, ArchMasks) else arch)
+    def forward_features(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
+        widths = self._widths(arch.to(x) if isinstance(arch, ShiftFormerMasks) else arch)
         embed = widths[0].embed_dim
-        x = self._pos_embed(self.patch_embed(x, None if isinstance(embed, Tensor) else embed))
+        x = self._pos_embed(self.patch_embed(x, out=embed))
         index = self._relative_index(x)
-        for block, width in zip(self.blocks, widths):
+        for block, width in zip(self.blocks, widths, strict=False):  # as deep as the arch
             run = partial(block, index=index, widths=width)
             x = checkpoint(run, x) if self.grad_checkpointing else run(x)
         return _norm(self.norm, x, embed)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, arch: Arch | ArchMasks | None = None) -> Tensor:
-        embed = arch.embed_dim.to(x) if isinstance(arch, ArchMasks) else None
+    def forward_head(
+            self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
+        embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None
         x = _norm(self.fc_norm, self.pool(x), embed)
-        if embed is not None and not self.model_args.get('final_norm', True):
-            x = x * embed  # no norm has masked what the head reads
+        if not self.model_args.get('final_norm', True):
+            x = masked(x, embed, -1)  # no norm has masked what the head reads
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -259,7 +258,7 @@ class ShiftFormerSupernet(Supernet, ShiftFormer):
         """As timm's, at the width of `x`."""
         dim, position = x.shape[-1], None
         if self.pos_embed is not None:
-            # a copy: a view, contiguous at the full width alone, would give that width compiled graphs of its own
+            # a copy: a view is contiguous at the full width only, which would then have its own compiled graphs
             position = self.pos_embed[..., :dim].clone(memory_format=torch.contiguous_format)
         if position is not None and self.no_embed_class:
             x = x + position
@@ -281,59 +280,30 @@ class ShiftFormerSupernet(Supernet, ShiftFormer):
 
     # -- extraction ----------------------------------------------------------------------------------------------------
 
-    def build_subnet(self, arch: Arch, **kwargs) -> ShiftFormer:
-        """The static network of an arch, with weights of its own; callers want `timm_shiftnas.extract`."""
-        self._unbound_space.validate(arch)
-        args = {k: v for k, v in self.model_args.items() if k != 'qkv_bias_slicing'} | kwargs
-        return create_model('shiftformer_subnet', arch=arch.to_dict(), pretrained_cfg=self._subnet_cfg(), **args)
+    def subnet_args(self, arch: Arch) -> dict[str, Any]:
+        return {name: value for name, value in self.model_args.items() if name != 'qkv_bias_slicing'}
 
-    def subnet_state_dict(self, arch: Arch, subnet: ShiftFormer) -> dict[str, Tensor]:
-        """The shared weights of an arch under the names and in the shapes of its static network."""
-        shared = self.state_dict()
-        state = {
-            name: shared[name][tuple(slice(size) for size in weight.shape)]
-            for name, weight in subnet.state_dict().items()}
-        # all weights are leading slices, but those of q, k and v are three in one
+    def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
+        return dict(super().subnet_cfg(arch), input_size=(self.in_chans, *self.patch_embed.img_size))
+
+    def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
+        """The shared weights of an arch: leading slices, in q, k and v each."""
+        state = super().subnet_state_dict(arch, subnet)
         for layer, heads in enumerate(arch.num_heads):
             name = f'blocks.{layer}.attn.qkv'
             weight, bias = self.get_submodule(name).sliced(arch.embed_dim, heads)
             state |= {f'{name}.weight': weight} if bias is None else {f'{name}.weight': weight, f'{name}.bias': bias}
         return state
 
-    def _subnet_cfg(self) -> dict[str, Any]:
-        cfg = dict(getattr(self, 'pretrained_cfg', None) or _cfg())
-        for source in ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source'):
-            cfg.pop(source, None)
-        size = self.patch_embed.img_size
-        return dict(cfg, architecture='shiftformer_subnet', num_classes=self.num_classes,
-                    input_size=(self.in_chans, *size))
 
-
-def _norm(norm: nn.Module, x: Tensor, width: int | Tensor | None) -> Tensor:
+def _norm(norm: nn.Module, x: Tensor, width: Width) -> Tensor:
     """Run a final norm, which may be switched off (an Identity)."""
-    return norm(x, width) if isinstance(norm, ElasticLayerNorm) else norm(x)
-
-
-def _static_arch(arch: Arch | Mapping[str, Any]) -> Arch:
-    """Read an arch that comes without a space: it is the only one of the space of its own values."""
-    fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
-    names = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
-    if sorted(fields) != sorted(names):
-        raise ValueError(f'arch={arch!r} is not a ShiftFormer arch; give a dict of {", ".join(names)}')
-
-    def values(name: str) -> list:
-        value = fields[name]
-        try:
-            return sorted(set(value)) if isinstance(value, (list, tuple)) else [value]
-        except TypeError:
-            raise ValueError(f'arch field {name}={value!r} is not a number or a list of numbers') from None
-
-    return shiftformer_space(**{name: values(name) for name in names}).arch(**fields)
+    return norm(x, width=width) if isinstance(norm, ElasticLayerNorm) else norm(x)
 
 
 def _refuse_unsupported(kwargs: Mapping[str, Any], global_pool: str) -> None:
     if global_pool not in _POOLS:
-        raise ValueError(f'global_pool={global_pool!r} is not elastic; choose one of {_POOLS}')
+        raise ValueError(f'global_pool={global_pool!r} cannot be elastic; choose one of {_POOLS}')
     if global_pool == 'token' and not kwargs.get('class_token', True):
         raise ValueError("global_pool='token' needs class_token=True")
     stock = inspect.signature(VisionTransformer.__init__).parameters
@@ -346,7 +316,7 @@ def _refuse_unsupported(kwargs: Mapping[str, Any], global_pool: str) -> None:
                 'type space=timm_shiftnas.shiftformer_space(embed_dim=..., depth=..., num_heads=..., mlp_ratio=...)')
         if name not in stock:
             raise TypeError(f'unexpected argument {name!r}')
-        raise ValueError(f'{name}={value!r}: this option of timm\'s VisionTransformer is not elastic; leave it out')
+        raise ValueError(f'{name}={value!r}: this option of timm\'s VisionTransformer cannot be elastic; leave it out')
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -358,11 +328,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     Raises:
         ValueError: If the checkpoint belongs to another search space, arch or number of classes.
     """
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = {name.removeprefix('module.'): weight for name, weight in state_dict.items()}
-    published = 'patch_embed_super.proj.weight' in state_dict
+    state_dict = weights_of(state_dict)
+    published = is_autoformer(state_dict)
     if published:
-        state_dict = _convert_autoformer(state_dict, model)
+        state_dict = convert_autoformer(state_dict, model)
     grid = _checkpoint_grid(state_dict, model)
     state_dict = vit_filter_fn(state_dict, model)
     for name, table in state_dict.items():
@@ -375,45 +344,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     return state_dict
 
 
-def _convert_autoformer(state_dict: dict[str, Tensor], model: ShiftFormer) -> dict[str, Tensor]:
-    """Rename AutoFormer's keys, undo its interleaving of qkv rows, and keep the prefix that `model` can reach.
-
-    AutoFormer's supernets are wider than any arch of their spaces (T: 256 for 240), and their qkv weight holds query,
-    key and value rows in turn, of which an arch with h heads uses the first 64 h of each.
-    """
-    names = {
-        'patch_embed_super.': 'patch_embed.', 'attn_layer_norm.': 'norm1.', 'ffn_layer_norm.': 'norm2.',
-        '.fc1.': '.mlp.fc1.', '.fc2.': '.mlp.fc2.',
-        'rel_pos_embed_k.embeddings_table_v': 'rel_pos.k_rows', 'rel_pos_embed_k.embeddings_table_h': 'rel_pos.k_cols',
-        'rel_pos_embed_v.embeddings_table_v': 'rel_pos.v_rows', 'rel_pos_embed_v.embeddings_table_h': 'rel_pos.v_cols',
-    }
-    own, converted = model.state_dict(), {}
-    for name, weight in state_dict.items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        if name.startswith('blocks.') and int(name.split('.')[1]) >= len(model.blocks):
-            continue  # a layer that no arch of the space has
-        if name.endswith('qkv.weight'):
-            heads_wide = own[name].shape[0] // 3
-            weight = torch.cat([weight[role::3][:heads_wide] for role in range(3)])
-        # leading slices of widths; distances, tokens, patches and classes are adapted elsewhere
-        if name in ('pos_embed', 'head.weight'):
-            weight = weight[..., :model.embed_dim]
-        elif name == 'patch_embed.proj.weight':
-            weight = weight[:model.embed_dim]
-        elif name in own and name != 'head.bias' and '.rel_pos.' not in name:
-            weight = weight[tuple(slice(size) for size in own[name].shape)]
-        converted[name] = weight
-    return converted
-
-
 def _checkpoint_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
-    """The token grid that a checkpoint was trained on, as timm finds it when it resamples the positions."""
+    """The token grid that a checkpoint was trained on, found as timm does when it resamples the positions."""
     grid, patches = model.patch_embed.grid_size, state_dict.get('patch_embed.proj.weight')
     if 'pos_embed' not in state_dict:
         size = getattr(model, 'pretrained_model_args', {}).get('img_size')
         return grid if size is None or patches is None else tuple(
-            pixels // patch for pixels, patch in zip(to_2tuple(size), patches.shape[-2:]))
+            pixels // patch for pixels, patch in zip(to_2tuple(size), patches.shape[-2:], strict=True))
     count = state_dict['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     side = round(count ** .5)
     return get_pretrained_grid_size(model, patches, count) or (grid if math.prod(grid) == count else (side, side))
@@ -421,7 +358,7 @@ def _checkpoint_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tu
 
 def _adapt_table(
         name: str, table: Tensor, trained: tuple[int, int], grid: tuple[int, int], max_distance: int) -> Tensor:
-    """A relative-position table for another grid, or clipped at another distance; else the table itself."""
+    """A relative-position table, adapted if the grid is larger or the clipping distance another one."""
     axis = int(name.endswith('cols'))
     if trained[axis] >= grid[axis] and table.shape[0] == 2 * max_distance + 2:
         return table
@@ -429,13 +366,6 @@ def _adapt_table(
 
 
 # -- registered models -------------------------------------------------------------------------------------------------
-
-
-def _cfg(**kwargs) -> dict[str, Any]:
-    return dict(
-        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.875, interpolation='bicubic',
-        fixed_input_size=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-        first_conv='patch_embed.proj', classifier='head', license='apache-2.0') | kwargs
 
 
 default_cfgs = generate_default_cfgs({
@@ -464,7 +394,7 @@ def _tiny() -> SearchSpace:
 
 @register_model
 def shiftformer_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
-    """`shiftformer_tiny_supernet` under the name of the family."""
+    """The same as `shiftformer_tiny_supernet`; pass `space=` for your own space."""
     return _create_supernet('shiftformer_supernet', pretrained, **dict(dict(space=_tiny()), **kwargs))
 
 
@@ -492,7 +422,7 @@ def shiftformer_base_supernet(pretrained: bool = False, **kwargs) -> ShiftFormer
 
 @register_model
 def test_shiftformer_supernet(pretrained: bool = False, **kwargs) -> ShiftFormerSupernet:
-    """A small space for tests and the quickstart: 32 px, patches of 8, runs in milliseconds."""
+    """A small space for tests and the quickstart: 32 px, patches of 8; a forward takes milliseconds."""
     space = shiftformer_space(
         embed_dim=(32, 48, 64), depth=(4, 5, 6), num_heads=(1, 2, 3), mlp_ratio=(1.0, 2.0, 3.0))
     args = dict(space=space, img_size=32, patch_size=8, max_relative_position=3)

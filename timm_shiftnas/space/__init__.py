@@ -1,15 +1,15 @@
 """What an architecture is: search spaces, archs, their MACs and parameters, and their masks. No networks."""
-from .core import Arch, Choice, SearchSpace, shiftformer_space, shiftmobilenet_space, space_from_dict
-from .supernet import Supernet, is_supernet
 from .complexity import macs, macs_range, params
-from .matrix_mapping import ArchMasks, BlockMasks, MobileNetMasks, arch_masks
-from .shiftmobilenet import (
-    BlockChoices, BlockShape, HEAD_RATIO, block_choices, block_shapes, output_side, se_width, width_choices,
-)
+from .core import Arch, Choice, SearchSpace
+from .families import Family, families, family_of, register_family, space_from_dict, space_of_family
+from .matrix_mapping import Size, arch_masks, nested
+from .shiftformer import ShiftFormerMasks, shiftformer_space
+from .shiftmobilenet import BlockMasks, ShiftMobileNetMasks, block_table, shiftmobilenet_space
+from .supernet import Supernet, is_supernet
 
 __all__ = [
-    'Arch', 'ArchMasks', 'BlockChoices', 'BlockMasks', 'BlockShape', 'Choice', 'HEAD_RATIO', 'MobileNetMasks',
-    'SearchSpace', 'Supernet', 'arch_masks', 'block_choices', 'block_shapes', 'is_supernet', 'macs', 'macs_range',
-    'output_side', 'params', 'se_width', 'shiftformer_space', 'shiftmobilenet_space', 'space_from_dict',
-    'width_choices',
+    'Arch', 'BlockMasks', 'Choice', 'Family', 'SearchSpace', 'ShiftFormerMasks', 'ShiftMobileNetMasks', 'Size',
+    'Supernet', 'arch_masks', 'block_table', 'families', 'family_of', 'is_supernet', 'macs', 'macs_range', 'nested',
+    'params', 'register_family', 'shiftformer_space', 'shiftmobilenet_space', 'space_from_dict',
+    'space_of_family',
 ]

@@ -15,8 +15,9 @@ __all__ = ['Supernet', 'is_supernet']
 class Supernet:
     """Mixin of the networks that own the weights of every arch of a search space.
 
-    A network of a new family derives from it and from `torch.nn.Module`, and defines `space`, `forward(x, arch)`,
-    `build_subnet` and `subnet_state_dict`. The arch is an argument of `forward` and is stored nowhere.
+    A network derives from it and from `torch.nn.Module`, and defines `space`, `forward(x, arch)`, `build_subnet` and
+    `subnet_state_dict` (`models.TimmSupernet` defines all but `forward` for networks that are registered with timm).
+    The arch is an argument of `forward` and is stored nowhere.
     """
 
     @property
@@ -37,7 +38,7 @@ class Supernet:
         raise NotImplementedError
 
     def subnet_state_dict(self, arch: Arch, subnet: Any) -> dict[str, Any]:
-        """The shared weights of an arch under the names and in the shapes of its static network."""
+        """The shared weights of an arch, with the names and shapes of its static network."""
         raise NotImplementedError
 
 

@@ -1,0 +1,25 @@
+"""Widths of elastic layers: an int slices, a 0/1 mask of full width multiplies, `None` is the full width."""
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ['Width', 'masked', 'prefix']
+
+Width = int | Tensor | None
+
+
+def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
+    """Multiply a tensor by a mask along one dimension, or by a 0-d mask as a whole.
+
+    The one place where masks act. An int or `None` changes nothing: the layer before has computed that many channels.
+    """
+    if not isinstance(mask, Tensor):
+        return x
+    if mask.dim() == 0:
+        return x * mask
+    return x * mask.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+
+
+def prefix(width: Width) -> int | None:
+    """How many channels to compute, as a slice bound: masks compute all."""
+    return None if isinstance(width, Tensor) else width

@@ -1,0 +1,63 @@
+"""What supernets that are registered with timm share."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import create_model
+from torch import Tensor, nn
+
+from ..space import SearchSpace, Supernet, family_of
+from ..space.core import Arch
+
+__all__ = ['TimmSupernet']
+
+# entries of timm's configuration that say where the weights of a supernet come from, or hold for its size only
+_OF_THE_SUPERNET = (
+    'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'test_input_size')
+
+
+class TimmSupernet(Supernet):
+    """Mixin of supernets whose subnets are created by timm, under the name that their family registers.
+
+    A subclass also derives from `torch.nn.Module` and sets the attributes below. Its static networks take `arch=` and
+    the arguments in `subnet_args`, and have the attributes `arch`, `static_space` (the space of the arch's own values)
+    and `model_args`.
+
+    Attributes:
+        unbound_space: The search space without geometry.
+        model_args: Arguments that create the network as it is now, `space` aside.
+        untrained_cfg: timm's configuration for subnets of a network that timm has not created.
+    """
+    unbound_space: SearchSpace
+    model_args: dict[str, Any]
+    untrained_cfg: Mapping[str, Any] = {}
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space, bound to the present geometry of the network."""
+        return self.unbound_space.bind(**family_of(self.unbound_space).geometry(self))
+
+    def build_subnet(self, arch: Arch, **kwargs: Any) -> nn.Module:
+        """The static network of an arch, with its own weights; users call `timm_shiftnas.extract`."""
+        self.unbound_space.validate(arch)
+        return create_model(
+            family_of(self.unbound_space).subnet, arch=arch.to_dict(), pretrained_cfg=self.subnet_cfg(arch),
+            **{**self.subnet_args(arch), **kwargs})
+
+    def subnet_args(self, arch: Arch) -> dict[str, Any]:
+        """Arguments of the static network, `arch` aside."""
+        return self.model_args
+
+    def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
+        """timm's configuration of the static network."""
+        cfg = getattr(self, 'pretrained_cfg', None) or self.untrained_cfg
+        cfg = {name: value for name, value in cfg.items() if name not in _OF_THE_SUPERNET}
+        return dict(cfg, architecture=family_of(self.unbound_space).subnet, num_classes=self.num_classes)
+
+    def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
+        """The shared weights of an arch, with the names and shapes of its static network: leading slices."""
+        shared = self.state_dict()
+        return {
+            name: shared[name][tuple(slice(size) for size in weight.shape)]
+            for name, weight in subnet.state_dict().items()}

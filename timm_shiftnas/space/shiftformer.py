@@ -1,0 +1,204 @@
+"""The ShiftFormer family: its search space, MACs, parameters and masks (ViTs of AutoFormer, Chen et al., ICCV 2021)."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
+from .families import Family, register_family
+from .matrix_mapping import nested
+
+__all__ = ['HEAD_DIM', 'ShiftFormerMasks', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of']
+
+HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
+_FIELDS = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
+
+
+def shiftformer_space(
+        embed_dim: Sequence[int],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: Sequence[float],
+) -> SearchSpace:
+    """The space of an elastic ViT: token width and depth, and per layer the number of heads and the MLP width.
+
+    Args:
+        embed_dim: Token widths.
+        depth: Numbers of layers.
+        num_heads: Attention heads of a layer, each 64 channels wide.
+        mlp_ratio: MLP hidden width of a layer, as a multiple of `embed_dim`: `int(embed_dim * mlp_ratio)`.
+
+    Raises:
+        ValueError: If a field is empty, not positive or not increasing, or if two choices give the same network.
+    """
+    values = dict(
+        embed_dim=ordered_values('embed_dim', embed_dim, int),
+        depth=ordered_values('depth', depth, int),
+        num_heads=ordered_values('num_heads', num_heads, int),
+        mlp_ratio=ordered_values('mlp_ratio', mlp_ratio, float))
+    for dim in values['embed_dim']:
+        hidden = [int(dim * ratio) for ratio in values['mlp_ratio']]
+        if len(set(hidden)) < len(hidden) or hidden[0] < 1:
+            raise ValueError(
+                f'mlp_ratio={values["mlp_ratio"]} gives the hidden widths {hidden} at embed_dim={dim}; '
+                'they must be positive and differ: choose ratios further apart')
+    choices = [Choice('embed_dim', values['embed_dim']), Choice('depth', values['depth'])]
+    for layer in range(values['depth'][-1]):
+        choices.append(Choice('num_heads', values['num_heads'], layer, gate=1, min_depth=layer + 1))
+        choices.append(Choice('mlp_ratio', values['mlp_ratio'], layer, gate=1, min_depth=layer + 1))
+    return SearchSpace('shiftformer', tuple(values.items()), tuple(choices))
+
+
+def shiftformer_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
+    """The space of the values of an arch that comes without one, and the arch in it.
+
+    Raises:
+        ValueError: If it is not a ShiftFormer arch.
+    """
+    fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
+    if sorted(fields) != sorted(_FIELDS):
+        raise ValueError(f'arch={arch!r} is not a ShiftFormer arch; give a dict of {", ".join(_FIELDS)}')
+    try:
+        values = {
+            name: sorted(set(value)) if isinstance(value, (list, tuple)) else [value] for name, value in fields.items()}
+    except TypeError:
+        raise ValueError(f'arch={arch!r}: every field must be a number or a list of numbers') from None
+    space = shiftformer_space(**values)
+    return space, space.arch(**fields)
+
+
+def fused_columns(grid_size: tuple[int, int]) -> int:
+    """Channels that the fused form of relative position appends to the 64 of a head.
+
+    These are the grid's rows and columns and a flag for the class token, padded to a multiple of 8 (fused kernels need
+    it).
+    """
+    return (grid_size[0] + grid_size[1] + 1 + 7) // 8 * 8
+
+
+# -- MACs and parameters -----------------------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """What the polynomials are written in; `width` is [...], the others are [..., layers]."""
+    width: torch.Tensor
+    active: torch.Tensor  # 1 where the layer exists
+    heads: torch.Tensor
+    hidden: torch.Tensor
+
+
+class _Tokens(NamedTuple):
+    rows: int
+    cols: int
+    patches: int
+    tokens: int  # patches and the class token
+    patch_values: int  # numbers in one patch
+
+
+def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
+    embed, depth, *layers = one_hots
+    dims, depths = space.values('embed_dim'), space.values('depth')
+    heads, ratios = space.values('num_heads'), space.values('mlp_ratio')
+
+    def constant(data: Any) -> torch.Tensor:
+        return torch.tensor(data, dtype=torch.float64, device=embed.device)
+
+    # a hidden width depends on two choices, so it reads the outer product of their one-hots
+    hidden = embed @ constant([[int(dim * ratio) for ratio in ratios] for dim in dims])
+    return _Sizes(
+        width=embed @ constant(dims),
+        active=depth @ constant([[float(layer < value) for layer in range(depths[-1])] for value in depths]),
+        heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
+        hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
+    )
+
+
+def _tokens(geometry: dict[str, Any]) -> _Tokens:
+    (height, width), (patch_h, patch_w) = geometry['img_size'], geometry['patch_size']
+    rows, cols = height // patch_h, width // patch_w
+    return _Tokens(
+        rows, cols, rows * cols, rows * cols + geometry['class_token'], patch_h * patch_w * geometry['in_chans'])
+
+
+def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
+    geometry = space.geometry
+    sizes, (rows, cols, patches, tokens, patch_values) = _sizes(space, one_hots), _tokens(geometry)
+    embed = patches * patch_values * sizes.width
+    qkv_proj = 4 * HEAD_DIM * tokens * sizes.heads * sizes.width[..., None]
+    mlp = 2 * tokens * sizes.width[..., None] * sizes.hidden
+    if not geometry['relative_position']:
+        attention = 2 * tokens ** 2 * HEAD_DIM * sizes.heads
+    elif convention == 'reference':
+        attention = 4 * tokens ** 2 * HEAD_DIM * sizes.heads
+    else:
+        # one attention of wider heads, and the products of queries, and of attention masses, with the tables
+        tables = 2 * patches * HEAD_DIM * (rows + cols)
+        attention = (2 * tokens ** 2 * (HEAD_DIM + fused_columns((rows, cols))) + tables) * sizes.heads
+    layers = (sizes.active * (qkv_proj + attention + mlp)).sum(-1)
+    classified = tokens if geometry['global_pool'] == '' else 1  # without pooling the head runs on every token
+    return embed + layers + classified * geometry['num_classes'] * sizes.width
+
+
+def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    geometry = space.geometry
+    sizes, (_, _, patches, tokens, patch_values) = _sizes(space, one_hots), _tokens(geometry)
+    positions = patches if geometry['no_embed_class'] else tokens
+    embed = patch_values + 1 + geometry['class_token'] + positions * geometry['pos_embed'] + 2 * geometry['final_norm']
+    width, inner, bias = sizes.width[..., None], HEAD_DIM * sizes.heads, geometry['proj_bias']
+    tables = 4 * (2 * geometry['max_relative_position'] + 2) * HEAD_DIM if geometry['relative_position'] else 0
+    attention = 3 * inner * (width + geometry['qkv_bias']) + tables + inner * width + width * bias
+    mlp = 2 * width * sizes.hidden + (sizes.hidden + width) * bias
+    layers = (sizes.active * (attention + mlp + 4 * width)).sum(-1)
+    return embed * sizes.width + layers + geometry['num_classes'] * (sizes.width + 1)
+
+
+def _geometry(net: Any) -> dict[str, Any]:
+    """What MACs and parameters of a ShiftFormer, elastic or static, depend on."""
+    args = net.model_args
+    return dict(
+        img_size=net.patch_embed.img_size, patch_size=net.patch_embed.patch_size, in_chans=net.in_chans,
+        num_classes=net.num_classes, global_pool=net.global_pool, class_token=net.has_class_token,
+        no_embed_class=net.no_embed_class, pos_embed=net.pos_embed is not None,
+        final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'], proj_bias=args.get('proj_bias', True),
+        relative_position=args['relative_position'], max_relative_position=args['max_relative_position'])
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+class ShiftFormerMasks(NamedTuple):
+    """An arch as masks of full width: a supernet takes it in place of an `Arch`.
+
+    Attributes:
+        embed_dim: [largest embed_dim].
+        depth: [largest depth], 1 for layers that exist.
+        num_heads: [largest depth, largest num_heads].
+        hidden: [largest depth, int(largest embed_dim * largest mlp_ratio)].
+    """
+    embed_dim: torch.Tensor
+    depth: torch.Tensor
+    num_heads: torch.Tensor
+    hidden: torch.Tensor
+
+    def to(self, like: torch.Tensor) -> ShiftFormerMasks:
+        """The same masks with the dtype and device of a tensor."""
+        return ShiftFormerMasks(*(mask.to(like) for mask in self))
+
+
+def _masks(space: SearchSpace, one_hots: OneHots) -> ShiftFormerMasks:
+    embed, depth, *layers = one_hots
+    dims, ratios = space.values('embed_dim'), space.values('mlp_ratio')
+    hidden = nested([int(dim * ratio) for dim in dims for ratio in ratios], embed)
+    return ShiftFormerMasks(
+        embed_dim=embed @ nested(dims, embed),
+        depth=depth @ nested(space.values('depth'), embed),
+        num_heads=torch.stack(layers[0::2]) @ nested(space.values('num_heads'), embed),
+        hidden=torch.stack([torch.outer(embed, ratio).flatten() for ratio in layers[1::2]]) @ hidden,
+    )
+
+
+register_family(Family(
+    name='shiftformer', space=shiftformer_space, macs=_macs, params=_params, masks=_masks,
+    geometry=_geometry, supernet='shiftformer_supernet', subnet='shiftformer_subnet'))
