@@ -1,4 +1,4 @@
-"""Rendered letters against Pillow's own drawing, their split by fonts, and the cache."""
+"""Rendered letters: comparison with Pillow, the split by fonts, and the cache."""
 import shutil
 import string
 from collections import Counter
@@ -31,8 +31,8 @@ def arrays(dataset):
     return np.stack([np.asarray(image) for image, _ in dataset])
 
 
-def test_upright_letters_are_the_fonts(two_fonts):
-    """At difficulty 0 every image of a letter is the same, and looks as Pillow draws it at that size."""
+def test_letters_of_difficulty_0_are_those_of_the_font(two_fonts):
+    """All images of a letter are equal, and close to Pillow's drawing of the same size."""
     for split, name in (('train', 'a.ttf'), ('validation', 'b.ttf')):
         dataset = Glyphs(split, two_fonts, images=104 if split == 'train' else 416, difficulty=0, input_img_mode='L')
         assert [target for _, target in dataset] == [*range(52), *range(52)]
@@ -44,8 +44,8 @@ def test_upright_letters_are_the_fonts(two_fonts):
             ImageDraw.Draw(drawn).text(
                 (128 - (left + right) / 2, 0.74 * 256), letter, fill=255, font=font, anchor='ls')
             expected = np.asarray(drawn.reduce(8), dtype=float)
-            assert abs(image.sum() / expected.sum() - 1) < 0.08, letter  # as much ink
-            assert np.abs(image - expected).sum() < 0.25 * expected.sum(), letter  # in the same place
+            assert abs(image.sum() / expected.sum() - 1) < 0.08, letter  # total brightness
+            assert np.abs(image - expected).sum() < 0.25 * expected.sum(), letter  # position
 
 
 def test_validation_fonts_are_unseen(two_fonts):
@@ -64,11 +64,11 @@ def test_symbol_fonts_are_left_out():
     assert not {'cmsy10.ttf', 'cmex10.ttf', 'LastResortHE-Regular.ttf', 'STIXSizOneSymReg.ttf'} & set(names)
 
 
-def test_difficulty_adds_noise_and_variety():
+def test_difficulty_adds_noise():
     spread = []
     for difficulty in (0.0, 0.3, 1.0):
         images = arrays(Glyphs('train', images=1040, difficulty=difficulty, input_img_mode='L'))[:, :2, :2] / 255.
-        spread.append(images.std(axis=(1, 2)).mean())  # the corner: no letter reaches it
+        spread.append(images.std(axis=(1, 2)).mean())  # the corner, which no letter reaches
     assert spread[0] == 0 and 0.02 < spread[1] < spread[2]
 
 
@@ -85,13 +85,13 @@ def test_rendered_once_and_cached(cache, two_fonts):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(cache, two_fonts):
+def test_glyphs_work_with_a_cache_that_cannot_be_written(cache, two_fonts):
     cache.parent.mkdir()
     cache.write_text('a file where the folder should be')
     assert len(Glyphs('train', two_fonts, images=52)) == 52
 
 
-def test_opened_by_name(two_fonts):
+def test_glyphs_by_name(two_fonts):
     options = dict(glyphs=dict(images=104, difficulty=0.1), input_img_mode='L', batch_size=3, class_map='')
     dataset = create_dataset('glyphs', str(two_fonts), 'val', **options)
     assert dataset[0][0].mode == 'L' and len(dataset) == 52
@@ -100,19 +100,19 @@ def test_opened_by_name(two_fonts):
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(difficulty=1.5), '1.5 is out of range; give a number from 0 to 1'),
-    (dict(pixels=4), '8 to 512 pixels'),
-    (dict(images=0), '1 to 10,000,000 images'),
-    (dict(fonts='/nowhere'), "'/nowhere' does not exist"),
+    (dict(difficulty=1.5), 'difficulty=1.5'),
+    (dict(pixels=4), 'pixels=4'),
+    (dict(images=0), 'images=0'),
+    (dict(fonts='/nowhere'), "'/nowhere'"),
 ])
-def test_refused(wrong, message):
+def test_arguments_out_of_range(wrong, message):
     with pytest.raises(ValueError, match=message):
         Glyphs('train', **wrong)
 
 
 def test_one_font_is_not_enough(two_fonts):
-    (two_fonts / 'deep' / 'b.ttf').write_bytes(b'no font')  # left out as a symbol font is
-    with pytest.raises(ValueError, match='1 font with all of A-Z and a-z in .*glyphs needs two'):
+    (two_fonts / 'deep' / 'b.ttf').write_bytes(b'no font')
+    with pytest.raises(ValueError, match=f'1 font .*{two_fonts}'):
         Glyphs('train', two_fonts)
-    with pytest.raises(ValueError, match="no split 'dev'; choose 'train' or 'validation'"):
+    with pytest.raises(ValueError, match="'dev'.*'train' or 'validation'"):
         create_dataset('glyphs', None, 'dev')

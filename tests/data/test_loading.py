@@ -1,9 +1,10 @@
-"""Training batches by position: the same from any start, for any number of workers and processes."""
+"""Training batches: the same from any start and for any number of workers and processes."""
 import random
 
 import numpy as np
 import pytest
 import torch
+from support.compare import assert_identical, identical
 from timm.data import FastCollateMixup, create_loader
 from torch.utils.data import Dataset
 
@@ -27,7 +28,7 @@ def make(digits, ranks=Ranks(), workers=0, batch_size=BATCH, prefetch=True, repe
 
 
 def read(loader, epoch, start=0):
-    """All batches, with something else drawing random numbers in between, as a training does."""
+    """All batches. As in training, other random numbers are drawn in between."""
     batches = []
     for images, targets in loader.epoch(epoch, start):
         batches.append((images.clone(), targets.clone()))
@@ -35,41 +36,38 @@ def read(loader, epoch, start=0):
     return batches
 
 
-def equal(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
-
-
 @pytest.mark.parametrize('prefetch', [True, False])
-def test_an_epoch_can_begin_anywhere(digits, prefetch):
-    """Erasing happens in this process with the prefetcher, and in the transform without it."""
+def test_an_epoch_can_start_at_any_batch(digits, prefetch):
+    """Random erasing runs in this process with the prefetcher, and in the transform without it."""
     whole = read(make(digits, prefetch=prefetch), 2)
     assert len(whole) == COUNT // BATCH == len(make(digits))
     random.seed(9)
     torch.manual_seed(9)
     for start in (1, 7, 11):
-        assert equal(read(make(digits, prefetch=prefetch), 2, start), whole[start:])
-    assert not equal(read(make(digits, prefetch=prefetch), 3), whole)
-    assert not equal(read(make(digits, prefetch=prefetch, seed=6), 2), whole)
+        assert_identical(read(make(digits, prefetch=prefetch), 2, start), whole[start:])
+    assert not identical(read(make(digits, prefetch=prefetch), 3), whole)
+    assert not identical(read(make(digits, prefetch=prefetch, seed=6), 2), whole)
 
 
-def test_workers_do_not_matter(digits):
+def test_batches_do_not_depend_on_workers(digits):
     mixup = FastCollateMixup(mixup_alpha=.8, cutmix_alpha=1., num_classes=10)
     alone = read(make(digits, collate_fn=mixup), 0)
-    assert alone[0][1].shape == (BATCH, 10) and equal(alone, read(make(digits, workers=2, collate_fn=mixup), 0))
+    assert alone[0][1].shape == (BATCH, 10)
+    assert_identical(alone, read(make(digits, workers=2, collate_fn=mixup), 0))
 
 
-def test_processes_share_the_batches_of_one(digits):
-    """Which erasing is drawn for a whole batch at a time in each process, so it is off here."""
+def test_several_processes_split_the_batches_of_one(digits):
+    """Random erasing is off: with the prefetcher, each process draws it for its whole batch."""
     whole = read(make(digits, batch_size=2 * BATCH, re_prob=0.), 1)
     parts = [read(make(digits, Ranks(rank, 2), re_prob=0.), 1) for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == len(whole) == 5
-    for (images, targets), *shares in zip(whole, *parts):
+    for (images, targets), *shares in zip(whole, *parts, strict=True):
         for rank, (some, labels) in enumerate(shares):
             assert torch.equal(images[rank::2], some) and torch.equal(targets[rank::2], labels)
 
 
 def test_repeated_augmentation(digits):
-    """An image three times among the images of all processes, augmented differently each time."""
+    """Each image occurs three times in all processes together, with different augmentation."""
     class Numbered(Dataset):
         transform = None
 

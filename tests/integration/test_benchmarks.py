@@ -1,19 +1,20 @@
-"""The benchmarks' statistics against closed forms, their processes, and one comparison as users run it."""
-import csv
+"""The benchmarks: their statistics against closed forms, their processes, and one comparison from the command line."""
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from support.networks import tiny_supernet
+from support.paths import ROOT
 from support.processes import call, run_file
+from support.tables import read_csv
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 
-BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
+BENCHMARKS = ROOT / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
 import ranking  # noqa: E402
@@ -30,26 +31,26 @@ def test_differences_are_paired_by_seed():
     scores = {'a': {0: [10., 20.], 1: [50., 60.]}, 'b': {1: [51., 62.], 0: [11., 21.], 2: [0., 0.]}}
     lines = [line.split(' | ') for line in runs.paired_table(scores, 'a').splitlines()]
     assert lines[2][:2] == ['| a', '2'] and lines[3][1] == '3'
-    # differences of 1 and 1 at the smallest budget, 1 and 2 at the largest, 1 and 1.5 in the means; their interval
-    # at one degree of freedom is 12.706 standard errors
+    # the differences are 1 and 1 at the smallest budget, 1 and 2 at the largest, 1 and 1.5 in the means; an interval of
+    # one degree of freedom is 12.706 standard errors
     assert lines[3][3] == '+1.00 ± 0.00' and lines[3][5] == '+1.50 ± 6.35' and lines[3][7] == '+1.25 ± 3.18 |'
 
 
-def test_boosted_groups_keep_the_sum():
+def test_boosted_group_weights_have_the_same_sum():
     flags = ablations.boosted(3, 2)
     values = [float(value) for value in flags[flags.index('--group-weights') + 1:]]
     assert len(values) == 8 and values[2] == 2 and sum(values) == pytest.approx(8)
     assert ablations.boosted(1, 8)[-7:] == ['0.0'] * 7
 
 
-def test_rank_correlations_by_hand():
+def test_rank_correlations():
     rows = [dict(sampler='a', seed=0, macs=m, inherited=i, fine_tuned=f, from_scratch=s)
             for m, i, f, s in ((1, 1, 1, 4), (2, 2, 3, 3), (3, 3, 2, 2), (4, 4, 4, 1))]
     cells = ranking.correlations(rows).splitlines()[-1].split(' | ')
-    assert cells[3] == '0.67 / 0.80' and cells[4] == '-1.00 / -1.00'  # one swapped pair of six: 4 / 6
+    assert cells[3] == '0.67 / 0.80' and cells[4] == '-1.00 / -1.00'  # one of six pairs is swapped: 4 / 6
 
 
-def test_commands_run_once_and_failures_are_told(tmp_path):
+def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
     code = "import pathlib, sys; open('{}', 'a').write('x'); print('words'); sys.exit({})"
     jobs = [(f'job {i}', tmp_path / str(i), [sys.executable, '-c', code.format(tmp_path / f'{i}.txt', 0)])
             for i in range(3)]
@@ -57,30 +58,30 @@ def test_commands_run_once_and_failures_are_told(tmp_path):
         runs.execute(jobs, 2)
     assert [(tmp_path / f'{i}.txt').read_text() for i in range(3)] == ['x'] * 3
     assert (tmp_path / '1' / 'log.txt').read_text() == 'words\n'
-    with pytest.raises(SystemExit, match='made by another command'):
+    with pytest.raises(SystemExit, match=f"{tmp_path / '1'} "):
         runs.execute([('job', tmp_path / '1', [sys.executable, '-c', ''])], 1)
     with pytest.raises(SystemExit, match='bad: exit code 3\nwords'):
         runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', code.format(tmp_path / 'bad.txt', 3)])], 1)
     assert not (tmp_path / 'bad' / 'done.json').exists()
-    with pytest.raises(SystemExit, match='made by another command'):  # nor is an unfinished one taken for another
+    with pytest.raises(SystemExit, match=f"{tmp_path / 'bad'} "):  # unfinished ones too
         runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', ''])], 1)
 
 
 @pytest.mark.parametrize('script, flags, message', [
-    ('compare_samplers', ['--samplers', 'generator'], 'add uniform to --samplers, or --match images'),
-    ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator is not among --samplers'),
-    ('ablations', ['lambda', '--seeds', '0'], "'0' must be a whole number, 1 or more"),
-    ('ranking', ['--archs', '-3'], "'-3' must be a whole number"),
-    ('speed', ['generator', '--device', 'cuda'], 'the generator runs on the CPU, not on cuda'),
-    ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup; leave it out'),
+    ('compare_samplers', ['--samplers', 'generator'], '--match images'),
+    ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator'),
+    ('ablations', ['lambda', '--seeds', '0'], "--seeds: '0'"),
+    ('ranking', ['--archs', '-3'], "--archs: '-3'"),
+    ('speed', ['generator', '--device', 'cuda'], 'not on cuda'),
+    ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup'),
 ])
-def test_mistakes_are_told_before_anything_is_trained(script, flags, message, tmp_path):
+def test_wrong_flags_are_errors_before_training(script, flags, message, tmp_path):
     flags = flags if script == 'speed' else [*flags, '--output', tmp_path / 'runs']
     code, _, err = call(run_file, BENCHMARKS / f'{script}.py', *flags, folder=tmp_path)
     assert code == 2 and message in err and not (tmp_path / 'runs').exists()
 
 
-def test_comparison_as_users_run_it(tmp_path):
+def test_comparison_from_the_command_line(tmp_path):
     flags = ['--task', 'digits', '--epochs', '1', '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match',
              'images', '--output', tmp_path / 'runs', '--results', tmp_path / 'results', '--reference', 'uniform',
              '--train-flags=--generator-fit-steps 20 --search-samples 2']
@@ -89,10 +90,10 @@ def test_comparison_as_users_run_it(tmp_path):
     assert '2 runs, 0 of them done' in err and '| grad_norm | 1 |' in out
     names = {path.name for path in (tmp_path / 'results').iterdir()}
     assert names == {'samplers_digits.csv', 'samplers_digits.md', 'samplers_digits.png', 'shift_digits.png'}
-    rows = list(csv.DictReader((tmp_path / 'results' / 'samplers_digits.csv').open()))
+    rows = read_csv(tmp_path / 'results' / 'samplers_digits.csv')
     assert {row['method'] for row in rows} == {'uniform', 'uniform, searched', 'grad_norm'} and len(rows) == 24
     folder = tmp_path / 'runs' / 'digits' / 'uniform-1epochs' / 'seed0'
-    budgets = [row for row in csv.DictReader((folder / 'budgets.csv').open()) if row['name'].startswith('group')]
+    budgets = [row for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
     searched = [row for row in rows if row['method'] == 'uniform, searched']
     assert [float(row['top1']) for row in searched] == pytest.approx([float(row['top1']) for row in budgets], abs=1e-3)
     proposed = json.loads((folder / 'generator_archs_8.json').read_text())
@@ -100,9 +101,9 @@ def test_comparison_as_users_run_it(tmp_path):
     assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
 
 
-def test_subnets_trained_alone(tmp_path):
-    """What is inherited is the supernet's accuracy at that arch, and training adds to it."""
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10).eval()
+def test_subnets_trained_separately(tmp_path):
+    """Inherited accuracy is that of the supernet at the arch, and training increases it."""
+    net = tiny_supernet()
     tsn.save_pretrained(tmp_path / 'model', net, tsn.ArchitectureGenerator(net.space).fit(5, progress=False))
     archs = [net.space.sample(torch.Generator().manual_seed(1))]
     (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
@@ -120,10 +121,10 @@ def test_subnets_trained_alone(tmp_path):
         with torch.no_grad():
             top1 = 100 * float((net(images, arch).argmax(1) == targets).float().mean())
         assert result['inherited'] == pytest.approx(top1, abs=1e-3) and result['macs'] == net.macs(arch)
-        assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10  # it has learned
+        assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10
 
 
-def test_speed_prints_a_ratio_for_every_arch(tmp_path):
+def test_speed_prints_a_ratio_for_each_arch(tmp_path):
     flags = ['supernet', '--model', 'test_shiftformer_supernet', '--rounds', '1', '--batch-size', '4']
     _, out, err = call(run_file, BENCHMARKS / 'speed.py', *flags, folder=tmp_path)
     lines = out.splitlines()
@@ -131,4 +132,4 @@ def test_speed_prints_a_ratio_for_every_arch(tmp_path):
     for line in lines:
         words = line.split()
         value = {name: float(words[words.index(name) + 1]) for name in ('supernet', 'extracted', 'ratio')}
-        assert value['ratio'] == pytest.approx(value['supernet'] / value['extracted'], rel=0.02)  # of a single round
+        assert value['ratio'] == pytest.approx(value['supernet'] / value['extracted'], rel=0.02)  # one round

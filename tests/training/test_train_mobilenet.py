@@ -76,10 +76,11 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
 def test_uniform_sampling_learns(tmp_path):
     """With uniform sampling and a search, whose candidates are calibrated, too."""
     assert train.main([
-        *FLAGS, '--epochs', '4', '--val-interval', '4', '-b', '64', '--lr', '1e-2', '--sampler', 'uniform',
+        *FLAGS, '--epochs', '2', '--val-interval', '2', '-b', '32', '--lr', '3e-2', '--no-aug', '--sampler', 'uniform',
         '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
     rows = table(tmp_path / 'run')
-    assert float(rows[-1]['top1']) > 20 and float(rows[0]['top1']) > 15  # chance is 10
+    # chance is 10; seven seeds reached 77 to 91, and 58 to 75
+    assert float(rows[-1]['top1']) > 50 and float(rows[0]['top1']) > 35
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 
@@ -288,5 +289,5 @@ def test_statistics_of_other_networks_are_not_saved(tmp_path):
 
 def test_a_view_with_batch_norm_is_not_evaluated(validation):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
-    with pytest.raises(ValueError, match='extract one and call calibrate_bn'):
+    with pytest.raises(ValueError, match='calibrate_bn'):
         evaluate(tsn.Subnet(net, net.space.smallest), validation, torch.device('cpu'))

@@ -1,4 +1,4 @@
-"""Images held in memory as arrays: what our own data sources share."""
+"""Images held in memory as arrays: the base of our own data sources."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -8,25 +8,25 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-__all__ = ['PixelImages', 'is_training', 'transformed']
+__all__ = ['PixelImages', 'apply_transforms', 'is_training_split']
 
 TRAIN_SPLITS = ('train', 'training')
 EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 
 
-def is_training(name: str, split: str) -> bool:
-    """Whether a split, by timm's synonyms, is for training.
+def is_training_split(dataset: str, split: str) -> bool:
+    """Whether a split is for training, by timm's synonyms.
 
     Raises:
         ValueError: If it is neither for training nor for validation.
     """
     if split not in TRAIN_SPLITS + EVAL_SPLITS:
-        raise ValueError(f"{name} has no split {split!r}; choose 'train' or 'validation'")
+        raise ValueError(f"{dataset} has no split {split!r}; choose 'train' or 'validation'")
     return split in TRAIN_SPLITS
 
 
-def transformed(dataset: Any, image: Any, target: int) -> tuple[Any, int]:
-    """An image and its target under the transforms of a dataset."""
+def apply_transforms(dataset: Any, image: Any, target: int) -> tuple[Any, int]:
+    """Apply the `transform` and `target_transform` of a dataset to one of its items."""
     if dataset.transform is not None:
         image = dataset.transform(image)
     if dataset.target_transform is not None:
@@ -35,7 +35,7 @@ def transformed(dataset: Any, image: Any, target: int) -> tuple[Any, int]:
 
 
 class PixelImages(Dataset):
-    """Grey images of an array as PIL images with targets.
+    """The grey images of an array, as PIL images with targets.
 
     Args:
         pixels: uint8 [N, height, width].
@@ -60,8 +60,8 @@ class PixelImages(Dataset):
         self.target_transform = target_transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = Image.fromarray(self.pixels[index]).convert(self.input_img_mode), self.targets[index]
-        return transformed(self, image, target)
+        image = Image.fromarray(self.pixels[index]).convert(self.input_img_mode)
+        return apply_transforms(self, image, self.targets[index])
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -1,4 +1,4 @@
-"""Training batches that are functions of (seed, epoch, position), and epochs that can begin at any batch."""
+"""Training batches that are functions of (seed, epoch, position), and epochs that can start at any batch."""
 from __future__ import annotations
 
 import random
@@ -19,18 +19,18 @@ __all__ = ['TrainLoader']
 
 
 class TrainLoader:
-    """timm's training loader, with epochs that are functions of (seed, epoch) and can begin at any batch.
+    """timm's training loader, with epochs that are functions of (seed, epoch) and can start at any batch.
 
-    All processes together take the images of an epoch in one order, and each takes every `size`-th of them: a global
-    batch holds the same images, augmented alike, however many processes share it. The last images, too few for a batch
-    in each process, are left out. Datasets that stream their images are read as timm reads them, and skip batches by
-    reading them.
+    All processes share one order of the images of an epoch, and each takes every `size`-th image. So a global batch
+    holds the same images with the same augmentation for any number of processes. The last images are dropped if they
+    do not fill a batch in each process. Datasets that stream their images are read as timm reads them; batches before
+    the start are read and discarded.
 
     Args:
-        loader: What `timm.data.create_loader` made for one process, without persistent workers.
-        seed: Of the order and of everything random in a batch.
+        loader: The result of `timm.data.create_loader` for one process, without persistent workers.
+        seed: Seed of the order and of everything random in a batch.
         ranks: The processes that share an epoch.
-        repeats: Repeated augmentation (Hoffer et al., CVPR 2020), as timm has it: how often an image is in an epoch.
+        repeats: Repetitions of each image in an epoch: timm's repeated augmentation (Hoffer et al., CVPR 2020).
     """
 
     def __init__(self, loader: DataLoader | PrefetchLoader, seed: int, ranks: Ranks = Ranks(),
@@ -45,15 +45,15 @@ class TrainLoader:
                 else DistributedSampler(self._loader.dataset, ranks.size, ranks.rank))
 
     def __len__(self) -> int:
-        """Batches of an epoch, in this process."""
+        """Number of batches of an epoch in this process."""
         if self._sampler is None:
             return len(self._loader)
         return len(self._sampler) // self._loader.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches (images [B, C, H, W], targets) of an epoch from the `start`-th on, on timm's terms.
+        """The batches (images [B, C, H, W], targets) of an epoch from the `start`-th on.
 
-        Random states of the process are set along the way: seed them anew for what follows a batch.
+        Reading a batch sets the random states of the process: seed them again before drawing anything else.
         """
         batches = _Batches(self, epoch, start)
         if self._prefetch is None:
@@ -62,14 +62,14 @@ class TrainLoader:
         return iter(self._prefetch)
 
     def read(self, epoch: int, start: int) -> Iterator[Any]:
-        """The loader's batches, before they are prefetched.
+        """The loader's batches before prefetching.
 
         Raises:
             ChildProcessError: If a worker died.
         """
         if self._sampler is None:
             self._loader.dataset.set_epoch(epoch)
-            seed_process(self.seed, f'stream/{self.ranks.rank}', epoch)  # the workers' seeds come from it
+            seed_process(self.seed, f'stream/{self.ranks.rank}', epoch)  # the loader draws the workers' seeds
             yield from (batch for number, batch in enumerate(self._loader) if number >= start)
             return
         self._sampler.set_epoch(stream_seed(self.seed, 'order', epoch))
@@ -83,11 +83,11 @@ class TrainLoader:
             if 'DataLoader worker' not in str(error):
                 raise
             raise ChildProcessError(
-                f'{one_line(error)}: a process that reads images has died, perhaps for want of memory; '
-                'give fewer --workers') from error
+                f'{one_line(error)}: a worker that reads images has died, perhaps out of memory; use fewer --workers'
+            ) from error
 
     def _positions(self, start: int) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (index, position among the images of all processes)."""
+        """Batches of (index in the dataset, position in the epoch of all processes)."""
         indices, size = list(self._sampler), self._loader.batch_size
         for number in range(start, len(self)):
             yield [(indices[i], i * self.ranks.size + self.ranks.rank)
@@ -95,7 +95,7 @@ class TrainLoader:
 
 
 class _Batches:
-    """What a `PrefetchLoader` reads: sets the random states of each batch, of which it erases parts."""
+    """The batches given to a `PrefetchLoader`. Seeds the process before each one, for random erasing."""
 
     def __init__(self, loader: TrainLoader, epoch: int, start: int) -> None:
         self.loader, self.epoch, self.start = loader, epoch, start
@@ -108,7 +108,7 @@ class _Batches:
 
 
 class _SeededImages(Dataset):
-    """A dataset whose images are augmented from a seed of their position in the epoch."""
+    """A dataset whose augmentation is seeded by the position of an image in the epoch."""
 
     def __init__(self, dataset: Dataset, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.purpose = dataset, seed, f'image/{epoch}'
@@ -118,5 +118,5 @@ class _SeededImages(Dataset):
         seed = stream_seed(self.seed, self.purpose, position)
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
-        torch.default_generator.manual_seed(seed)  # of the CPU alone: a worker has no business with the others
+        torch.default_generator.manual_seed(seed)  # the CPU's only: workers use no other device
         return self.dataset[index]

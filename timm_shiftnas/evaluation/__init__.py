@@ -1,4 +1,7 @@
-"""Accuracy of subnets (`accuracy`), the search for them (`search`), and the tables and pictures of a run."""
+"""Evaluation of a supernet: accuracy of subnets, search for the best ones, tables and pictures of a run.
+
+`accuracy` and `search` are not imported here: they need `timm.task`, which saving and loading models does not.
+"""
 from .plots import plot_accuracy, plot_shift
 from .tables import COLUMNS, format_table, write_budgets_csv, write_shift_csv
 

@@ -1,7 +1,6 @@
-"""Accuracy of subnets, and the two ways to pick one for a budget: the generator, or a search over sampled archs.
+"""Accuracy of subnets, and the budget table of a supernet.
 
-Several processes evaluate a table by parts of the images and calibrate or search by subnets; all get the same figures,
-which are those of one process.
+Several processes split the images to evaluate and the subnets to calibrate. All get the figures of a single process.
 """
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from ..utils.distributed import Ranks
 __all__ = ['evaluate', 'evaluate_budgets']
 
 _UNCALIBRATED = (
-    'the subnets of this network share the running statistics of BatchNorm, with which their accuracy means nothing: '
-    'give calibration=BatchNormCalibration(loader) of training images, or extract one and call calibrate_bn')
+    'the subnets of this network share the running statistics of BatchNorm, so their accuracy is meaningless: give '
+    'calibration=BatchNormCalibration(loader) with training images, or extract a subnet and call calibrate_bn')
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -37,17 +36,22 @@ def evaluate(
         channels_last: bool = False,
         distributed: bool = False,
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent of a network on (images, class indices); the model's mode is put back.
+    """Measure the top-1 and top-5 accuracy of a network, in percent. Its training mode is restored.
 
     Args:
-        distributed: The loader gives each process a part of the images, as timm's do.
+        model: The network.
+        loader: Batches of images [B, C, H, W] and class indices [B].
+        device: Device of the network.
+        autocast: Context of the forward passes.
+        channels_last: Convert images to the channels-last format.
+        distributed: Whether each process has a loader of its part of the images, as timm's loaders do.
 
     Raises:
-        ValueError: If `model` is a view of a supernet with BatchNorm, whose running statistics are not the view's own.
+        ValueError: If `model` is a view of a supernet with BatchNorm, which has no running statistics of its own.
     """
     if isinstance(model, Subnet) and has_batch_norm(model):
         raise ValueError(_UNCALIBRATED)
-    # the loaders of several processes are filled up with images that others have too
+    # distributed loaders repeat some images to give every process the same number
     evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
     training = model.training
     model.eval()
@@ -66,10 +70,10 @@ def evaluate(
 
 
 def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None) -> nn.Module:
-    """A subnet to evaluate: a view of the supernet or, with BatchNorm, the extracted and calibrated network.
+    """A subnet to evaluate: a view of the supernet or, with BatchNorm, the extracted and calibrated subnet.
 
     Raises:
-        ValueError: If BatchNorm has nothing to be calibrated with.
+        ValueError: If the network has BatchNorm and there is no calibration.
     """
     if not has_batch_norm(net):
         return Subnet(net, arch)
@@ -88,15 +92,16 @@ def evaluate_budgets(
         ranks: Ranks = Ranks(),
         **kwargs: Any,
 ) -> list[dict[str, Any]]:
-    """Rows of the budget table: the smallest subnet, one subnet for every group, and the largest.
+    """Evaluate the rows of the budget table: the smallest subnet, one for each group, and the largest.
 
     Args:
         net: The supernet.
         groups: K budget groups.
-        archs: The K archs that serve them.
-        loader: Images and class indices.
-        calibration: Gives subnets their BatchNorm statistics, where there is BatchNorm.
-        ranks: The processes that share the images: each has a loader of its part, and calibrates its share of subnets.
+        archs: The K archs, one for each group.
+        loader: Batches of images and class indices.
+        device: Device of the network.
+        calibration: Computes the BatchNorm statistics of subnets, if there is BatchNorm.
+        ranks: The processes that split the work; each has a loader of its part of the images.
         **kwargs: As for `evaluate`.
 
     Raises:

@@ -1,14 +1,6 @@
-"""What a run reports: a table, two CSV files and two pictures, from plain rows.
+"""The pictures of a run: accuracy over MACs, and the distribution over budget groups during training.
 
-A *row* is one evaluated subnet, a dict with the keys
-
-* `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
-* `budget`: the MACs that the subnet had to keep to, or `None`;
-* `macs`, `params`: what it has;
-* `top1`, `top5`: accuracy in percent;
-* `arch`: `Arch.to_dict()`.
-
-Files appear whole or not at all. Pictures need matplotlib, an extra: without it they are left out, which is said once.
+They need matplotlib, an optional dependency. Without it, one warning is logged and no picture is written.
 """
 from __future__ import annotations
 
@@ -25,34 +17,23 @@ from .tables import Row
 
 __all__ = ['plot_accuracy', 'plot_shift']
 
-SIZE = (9.0, 5.6)  # inches, at 100 pixels each: what a README shows without scaling
+SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
 
 _logger = logging.getLogger(__name__)
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
-# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequence[Row] | None = None) -> bool:
     """Draw top-1 against MACs as a PNG of 900 x 560 pixels.
 
     Args:
-        path: Where to write.
-        rows: The run's subnets; those of the groups become a line, 'smallest' and 'largest' marks of their own.
+        path: File to write.
+        rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         baseline: Subnets of another run, drawn in grey for comparison.
 
     Returns:
-        Whether the picture was written; it is not without matplotlib.
-
-    Raises:
-        ValueError: If there are no rows.
+        Whether the picture was written: `False` without matplotlib.
     """
-    if not rows:
-        raise ValueError('there are no rows to draw; give at least one evaluated subnet')
     if not _has_matplotlib():
         return False
     figure = _figure()
@@ -84,27 +65,21 @@ def plot_shift(
         edges: Sequence[float],
         uniform_macs: Sequence[float],
 ) -> bool:
-    """Draw how the distribution over groups moved, above where uniform sampling would have trained (a PNG, 900 x 560).
+    """Draw the history of P, and below it the MACs of uniformly sampled archs, as a PNG of 900 x 560 pixels.
 
-    Both parts share the axis of MACs. Above, time runs upwards, and the colour of group k is `P_k * K`: 1 is the share
-    of a uniform P. Below, a histogram of uniformly sampled archs, with the last P as a line in the same unit.
+    Both parts share the axis of MACs. In the upper part, time runs upwards and the colour of group k is `P_k * K`,
+    which is 1 for a uniform P. The lower part is a histogram of uniformly sampled archs, with the last P as a line in
+    the same unit.
 
     Args:
-        path: Where to write.
-        history: (update, [P_1, ..., P_K]) with P in force from that optimizer update on.
+        path: File to write.
+        history: Pairs (update, [P_1, ..., P_K]), at least one; P is in effect from that optimizer update on.
         edges: The K + 1 bounds of the groups, in MACs, increasing.
         uniform_macs: MACs of uniformly sampled archs.
 
     Returns:
-        Whether the picture was written; it is not without matplotlib.
-
-    Raises:
-        ValueError: If the history is empty or not of as many groups as there are edges, less one.
+        Whether the picture was written: `False` without matplotlib.
     """
-    if not history:
-        raise ValueError('the history of P is empty; give at least one (update, P) pair')
-    if wrong := [p for _, p in history if len(p) != len(edges) - 1]:
-        raise ValueError(f'P has {len(wrong[0])} entries, but {len(edges)} edges bound {len(edges) - 1} groups')
     if not _has_matplotlib():
         return False
     history = sorted(dict(history).items())
@@ -137,7 +112,7 @@ def _draw_subnets(
         end_colour: str,
         label: str,
 ) -> list[tuple[str, tuple[float, float]]]:
-    """Draw the groups' subnets as a line and the two ends as triangles; returns the ends' names and points."""
+    """Draw the groups' subnets as a line and the two ends as triangles. Returns names and points of the ends."""
     points = [(row['name'], (row['macs'] / scale, row['top1'])) for row in rows]
     markers = {'smallest': 'v', 'largest': '^'}
     if line := sorted(point for name, point in points if name not in markers):
@@ -149,12 +124,12 @@ def _draw_subnets(
 
 
 def _label_height(ax: Any, point: tuple[float, float], side: str) -> int:
-    """How far above a point, in typographical points, its label meets least of what is drawn already.
+    """The height above a point, in typographical points, at which its label overlaps the lines least.
 
     Args:
-        ax: Axes of a whole figure, with limits that stay as they are.
-        point: In data.
-        side: The side of the label that is at the point.
+        ax: The only axes of a figure, with final limits.
+        point: Position in data coordinates.
+        side: The side of the label that touches the point, 'left' or 'right'.
     """
     (x, y), pixel = point, 100 / 72
     wide, high = (float(np.ptp(limits)) for limits in (ax.get_xlim(), ax.get_ylim()))
@@ -162,11 +137,11 @@ def _label_height(ax: Any, point: tuple[float, float], side: str) -> int:
     rises = [np.interp(places, *line.get_data(), left=np.nan, right=np.nan) - y for line in ax.get_lines()]
     rises = [rise * 470 / high / pixel for rise in rises]  # 470 pixels are the height of these axes
 
-    def met(height: int) -> int:
+    def overlap(height: int) -> int:
         return sum(int(((height - 7 < rise) & (rise < height + 14)).sum()) for rise in rises)
 
     heights = (10, -20, -34, 24) if side == 'right' else (-20, 10, 24, -34)
-    return min(heights, key=met)
+    return min(heights, key=overlap)
 
 
 def _draw_heat_map(
@@ -174,17 +149,17 @@ def _draw_heat_map(
         history: Sequence[tuple[int, Sequence[float]]],
         bounds: Sequence[float],
 ) -> tuple[Any, list[float]]:
-    """Draw P_k * K over MACs and time; returns the coloured mesh and the ticks of its colour bar."""
+    """Draw P_k * K over MACs and time. Returns the coloured mesh and the ticks of its colour bar."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
     ratios = [[value * len(p) for value in p] for _, p in history]
-    # At least a quarter each way, so that the noise of a uniform P does not light up; at most 8, so that a group which
-    # starves does not flatten the colours of all others.
+    # At least 1.25, so that the noise of a uniform P stays pale; at most 8, so that one group with a P near zero does
+    # not make the colours of all others pale.
     limit = min(8.0, max(1.25, *(max(value, 1 / max(value, 1e-9)) for row in ratios for value in row)))
     updates = [update for update, _ in history]
     step = updates[-1] - updates[-2] if len(updates) > 1 else 1
-    # Colours beyond the limits are those of the limits; a P of zero has no logarithm.
+    # Values are clipped to the limits, because a P of zero has no logarithm.
     clipped = [[min(max(value, 1 / limit), limit) for value in row] for row in ratios]
     mesh = ax.pcolormesh(
         bounds, [*updates, updates[-1] + step], clipped, cmap='RdBu_r', norm=LogNorm(1 / limit, limit))
@@ -199,7 +174,7 @@ def _draw_heat_map(
 
 
 def _draw_uniform_samples(ax: Any, samples: Sequence[float], bounds: Sequence[float], last: Sequence[float]) -> None:
-    """Draw the share of uniform samples per bin of MACs, and the share that the last P gives to the same bin."""
+    """Draw the share of uniform samples in each bin of MACs, and the share of the last P in the same bin."""
     bins = 60
     width = (bounds[-1] - bounds[0]) / bins
     if len(samples):
@@ -211,7 +186,7 @@ def _draw_uniform_samples(ax: Any, samples: Sequence[float], bounds: Sequence[fl
     ax.set_ylim(bottom=0)
     ax.set_ylabel('share per bin (%)')
     ax.spines[['top', 'right']].set_visible(False)
-    # above the axes, where no curve can run into it
+    # above the axes, so that no curve crosses it
     ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
 
 
@@ -221,23 +196,23 @@ def _draw_edges(ax: Any, bounds: Sequence[float]) -> None:
 
 
 def _unit(largest: float) -> tuple[float, str]:
-    """The scale of an axis of MACs, and its name."""
+    """Scale and unit of an axis of MACs."""
     return (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs') if largest >= 1e6 else (1e3, 'kMACs')
 
 
 @functools.cache
 def _has_matplotlib() -> bool:
-    """Whether pictures can be drawn; cached, so that a run is told once and not at every evaluation."""
+    """Whether matplotlib is installed. Cached, so that a run logs one warning."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        _logger.warning("No pictures without matplotlib: to get them, pip install 'timm_shiftnas[quickstart]'")
+        _logger.warning("No pictures without matplotlib: run pip install 'timm_shiftnas[quickstart]'")
         return False
     return True
 
 
 def _figure() -> Any:
-    """A figure on the Agg canvas; pyplot, with its backend and list of open figures, stays out of it."""
+    """A figure on the Agg canvas, without pyplot and its global list of open figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The search of one-shot NAS: the best of sampled archs for each budget."""
+"""The search of one-shot NAS: the best of several sampled archs for each budget."""
 from __future__ import annotations
 
 from typing import Any
@@ -31,19 +31,23 @@ def search_archs(
         ranks: Ranks = Ranks(),
         **kwargs: Any,
 ) -> list[Arch]:
-    """For every group, the best of `samples` archs by accuracy on held-out data: what a uniform supernet needs.
+    """Find the most accurate of `samples` archs for every group, on held-out data.
 
-    Candidates are uniform archs that fall into the group. Uniform sampling hardly reaches the ends of the range; what
-    is missing there is drawn from the generator for the group's upper edge, whose proposal is always among them. Of
-    equally accurate archs, the one with most MACs is taken.
+    Candidates are uniformly sampled archs within the group, and the generator's proposal for its upper edge. Uniform
+    sampling rarely reaches the ends of the range of MACs: missing candidates are sampled from the generator. Of equally
+    accurate archs, the one with the most MACs is chosen.
 
     Args:
+        space: The search space.
+        generator: Proposes archs for the budgets of the groups.
+        groups: Budget groups.
         samples: Candidates per group.
         net: The supernet.
-        loader: Held-out images and class indices.
-        seed: Of the candidates.
-        calibration: Gives candidates their BatchNorm statistics, where there is BatchNorm.
-        ranks: The processes that share the candidates; each has a loader of all images.
+        loader: Batches of held-out images and class indices.
+        device: Device of the network.
+        seed: Seed of the candidates.
+        calibration: Computes the BatchNorm statistics of candidates, if there is BatchNorm.
+        ranks: The processes that split the candidates; each has a loader of all images.
         **kwargs: As for `evaluate`.
     """
     noise = stream(seed, 'search', 0)

@@ -1,4 +1,13 @@
-"""The table of a run, as text and as CSV."""
+"""The tables of a run, as text and as CSV.
+
+A *row* is one evaluated subnet, a dict with the keys
+
+* `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
+* `budget`: the upper limit of its MACs, or `None`;
+* `macs`, `params`: counts of the subnet;
+* `top1`, `top5`: accuracy in percent;
+* `arch`: `Arch.to_dict()`.
+"""
 from __future__ import annotations
 
 import csv
@@ -17,7 +26,7 @@ COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Rows as aligned plain text: name, budget, MACs, params, top-1 and top-5 in percent; no newline at the end."""
+    """Format rows as aligned text: name, budget, MACs, params, top-1 and top-5 in percent. No final newline."""
     cells = [('name', 'budget', 'MACs', 'params', 'top-1', 'top-5')]
     for row in rows:
         budget = '-' if row['budget'] is None else format_count(row['budget'])
@@ -30,7 +39,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-    """Rows as CSV with a header line; the arch as JSON in the last column, an absent budget as an empty cell."""
+    """Write rows as CSV with a header line. The arch is JSON, a missing budget an empty cell."""
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
@@ -39,7 +48,7 @@ def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
 
 
 def write_shift_csv(path: str | os.PathLike, history: Sequence[tuple[int, Sequence[float]]]) -> None:
-    """The distribution over groups as CSV: the optimizer update from which on it was in force, and P_1 ... P_K."""
+    """Write the history of P as CSV: the optimizer update from which on it was in effect, and P_1 ... P_K."""
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['update', *(f'group {k + 1}' for k in range(len(history[0][1])))])

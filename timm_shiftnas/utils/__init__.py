@@ -1,4 +1,4 @@
-"""What knows nothing of architecture search: processes, files, random streams, counts with units."""
+"""Helpers that know nothing of architecture search: processes, files, random streams, counts with units, text."""
 from .distributed import Ranks
 from .files import atomic_write, zip_is_intact
 from .streams import seed_process, stream, stream_seed

@@ -1,7 +1,7 @@
-"""The processes that train one network together, as torch.distributed has them; alone, nothing is communicated.
+"""The processes of `torch.distributed` that train one network together. A single process communicates nothing.
 
-What is learned about drawing archs (the generator, P) has no place in `DistributedDataParallel`: it is the same
-everywhere because every process draws from the same streams and learns from sums over all of them.
+The generator and P are not part of `DistributedDataParallel`. They stay equal in all processes because every process
+draws from the same random streams and learns from sums over all processes.
 """
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Ranks:
     """This process among those that train together.
 
     Args:
-        rank: Number of this process.
-        size: How many there are.
-        device: Where tensors are exchanged: what the backend takes.
+        rank: Index of this process, 0 to `size - 1`.
+        size: Number of processes.
+        device: Device on which the backend exchanges tensors.
     """
     rank: int = 0
     size: int = 1
@@ -33,10 +33,10 @@ class Ranks:
 
     @classmethod
     def current(cls, device: torch.device | str = 'cpu') -> Ranks:
-        """The default process group; a single process where there is none.
+        """The ranks of the default process group, or a single process if there is none.
 
         Args:
-            device: The accelerator of this process, for backends that exchange nothing else (nccl).
+            device: The accelerator of this process, for backends such as nccl that exchange nothing else.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
@@ -53,10 +53,10 @@ class Ranks:
         return items[self.rank::self.size]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, which is the same in all of them, bit for bit."""
+        """Replace each tensor by its sum over all processes; the sum is equal in all of them, bit for bit."""
         if self.size == 1:
             return
-        # in one message, and in one precision: these are few or small
+        # one message in one precision: the tensors are few or small
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
         dist.all_reduce(flat)
         with torch.no_grad():
@@ -70,7 +70,7 @@ class Ranks:
             torch._foreach_div_(list(tensors), self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in the order of their ranks; picklable, and few."""
+        """The values of all processes in the order of their ranks; for small values that can be pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes, and a check of what was written."""
 from __future__ import annotations
 
 import os
@@ -12,7 +12,7 @@ __all__ = ['atomic_write', 'zip_is_intact']
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, and vanishes if it fails."""
+    """Yield a temporary path that replaces `path` when the block ends, and is removed if the block fails."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -23,9 +23,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def zip_is_intact(path: str | os.PathLike) -> bool:
-    """Whether every part of a zip file, such as a checkpoint, has the checksum it was written with.
+    """Whether every member of a zip file, such as a checkpoint, still matches its checksum.
 
-    `torch.load` does not look: a flipped bit becomes a weight.
+    `torch.load` does not verify checksums: a flipped bit would silently change a weight.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Random streams that are functions of (seed, purpose, step): equal on all ranks and after a resume, with no state."""
+"""Random streams without state: functions of (seed, purpose, step), equal on all ranks and after a resume."""
 from __future__ import annotations
 
 import hashlib
@@ -10,7 +10,7 @@ __all__ = ['seed_process', 'stream', 'stream_seed']
 
 
 def stream_seed(seed: int, purpose: str, step: int) -> int:
-    """A seed, 0 to 2**63 - 1, for one purpose at one step; different arguments give unrelated ones."""
+    """A seed in [0, 2**63) for one purpose at one step. Different arguments give unrelated seeds."""
     digest = hashlib.blake2b(f'{seed}/{purpose}/{step}'.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
@@ -21,5 +21,5 @@ def stream(seed: int, purpose: str, step: int) -> torch.Generator:
 
 
 def seed_process(seed: int, purpose: str, step: int) -> None:
-    """Set the random states of this process (torch's of all devices, numpy's, Python's) to those of a stream."""
+    """Seed the global generators of this process from a stream: torch on all devices, numpy and Python."""
     random_seed(stream_seed(seed, purpose, step) % 2 ** 32)
