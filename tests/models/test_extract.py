@@ -86,7 +86,7 @@ def test_equal_gradients():
         torch.testing.assert_close(weight.grad, sliced.get_parameter(name).data, rtol=1e-9, atol=1e-12)
 
 
-# -- weights of its own ------------------------------------------------------------------------------------------------
+# -- its own weights ---------------------------------------------------------------------------------------------------
 
 
 def test_no_storage_is_shared():

@@ -196,7 +196,7 @@ class ShiftFormerSupernet(TimmSupernet, ShiftFormer):
     def __init__(self, space: SearchSpace | Mapping[str, Any], *, qkv_bias_slicing: str = 'role', **kwargs) -> None:
         space = space_of_family(space, 'shiftformer')
         super().__init__(arch=space.largest, **kwargs)
-        del self.arch, self.static_space  # a supernet has no arch of its own
+        del self.arch, self.static_space  # these describe static networks only
         self._make_head_elastic()
         self.unbound_space = space.unbind()
         self.set_qkv_bias_slicing(qkv_bias_slicing)

@@ -319,7 +319,7 @@ class SearchSpace:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Image size, patch size, classes and whatever else MACs and parameters depend on.
+        """Image size, patch size, classes and what else MACs and parameters depend on.
 
         Raises:
             ValueError: If the space is not bound to a network.

@@ -78,7 +78,7 @@ def space_of_family(space: SearchSpace | Mapping[str, Any], name: str) -> Search
     """A space, given as such or as the dict of its `to_dict`, for a network of the family `name`.
 
     Raises:
-        ValueError: If it is no space, or a space of another family.
+        ValueError: If it is not a space, or a space of another family.
     """
     space = space if isinstance(space, SearchSpace) else space_from_dict(space)
     if space.family != name:
