@@ -179,7 +179,8 @@ class ShiftNASTask(ClassificationTask):
         if self._micro == 0:
             self._update_samplers(input, target)
         archs = self._draw_archs()
-        outputs = self._run(input, archs)
+        net = self.trainable_module
+        outputs = net(input, archs) if self._one_call else [net(input, arch) for arch in archs]
         losses = self._losses(outputs, input, target)
         self._count_micro_batch()
         return dict(loss=sum(losses) / len(losses), output=outputs[0], archs=archs)
@@ -197,12 +198,6 @@ class ShiftNASTask(ClassificationTask):
             self._update, self._micro = self._update + 1, 0
             if self.config.accum_steps is not None:
                 self._micro_step = self._update * self.config.accum_steps
-
-    def _run(self, input: Tensor, archs: tuple[Arch, ...]) -> list[Tensor]:
-        """Logits of each arch, [B, classes]."""
-        if self._one_call:
-            return self.trainable_module(input, archs)
-        return [self.trainable_module(input, arch) for arch in archs]
 
     def _losses(self, outputs: list[Tensor], input: Tensor, target: Tensor) -> list[Tensor]:
         """Loss of each arch: on the targets and the teacher, or, for in-place distillation, on the largest arch."""
