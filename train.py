@@ -6,8 +6,9 @@
 import sys
 
 if __name__ == '__main__':
-    try:
-        from timm_shiftnas.training.trainer import launch
-    except KeyboardInterrupt:  # imports take seconds
-        sys.exit('train.py: interrupted')
-    sys.exit(launch())
+    from timm_shiftnas_cli.interrupts import CtrlC
+    interruptible = CtrlC('train.py').raised
+    from timm_shiftnas.training.trainer import launch  # imports take seconds
+    with interruptible():
+        code = launch()
+    sys.exit(code)

@@ -16,7 +16,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-__all__ = ['FolderLock', 'atomic_write', 'name_disk_errors', 'zip_is_intact']
+__all__ = ['FolderLock', 'atomic_write', 'find_cause', 'name_disk_errors', 'zip_is_intact']
 
 DISK_ERRORS = {
     errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk is full: the quota is used up',
@@ -24,6 +24,13 @@ DISK_ERRORS = {
 }
 LOCK = '.lock'
 LOCKED_BYTE = 1 << 30  # Windows refuses to read locked bytes, so the lock lies behind the text
+
+
+class DiskError(OSError):
+    """A full or read-only disk."""
+
+    def __str__(self) -> str:
+        return f'{self.strerror}: {self.filename}'
 
 
 @contextmanager
@@ -50,17 +57,26 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def name_disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Replace the error of a full or read-only disk by one in plain words that names `path`."""
+    """Replace the error of a full or read-only disk by one in plain words that names `path`.
+
+    torch's writer raises a `RuntimeError` on top of an `OSError` or of Ctrl-C. That one is raised instead.
+    """
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:  # torch's writer raises a RuntimeError on top of it
-            if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
-                reason = os.strerror(cause.errno)
-                raise OSError(cause.errno, f'{DISK_ERRORS[cause.errno]} ({reason})', str(path)) from None
-            cause = cause.__cause__ or cause.__context__
-        raise
+        cause = find_cause(error, OSError, KeyboardInterrupt)
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            cause = DiskError(cause.errno, f'{DISK_ERRORS[cause.errno]} ({os.strerror(cause.errno)})', str(path))
+        elif cause is None or cause is error:
+            raise
+        raise cause from None
+
+
+def find_cause(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
+    """An error, or the first one of some kinds among those that it was raised on top of."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class FolderLock:
@@ -78,27 +94,36 @@ class FolderLock:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = Path(folder, LOCK)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+        self._file = open(os.open(self.path, flags, 0o666), 'r+b', buffering=0)
         try:
             if fcntl is not None:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
-                os.lseek(self._file, LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
+                self._file.seek(LOCKED_BYTE)
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                os.lseek(self._file, 0, os.SEEK_SET)
-                holder = os.read(self._file, 200).decode(errors='replace')
-                os.close(self._file)
+                self._file.seek(0)
+                holder = self._file.read(200).decode(errors='replace')
+                self._file.close()
                 raise BlockingIOError(f'{holder or "another process"} is writing to {folder}') from None
-            return  # a file system without locks
-        with suppress(OSError):  # a full disk
-            os.ftruncate(self._file, 0)
-            os.lseek(self._file, 0, os.SEEK_SET)
-            os.write(self._file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        else:  # another error means a file system without locks
+            with suppress(OSError):  # a full disk
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+
+    @property
+    def held(self) -> bool:
+        """Whether the locked file is still in the folder: somebody may have removed the folder."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def release(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 def zip_is_intact(path: str | os.PathLike) -> bool:
