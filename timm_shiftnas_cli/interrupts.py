@@ -1,7 +1,6 @@
 """Ctrl-C in a program: one line and exit code 130, and no traceback at any moment. Imports nothing that takes long."""
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -28,7 +27,7 @@ class CtrlC:
         self.prog, self.process = prog, os.getpid()
         self.raises = False
         if threading.current_thread() is threading.main_thread():
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, *_: Any) -> None:
@@ -61,7 +60,7 @@ class CtrlC:
         """Raise an interrupt again that has met a finalizer, where Python would print and forget it."""
         if error.exc_type is KeyboardInterrupt:
             self.raises = True
-            threading.Timer(.01, _thread.interrupt_main).start()
+            threading.Timer(.01, os.kill, (self.process, signal.SIGINT)).start()
         else:
             sys.__unraisablehook__(error)
 

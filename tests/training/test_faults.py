@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.processes import Job
-from support.small_runs import FAST, load, run_script, same, train
+from support.processes import Job, call, run_code
+from support.small_runs import FAST, ROOT, load, run_script, same, train
 
 from timm_shiftnas.data.glyphs import Glyphs
-from timm_shiftnas.training.checkpoints import Checkpoints, Saver, check_checkpoint, newest_checkpoint
+from timm_shiftnas.training.checkpoints import Checkpoints, Position, Saver, check_checkpoint, newest_checkpoint
 from timm_shiftnas.training.folder import RunFolder
 from timm_shiftnas.training.results import Results, append_epoch
 from timm_shiftnas.training.tracking import Tracker
@@ -123,8 +124,18 @@ def test_resume_before_the_last_batch(tmp_path):
     with pytest.raises(train.Terminated):
         trainer.train_epoch(0)
     assert trainer.task.loop_state['batch'] == trainer.batches - 1 == 9
+    state = load(trainer.checkpoints.newest())
+    assert 0 < state['task_state']['loop']['seconds'] < 1000
+    state['task_state']['loop']['seconds'] += 1000
+    torch.save(state, trainer.checkpoints.newest())
     assert train.main([*flags, '--experiment', 'run', '--resume', 'auto']) == 0
     same(*(load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('whole', 'run')))
+    with (tmp_path / 'run' / 'summary.csv').open() as file:  # the time of an epoch has the part before the kill
+        assert [1000 < float(row['train_seconds']) < 2000 for row in csv.DictReader(file)] == [True]
+
+
+def test_old_checkpoints_have_no_seconds():
+    assert Position.of_loop(dict(epoch=2, batch=3, loss=1., count=8, processes=1)) == (2, 3, 1., 8, 0.)
 
 
 def test_corrupt_checkpoints_are_skipped(whole, tmp_path, caplog):
@@ -162,6 +173,82 @@ def test_resume_in_the_middle_of_an_epoch_needs_the_same_batch_size(whole, tmp_p
     torch.save(state, tmp_path / 'middle.pth.tar')
     assert train.main([*RICH, '--resume', str(tmp_path / 'middle.pth.tar'), '--output', str(tmp_path), '-b', '64']) == 2
     assert 'batch_size=128, and not 64' in capsys.readouterr().err
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_names_the_recovery_file(tmp_path, capsys, caplog):
+    caplog.set_level('INFO')
+
+    class Sender(logging.Handler):
+        def emit(self, record):
+            if '  batch 5/' in record.getMessage():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    sender = Sender()
+    logging.getLogger('train').addHandler(sender)
+    try:
+        assert train.main([*FAST, '--shift', 'none', '--epochs', '1', '--recovery-interval', '4', '--experiment', 'a b',
+                           '--output', str(tmp_path)]) == 130
+    finally:
+        logging.getLogger('train').removeHandler(sender)
+    newest = tmp_path / 'a b' / 'recovery-0-4.pth.tar'
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"train.py: interrupted; continue with --resume '{newest}'"
+
+
+@pytest.mark.parametrize(
+    'program', [[ROOT / 'train.py'], ['-c', 'from timm_shiftnas_cli import main; main()', 'train']])
+def test_ctrl_c_while_torch_is_imported(program, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *program, '--output', tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    maps = Path(f'/proc/{process.pid}/maps')
+    while process.poll() is None and 'libtorch' not in maps.read_text():
+        time.sleep(.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and out in ('train.py: interrupted\n', 'timm-shiftnas: interrupted\n')
+
+
+INTERRUPTED = {
+    'in a finalizer': 'Finalizer(); time.sleep(60)',
+    'below an error of a library': 'try: interrupt()\n    finally: raise RuntimeError("enforce fail")',
+    'twice': 'try: interrupt()\n    finally: interrupt()',
+    'in a worker first': 'if os.fork() == 0: interrupt(); os._exit(7)\n    assert os.wait()[1] >> 8 == 7; interrupt()',
+}
+
+
+@pytest.mark.parametrize('moment', INTERRUPTED)
+def test_ctrl_c_ends_a_program_in_one_line(moment, tmp_path):
+    code = f'''
+import os, signal, time
+from timm_shiftnas_cli.interrupts import CtrlC
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(.01)
+
+class Finalizer:
+    def __del__(self):
+        interrupt()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with CtrlC('program').raised():
+    {INTERRUPTED[moment]}
+'''
+    assert call(run_code, code, folder=tmp_path) == (130, '', 'program: interrupted\n')
+
+
+def test_ctrl_c_in_torchs_writer_is_no_error_of_the_disk(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_write(tmp_path / 'a'):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError('enforce fail')
+    assert not list(tmp_path.iterdir())
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------
@@ -473,9 +560,13 @@ def test_broken_images_are_skipped(folder, tmp_path, caplog):
     assert train.main(flags) == 2  # every image is broken
 
 
-def test_a_dead_worker_ends_the_run(tmp_path):
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_worker_ends_the_first(tmp_path, capsys):
     process = start(tmp_path, *FAST, '--shift', 'none', '-j', '1', '--epochs', '500', '--experiment', 'run')
     wait_for(process, 'last*', tmp_path / 'run')
+    # a second run in the same folder is refused; the lock of a killed one is free (test of SIGKILL)
+    assert train.main([*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f'process {process.pid}' in line and str(tmp_path / 'run') in line and '--experiment' in line
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
     workers = []
     while not workers and process.alive:

@@ -151,14 +151,20 @@ class Trainer:
 
     def finish(self) -> None:
         """Remove what only a running run needs, and publish."""
-        if self.run.loaders.shift is not None:
-            self.run.loaders.shift.close()
         if not self.ranks.primary:
             return
         self.checkpoints.finish()
         if self.args.push_to_hub:
             self.results.publish()
         _logger.info(f'finished; the model directory is {self.run.output / "model"}')
+
+    def close(self, exit_code: int) -> None:
+        """End workers, trackers and the lock of the folder, however the run has ended."""
+        if self.run.loaders.shift is not None:
+            self.run.loaders.shift.close()
+        if self.ranks.primary:
+            self.tracker.close(exit_code)
+            self.folder.close()
 
     # -- the steps of train_epoch --------------------------------------------------------------------------------------
 
@@ -257,9 +263,8 @@ def main(argv: list[str] | None = None, prog: str = 'train.py') -> int:
         else:
             print(f'{prog}: {error_line(error, trainer)}', file=sys.stderr)
     finally:
-        if trainer is not None and trainer.ranks.primary:
-            trainer.tracker.close(code)
-            trainer.folder.close()
+        if trainer is not None:
+            trainer.close(code)
     return code
 
 
