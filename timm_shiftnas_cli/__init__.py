@@ -12,8 +12,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .interrupts import CtrlC
 
 __all__ = ['build_parser', 'main']
 
@@ -21,16 +24,23 @@ PROG = 'timm-shiftnas'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: The arguments. Without them, those of the process, whose Ctrl-C is handled until it ends.
+    """
+    interruptible = nullcontext if argv is not None else CtrlC(PROG).raised
     argv = sys.argv[1:] if argv is None else list(argv)
     args = argparse.Namespace(traceback=False)
     try:
         if argv[:1] == ['train']:
             from timm_shiftnas.training.trainer import launch
-            return launch(argv[1:], prog=f'{PROG} train')
+            with interruptible():
+                return launch(argv[1:], prog=f'{PROG} train')
         build_parser().parse_args(argv, args)
         from timm_shiftnas import cli
-        cli.COMMANDS[args.command](args)
+        with interruptible():
+            cli.COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print(f'{PROG}: interrupted', file=sys.stderr)
         return 130

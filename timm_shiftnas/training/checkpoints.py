@@ -1,13 +1,14 @@
 """Checkpoints of a run, which survive kills, full disks and corrupt files.
 
-timm's `CheckpointSaver` writes them. This module adds writes that may fail, the search for the newest intact
-checkpoint, and resuming from the middle of an epoch.
+timm's `CheckpointSaver` decides which ones are kept. This module adds writes that may fail, the search for the newest
+intact checkpoint, and resuming from the middle of an epoch.
 """
 from __future__ import annotations
 
 import logging
 import os
 import pickle
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,12 @@ from ..method.generator import ArchitectureGenerator
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
 from ..space.core import SearchSpace
 from ..utils.distributed import Ranks
-from ..utils.files import zip_is_intact
+from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
 from ..utils.text import one_line
+from .folder import RunFolder
 
 __all__ = [
-    'Checkpoints', 'Position', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
+    'Checkpoints', 'Position', 'Saver', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
     'newest_checkpoint', 'resume',
 ]
 
@@ -47,22 +49,49 @@ class Position(NamedTuple):
         batch: Batches of this epoch that are done, in each process.
         loss: Sum of the losses of their images.
         count: Number of these images.
+        seconds: Time that they took.
     """
     epoch: int
     batch: int = 0
     loss: float = 0.
     count: int = 0
+    seconds: float = 0.
 
     @property
     def mean_loss(self) -> float:
         return self.loss / max(self.count, 1)
 
-    def after(self, batches: int, losses: list[float], batch_size: int) -> Position:
+    @classmethod
+    def of_loop(cls, loop: dict[str, Any]) -> Position:
+        """The position in the `loop_state` of a checkpoint; old ones have no seconds."""
+        return cls(**{name: loop[name] for name in cls._fields if name in loop})
+
+    def after(self, batches: int, losses: list[float], batch_size: int, seconds: float) -> Position:
         """The position after some more batches, with the losses of those that count."""
         total = self.loss
         for loss in losses:
             total += loss * batch_size
-        return Position(self.epoch, self.batch + batches, total, self.count + len(losses) * batch_size)
+        return Position(self.epoch, self.batch + batches, total, self.count + len(losses) * batch_size, seconds)
+
+
+class Saver(CheckpointSaver):
+    """timm's saver, which writes with `atomic_write`.
+
+    torch itself would keep a file that it could not write open as long as there is a traceback, and a deleted file
+    occupies the disk until it is closed.
+    """
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        with atomic_write(save_path) as temporary, open(temporary, 'wb') as file:
+            super()._save(file, epoch, metric)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        Path(dst).unlink(missing_ok=True)
+        try:
+            os.link(src, dst)
+        except (OSError, NotImplementedError):  # a file system without hard links
+            with atomic_write(dst) as temporary:
+                shutil.copyfile(src, temporary)
 
 
 class Checkpoints:
@@ -70,20 +99,19 @@ class Checkpoints:
 
     Args:
         saver: timm's saver for this folder.
+        folder: The folder.
         since: When the run started (`time.time()`); older files are another run's. `None` for a resumed run.
 
     Attributes:
-        failure: The error of the last write, if it failed.
+        failure: The error of the last write, if it failed: its text, because the error itself holds what was written.
     """
 
-    def __init__(self, saver: CheckpointSaver, since: float | None = None) -> None:
-        self.saver, self.since = saver, since
-        self.folder = Path(saver.checkpoint_dir)
-        self.failure: Exception | None = None
-        found = sorted(self.folder.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
+    def __init__(self, saver: CheckpointSaver, folder: RunFolder, since: float | None = None) -> None:
+        self.saver, self.folder, self.since = saver, folder, since
+        self.failure = ''
+        found = sorted(folder.path.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
         saver.prev_recovery_file, saver.curr_recovery_file = ['', '', *map(str, found)][-2:]
-        self._temporaries = [self.folder / f'{name}{SUFFIX}' for name in ('tmp', 'recovery_tmp')]
-        self._remove_temporaries()  # a run that was killed may have left some
+        folder.remove_temporaries(f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}')
 
     def save(self, epoch: int, metric: float | None) -> None:
         """Write a checkpoint at the end of an epoch; `metric` ranks it."""
@@ -97,7 +125,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest intact checkpoint of this run."""
-        return newest_checkpoint(self.folder, self.since)
+        return newest_checkpoint(self.folder.path, self.since)
 
     def finish(self) -> None:
         """Remove the recovery files at the end of the run.
@@ -105,10 +133,10 @@ class Checkpoints:
         Raises:
             OSError: If the last checkpoint could not be written.
         """
-        if self.failure is not None:
+        if self.failure:
             raise OSError(
-                f'training is finished, but its last checkpoint could not be written ({self.failure}); make room in '
-                f'{self.folder} and run the same command with --resume auto')
+                f'training is finished, but its last checkpoint could not be written ({self.failure}); once there is '
+                f'room in {self.folder.path}, run the same command with --resume auto')
         for path in (self.saver.prev_recovery_file, self.saver.curr_recovery_file):
             if path:
                 Path(path).unlink(missing_ok=True)
@@ -117,20 +145,17 @@ class Checkpoints:
     def _tolerate_errors(self) -> Iterator[None]:
         """Log a failed write; the disk may have room for the next checkpoint."""
         try:
-            yield
-            self.failure = None
+            with name_disk_errors(self.folder.path):
+                self.folder.restore()
+                yield
+            self.failure = ''
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-            self.failure = error
-            self._remove_temporaries()
+            self.failure = one_line(error, 300)
+        if self.failure:
             newest = self.newest()
             kept = f'{newest} is kept' if newest else 'there is no other yet'
             _logger.error(
-                f'cannot write a checkpoint ({one_line(error, 200)}); {kept}. Training continues; make room in '
-                f'{self.folder}')
-
-    def _remove_temporaries(self) -> None:
-        for path in self._temporaries:
-            path.unlink(missing_ok=True)
+                f'cannot write a checkpoint ({self.failure}); {kept}. Training continues, and the next one is tried')
 
 
 # -- finding and resuming ----------------------------------------------------------------------------------------------
@@ -156,12 +181,13 @@ def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> 
     for path in Path(folder).glob(f'*{SUFFIX}'):
         if path.name in (f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}'):
             continue
-        if since is not None and path.stat().st_mtime < since:
-            continue
         try:
+            if since is not None and path.stat().st_mtime < since:
+                continue
             # by time first: the folder may hold a longer, older run
             position = saved_position(load_checkpoint_metadata(str(path)))
-            found.append((path.stat().st_mtime, position.epoch, position.batch, path))
+            last = path.name == f'last{SUFFIX}'  # the best one may be the same file
+            found.append((path.stat().st_mtime, position.epoch, position.batch, last, path))
         except Exception as error:  # corrupt files make torch raise RuntimeError, EOFError, KeyError, ...
             _logger.warning(f'cannot read the checkpoint {path} ({one_line(error, 120)})')
     for *_, path in sorted(found, reverse=True):
@@ -175,7 +201,7 @@ def saved_position(checkpoint: dict[str, Any]) -> Position:
     """Where to resume. Checkpoints of other training loops are saved at the end of an epoch."""
     loop = (checkpoint.get('task_state') or {}).get('loop') or {}
     if 'epoch' in loop:
-        return Position(*(loop[name] for name in Position._fields))
+        return Position.of_loop(loop)
     return Position(checkpoint.get('epoch', -1) + 1)
 
 
@@ -218,7 +244,7 @@ def resume(
     epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=scaler)
     if not task.loop_state:
         return Position(epoch or 0)
-    position = Position(*(task.loop_state[name] for name in Position._fields))
+    position = Position.of_loop(task.loop_state)
     for name, value in batch_layout(args, ranks).items():
         if position.batch and task.loop_state[name] != value:
             raise ValueError(

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torchvision
-from timm.utils import update_summary
 from torch import Tensor, nn
 
 from ..evaluation.accuracy import evaluate_budgets
@@ -19,8 +22,10 @@ from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
 from ..space.complexity import macs
 from ..space.core import Arch
+from ..utils.files import atomic_write, name_disk_errors
 from ..utils.streams import stream
 from .flags import training_facts
+from .folder import RunFolder
 from .interrupts import Interrupts
 from .setup import Run
 
@@ -35,10 +40,11 @@ class Results:
     Args:
         run: The run.
         interrupts: SIGTERM stops an evaluation at once.
+        folder: The folder of the run; only the first process has it.
     """
 
-    def __init__(self, run: Run, interrupts: Interrupts) -> None:
-        self.run, self.interrupts = run, interrupts
+    def __init__(self, run: Run, interrupts: Interrupts, folder: RunFolder | None) -> None:
+        self.run, self.interrupts, self.folder = run, interrupts, folder
         self.args, self.task, self.loaders, self.output = run.args, run.task, run.loaders, run.output
 
     def evaluate(self, last: bool) -> dict[str, float]:
@@ -66,13 +72,10 @@ class Results:
                 archs = task.generator.propose_many(task.groups.budgets)
             rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
         if run.ranks.primary:
-            print(format_table(rows), flush=True)
-            try:
+            with self.tolerate_errors('the table to the terminal'):  # a pipe whose reader has ended
+                print(format_table(rows), flush=True)
+            with self.tolerate_errors('the results', unless=last):
                 self.write(net, rows, searched, options.get('calibration'))
-            except OSError as error:
-                if last:
-                    raise
-                _logger.error(f'cannot write the results ({error}); training continues')
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
 
@@ -123,17 +126,28 @@ class Results:
             results: As `evaluate` returns them; nothing without an evaluation.
             lr: Learning rate.
         """
-        path = self.output / 'summary.csv'
-        columns = {name: results.get(name, '') for name in ('top1', 'top1_smallest', 'top1_largest')}
-        try:
-            update_summary(epoch, metrics, columns, str(path), lr=lr)
-        except OSError as error:
-            _logger.error(f'cannot write {path} ({error.strerror}); training continues')
+        row = {'epoch': epoch, **{f'train_{name}': value for name, value in metrics.items()}}
+        row |= {f'eval_{name}': results.get(name, '') for name in ('top1', 'top1_smallest', 'top1_largest')}
+        with self.tolerate_errors('summary.csv'):
+            append_epoch(self.output / 'summary.csv', {**row, 'lr': lr})
 
     def save_images(self, images: Tensor, epoch: int, batch: int) -> None:
         """Save the images of a batch as a picture."""
-        torchvision.utils.save_image(
-            images, self.output / f'train-batch-{epoch}-{batch}.jpg', padding=0, normalize=True)
+        path = self.output / f'train-batch-{epoch}-{batch}.jpg'
+        with self.tolerate_errors(path.name), atomic_write(path) as temporary:
+            torchvision.utils.save_image(images, temporary, format='JPEG', padding=0, normalize=True)
+
+    @contextmanager
+    def tolerate_errors(self, what: str, unless: bool = False) -> Iterator[None]:
+        """Log a failed write and go on, with an exception."""
+        try:
+            with name_disk_errors(self.output):
+                self.folder.restore()
+                yield
+        except OSError as error:
+            if unless:
+                raise
+            _logger.error(f'cannot write {what} ({error}); training continues')
 
     def publish(self) -> None:
         """Push the model directory to --push-to-hub."""
@@ -149,3 +163,16 @@ class Results:
                 f'{shlex.quote(str(self.output))} {args.push_to_hub}{flags}')
             raise
         _logger.info(f'published: {address}')
+
+
+def append_epoch(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, and drop rows of the same and of later epochs, which another run has left."""
+    rows = []
+    with suppress(FileNotFoundError), path.open(newline='', encoding='utf-8', errors='replace') as file:
+        for before in csv.DictReader(file):
+            if (before.get('epoch') or '').isdecimal() and int(before['epoch']) < row['epoch']:
+                rows.append(before)
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(row), extrasaction='ignore', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows([*rows, row])
