@@ -16,6 +16,7 @@ import torch
 from timm.data import create_loader, resolve_data_config
 
 from .data.datasets import create_dataset
+from .data.image_reader import standard_split
 from .data.shift_batches import preprocessing
 from .data.views import DatasetView
 from .evaluation.accuracy import evaluate
@@ -177,7 +178,7 @@ def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
 
 def load_subnet(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
     """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from --data-dir."""
-    loader = None if args.data_dir is None else training_images(saved, args.data_dir, args.bn_images)
+    loader = None if args.data_dir is None else training_images(saved, args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
@@ -200,22 +201,22 @@ def run_evaluate(args: argparse.Namespace) -> None:
     net = load_subnet(saved, args)
     if has_batch_norm(net):
         net = ResizedInput(net)
-    images = open_images(saved, args.data_dir, args.split)
+    images = open_images(saved, args.data_dir, args.split, args.ignore_exif_orientation)
     top1, top5 = evaluate(net, batches(saved, images), torch.device('cpu'))
     print(f'{len(images)} images: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
 
 
-def open_images(saved: SavedModel, folder: str, split: str) -> torch.utils.data.Dataset:
+def open_images(saved: SavedModel, folder: str, split: str, as_stored: bool) -> torch.utils.data.Dataset:
     """A folder of images, in the color mode of a saved network."""
     mode = 'L' if saved.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
-    return create_dataset('', folder, split=split, is_training=False, input_img_mode=mode)
+    return create_dataset('', folder, split=split, is_training=False, input_img_mode=mode, upright=not as_stored)
 
 
-def training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
-    """Batches of some images of a folder: of its train/, if there is one."""
-    images = open_images(saved, folder, 'train' if (Path(folder) / 'train').is_dir() else '')
+def training_images(saved: SavedModel, args: argparse.Namespace) -> Iterable[Any]:
+    """Batches of some images of --data-dir: of its training split, if there is one."""
+    images = open_images(saved, args.data_dir, standard_split(args.data_dir), args.ignore_exif_orientation)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return batches(saved, DatasetView(images, order[:count]))
+    return batches(saved, DatasetView(images, order[:args.bn_images]))
 
 
 def batches(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any]:

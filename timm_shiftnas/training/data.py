@@ -20,7 +20,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.datasets import create_dataset
+from ..data.datasets import ImageFiles, create_dataset
 from ..data.loader import TrainLoader
 from ..data.shift_batches import StepBatches, preprocessing
 from ..data.views import DatasetView, split_held_out
@@ -66,11 +66,18 @@ def open_data(args: argparse.Namespace) -> Data:
     open_split = partial(
         create_dataset, args.dataset, args.data_dir, class_map=args.class_map, download=args.dataset_download,
         batch_size=args.batch_size, seed=args.seed, input_img_mode=image_mode(args),
-        skip_broken=args.skip_broken_images, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
+        skip_broken=args.skip_broken_images, upright=not args.ignore_exif_orientation,
+        trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **keys)
     train = open_split(
         split=args.train_split, is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
     validation = open_split(split=args.val_split, is_training=False, num_samples=args.val_num_samples)
+    if isinstance(train, ImageFiles) and isinstance(validation, ImageFiles):
+        validation.decoder.ranges.update(train.decoder.ranges)
+        if (len(train), train.filename(0, absolute=True)) == (len(validation), validation.filename(0, absolute=True)):
+            _logger.warning(
+                f'the splits {args.train_split!r} and {args.val_split!r} hold the same images: accuracies are those of '
+                'training images')
     classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
     if None not in classes and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
@@ -111,7 +118,7 @@ def image_mode(args: argparse.Namespace) -> str:
 def count_classes(dataset: Dataset) -> int | None:
     """Number of classes, if the dataset tells."""
     reader = getattr(dataset, 'reader', None)
-    classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    classes = getattr(reader, 'class_to_idx', None)
     targets = getattr(dataset, 'targets', None)
     if classes:
         return len(classes)

@@ -158,6 +158,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--input-img-mode', known(image_mode, 'MODE'), None, 'PIL mode of the images (RGB, or L for one channel)'),
         ('-j --workers', NATURAL, 4, 'data loading processes'),
         ('--skip-broken-images', SWITCH, False, 'replace an image that cannot be read by the next one, with a warning'),
+        ('--ignore-exif-orientation', SWITCH, False,
+         'leave photographs as their pixels are stored, as timm does, instead of turning them upright'),
         ('--pin-mem', SWITCH, False, 'pin CPU memory in the data loaders'),
         ('--no-prefetcher', SWITCH, False, 'normalise and erase in the workers instead of on the device'),
     ),
