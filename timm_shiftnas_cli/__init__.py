@@ -84,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
         command.add_argument(
             '--data-dir', metavar='DIR', required=command is evaluate,
-            help='folder or tar of images; those of its training split (or all, without one) give the BatchNorm statistics of the '
-                 'subnet if they were not saved')
+            help='folder or tar of images; those of its training split (or all, without one) give the BatchNorm '
+                 'statistics of the subnet if they were not saved')
         command.add_argument(
             '--ignore-exif-orientation', action='store_true',
             help='leave photographs as their pixels are stored, as timm does; for models trained with this flag')
