@@ -20,7 +20,7 @@ from ..utils.text import one_line
 from .glyphs import Glyphs
 from .in_memory import PixelImages, apply_transforms, is_training_split
 
-__all__ = ['BrokenImageError', 'create_dataset']
+__all__ = ['BrokenImageError', 'class_names', 'create_dataset']
 
 _logger = logging.getLogger('train')
 MAX_BROKEN = 50  # files in a row that `skip_broken` replaces: more are not an accident
@@ -46,6 +46,7 @@ def create_dataset(
         split: str,
         glyphs: Mapping[str, Any] | None = None,
         skip_broken: bool = False,
+        min_classes: int = 2,
         **kwargs: Any,
 ) -> Dataset:
     """Create a dataset by its name in timm, or one of our own.
@@ -58,6 +59,7 @@ def create_dataset(
         split: Name of the split or one of timm's synonyms. '' takes an image folder itself as the split.
         glyphs: `images`, `difficulty` and `pixels` of 'glyphs'; see `glyphs.Glyphs`.
         skip_broken: Replace an image file that cannot be read by the next one that can, with a warning.
+        min_classes: Refuse a folder of fewer classes.
         **kwargs: Further arguments of `timm.data.create_dataset`. Like timm, our own sources ignore those that do not
             apply to them.
 
@@ -66,7 +68,7 @@ def create_dataset(
         given. Reading a broken file of a folder or tar of images raises a `BrokenImageError`, unless `skip_broken`.
 
     Raises:
-        ValueError: If the dataset or its split is unknown or missing, or a folder has fewer than two classes of images.
+        ValueError: If the dataset or its split is unknown or missing, or a folder has too few classes of images.
         ImportError: If the dataset needs a package that is not installed.
     """
     own = {option: kwargs[option] for option in OWN_OPTIONS if kwargs.get(option) is not None}
@@ -94,7 +96,7 @@ def create_dataset(
             f'cannot open dataset {name!r} in {root!r}: {one_line(error)}; check --dataset and --data-dir') from error
     if not is_files:
         return dataset
-    _validate_folder(dataset, root, split if kwargs.get('search_split', True) else '')
+    _validate_folder(dataset, root, split if kwargs.get('search_split', True) else '', min_classes)
     return ImageFiles(
         root,
         reader=dataset.reader,
@@ -106,7 +108,17 @@ def create_dataset(
     )
 
 
-def _validate_folder(dataset: ImageDataset, root: str, split: str) -> None:
+def class_names(dataset: Dataset) -> dict[int, str]:
+    """Names of the classes of a dataset, by index, as far as it tells; the first, if a class map gives several."""
+    reader = getattr(dataset, 'reader', None)
+    indices = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # folder, tar
+    if indices:
+        return {int(index): str(name) for name, index in reversed(indices.items())}
+    classes = getattr(dataset, 'classes', ())  # our own sources and torchvision, whose ImageNet has tuples of synonyms
+    return {index: name if isinstance(name, str) else ', '.join(name) for index, name in enumerate(classes)}
+
+
+def _validate_folder(dataset: ImageDataset, root: str, split: str, min_classes: int) -> None:
     """Reject what timm accepts in silence: a missing split, for which it reads *all* splits, and a single class."""
     reader = dataset.reader
     if split and os.path.isdir(root) and os.path.samefile(reader.root, root):
@@ -115,7 +127,7 @@ def _validate_folder(dataset: ImageDataset, root: str, split: str) -> None:
             f'the data folder {root!r} has no folder for the split {split!r}, but: {found or "no folders"}; give the '
             "name of one, or '' to use the folder itself")
     classes = reader.class_to_idx if hasattr(reader, 'class_to_idx') else reader.class_name_to_idx  # folder, tar
-    if len(classes) < 2:
+    if len(classes) < min_classes:
         raise ValueError(
             f'the images in {reader.root!r} have {len(classes)} class; give at least two, each in its own folder: '
             'SPLIT/CLASS/IMAGE')
@@ -163,7 +175,7 @@ class ImageFiles(ImageDataset):
             unknown = isinstance(error, UnidentifiedImageError)
             reason = 'not a known image format' if unknown else one_line(error) or type(error).__name__
             raise BrokenImageError(
-                f'cannot read the image {path!r} ({reason}); repair or remove it, or train with --skip-broken-images'
+                f'cannot read the image {path!r} ({reason}); repair or remove it, or give --skip-broken-images'
             ) from error
 
     def _decode(self, file: Any) -> Image.Image:
@@ -179,7 +191,7 @@ class Digits(PixelImages):
 
     Args:
         split: 'train' or 'validation', or one of timm's synonyms for them.
-        input_img_mode: Mode of the PIL images, as in timm: 'RGB' or 'L'.
+        input_img_mode: Mode of the PIL images, as in timm: 'RGB', 'L', ...
         transform: Applied to the image.
         target_transform: Applied to the target.
 
@@ -187,6 +199,7 @@ class Digits(PixelImages):
         ValueError: If the split is unknown.
         ImportError: If scikit-learn is not installed.
     """
+    classes = '0123456789'
 
     def __init__(
             self,
