@@ -20,7 +20,7 @@ from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.training.data import create_calibration_loader, create_loaders, open_data
 from timm_shiftnas.training.flags import parse_args
-from timm_shiftnas_cli import main
+from timm_shiftnas_cli import build_parser, main
 
 Transpose = Image.Transpose
 STORED = {  # orientation, and how upright pixels are turned before they are stored with it
@@ -417,7 +417,8 @@ def test_evaluate_and_extract_read_images_as_training_does(plain_and_odd, tmp_pa
         printed.append(capsys.readouterr().out.splitlines()[-1])
         assert main(['extract', str(tmp_path / 'model'), *budget, *images, '--output', str(tmp_path / name)]) == 0
         weights.append((tmp_path / name / 'model.safetensors').read_bytes())
-        read.append([*cli.batches(saved, cli.open_images(saved, images[1], 'validation', False))])
+        args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), *images])
+        read.append([*cli.batches(saved, cli.open_images(saved, args, 'validation'), args)])
     assert_identical(*read)
     assert printed[0] == printed[1] and weights[0] == weights[1]
 
@@ -433,7 +434,8 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
     for flag, size in (([], (16, 12)), (['--ignore-exif-orientation'], (12, 16))):
         data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
         sizes = {part[0][0].size for part in (data.train, data.held_out, data.validation, data.calibration)}
-        sizes.add(cli.open_images(saved, str(tmp_path), 'validation', bool(flag))[0][0].size)
+        args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), '--data-dir', str(tmp_path), *flag])
+        sizes.add(cli.open_images(saved, args, 'validation')[0][0].size)
         assert sizes == {size}
 
 

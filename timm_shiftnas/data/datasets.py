@@ -272,7 +272,7 @@ class Digits(PixelImages):
 
     Args:
         split: 'train' or 'validation', or one of timm's synonyms for them.
-        input_img_mode: Mode of the PIL images, as in timm: 'RGB' or 'L'.
+        input_img_mode: Mode of the PIL images, as in timm: 'RGB', 'L', ...
         transform: Applied to the image.
         target_transform: Applied to the target.
 

@@ -186,7 +186,7 @@ def standard_split(root: str) -> str:
     for split in ('train', 'validation', 'test'):
         try:
             locate(root, split)
-        except ValueError:
+        except (ValueError, OSError):
             continue
         return split
     return ''

@@ -20,8 +20,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.datasets import ImageFiles, create_dataset
+from ..data.datasets import ImageFiles, class_names, create_dataset
 from ..data.loader import TrainLoader
+from ..data.modes import choose_mode
 from ..data.shift_batches import StepBatches, preprocessing
 from ..data.views import DatasetView, split_held_out
 from ..utils.distributed import Ranks
@@ -48,12 +49,14 @@ class Data:
         validation: Images for the reported accuracy.
         calibration: Training images without augmentation, for BatchNorm statistics.
         num_classes: Number of classes, if the training data tells.
+        class_names: Their names, by index, as far as the training data tells.
     """
     train: Dataset
     held_out: DatasetView | None
     validation: Dataset
     calibration: Dataset
     num_classes: int | None
+    class_names: dict[int, str]
 
 
 def open_data(args: argparse.Namespace) -> Data:
@@ -78,9 +81,8 @@ def open_data(args: argparse.Namespace) -> Data:
             _logger.warning(
                 f'the splits {args.train_split!r} and {args.val_split!r} hold the same images: accuracies are those of '
                 'training images')
-    classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
-    if None not in classes and classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
+    names, others = class_names(train), class_names(validation)
+    if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
     if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
@@ -96,7 +98,7 @@ def open_data(args: argparse.Namespace) -> Data:
         times = f' in each of {processes} processes' if processes > 1 else ''
         raise ValueError(
             f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
-    return Data(train, held_out, validation, calibration, num_classes)
+    return Data(train, held_out, validation, calibration, num_classes, names)
 
 
 def image_mode(args: argparse.Namespace) -> str:
@@ -106,23 +108,14 @@ def image_mode(args: argparse.Namespace) -> str:
         ValueError: If images of this mode have another number of channels than the model.
     """
     flag = '--input-size' if args.input_size else '--in-chans'
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
-    if (bands := len(Image.new(mode, (1, 1)).getbands())) != channels:
-        raise ValueError(
-            f'{flag} asks for {channels} channels, but images of mode {mode} have {bands}; change it, or give a '
-            'matching --input-img-mode: L (1), RGB (3), RGBA (4)')
-    return mode
+    return choose_mode(
+        args.input_img_mode, args.input_size[0] if args.input_size else args.in_chans or 3, f'{flag} asks for')
 
 
 def count_classes(dataset: Dataset) -> int | None:
-    """Number of classes, if the dataset tells."""
-    reader = getattr(dataset, 'reader', None)
-    classes = getattr(reader, 'class_to_idx', None)
-    targets = getattr(dataset, 'targets', None)
-    if classes:
-        return len(classes)
-    return max(targets) + 1 if isinstance(targets, list) and targets else None
+    """Number of classes, if the dataset tells: 1 more than the largest index, since a class map may have gaps."""
+    indices = class_names(dataset) or getattr(dataset, 'targets', None)
+    return max(indices) + 1 if isinstance(indices, (dict, list)) and indices else None
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------
