@@ -303,10 +303,11 @@ def open_images(saved: SavedModel, args: argparse.Namespace, split: str, **optio
     """The images of --dataset and --data-dir, in the mode that the network was trained on."""
     mode = choose_mode(
         args.input_img_mode or saved.record.image_mode, saved.config['pretrained_cfg']['input_size'][0])
+    upright = not args.ignore_exif_orientation and saved.record.upright is not False
     options |= {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
     return create_dataset(
         args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=mode, min_classes=1,
-        skip_broken=args.skip_broken_images, upright=not args.ignore_exif_orientation, download=args.dataset_download,
+        skip_broken=args.skip_broken_images, upright=upright, download=args.dataset_download,
         num_samples=args.num_samples, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **options)
 

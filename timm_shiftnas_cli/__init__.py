@@ -141,7 +141,7 @@ def _add_images(command: argparse.ArgumentParser) -> None:
     images.add_argument('--skip-broken-images', action='store_true', help='replace an unreadable image by the next one')
     images.add_argument(
         '--ignore-exif-orientation', action='store_true',
-        help='leave photographs as their pixels are stored; for models that were trained with this flag')
+        help='leave photographs as their pixels are stored, also if the model was trained on upright ones')
     images.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ datasets')
     images.add_argument(
         '--dataset-trust-remote-code', action='store_true', help='allow hfds/ datasets to run their own code')

@@ -14,10 +14,11 @@ from PIL import Image
 from support.compare import assert_identical
 from timm.data.readers.img_extensions import get_img_extensions
 
-from timm_shiftnas import cli
+from timm_shiftnas import cli, extract
 from timm_shiftnas.data import BrokenImageError, class_names, create_dataset
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.save import save_pretrained
+from timm_shiftnas.models import describe_images
 from timm_shiftnas.training.data import create_calibration_loader, create_loaders, open_data
 from timm_shiftnas.training.flags import parse_args
 from timm_shiftnas_cli import build_parser, main
@@ -437,6 +438,20 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
         args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), '--data-dir', str(tmp_path), *flag])
         sizes.add(cli.open_images(saved, args, 'validation')[0][0].size)
         assert sizes == {size}
+
+
+def test_a_saved_model_remembers_the_orientation_of_its_images(tmp_path):
+    image, options = with_orientation(Image.new('RGB', (16, 12)), 6)
+    for label in 'ab':
+        write(tmp_path / 'validation' / label / 'x.jpg', image, **options)
+    for upright, size in ((True, (16, 12)), (False, (12, 16))):
+        net = timm.create_model('test_shiftformer_supernet', num_classes=2)
+        describe_images(net, ['a', 'b'], 'RGB', upright)
+        save_pretrained(tmp_path / 'supernet', net)
+        save_pretrained(tmp_path / 'subnet', extract(SavedModel(tmp_path / 'supernet').network(), net.space.smallest))
+        for model in (tmp_path / 'supernet', tmp_path / 'subnet'):
+            args = build_parser().parse_args(['evaluate', str(model), '--data-dir', str(tmp_path)])
+            assert cli.open_images(SavedModel(model), args, 'validation')[0][0].size == size
 
 
 def test_streams_have_the_decoder(tmp_path, grey):

@@ -11,6 +11,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm.data
@@ -212,12 +213,10 @@ class ImageFiles(ImageDataset):
 
     def _read(self, index: int) -> tuple[Any, int]:
         """An image and its target, before transforms."""
-        try:
+        with errors_that_name(lambda: self.filename(index, absolute=True)):
             file, target = self.reader[index]
             with file:
                 image = file.read() if self.load_bytes else self.decoder.open(file)
-        except Exception as error:  # what decoders raise: OSError, SyntaxError, struct.error, IndexError, ...
-            raise broken_image(self.filename(index, absolute=True), error) from error
         return image, -1 if target is None else target
 
 
@@ -248,18 +247,21 @@ class ImageStream(IterableImageDataset):
 
 def _load(decoder: Decoder, path: str) -> Image.Image:
     """The image in a file."""
-    try:
+    with errors_that_name(lambda: path):
         return decoder.open(path)
-    except Exception as error:  # as above
-        raise broken_image(path, error) from error
 
 
-def broken_image(path: str, error: Exception) -> BrokenImageError:
-    """The error for a file that cannot be read."""
-    unknown = isinstance(error, UnidentifiedImageError)
-    reason = 'not a known image format' if unknown else one_line(error) or type(error).__name__
-    return BrokenImageError(
-        f'cannot read the image {path!r} ({reason}); repair or remove it, or give --skip-broken-images')
+@contextmanager
+def errors_that_name(path: Callable[[], str]) -> Iterator[None]:
+    """Raise a `BrokenImageError` that names a file for any error in reading it."""
+    try:
+        yield
+    except Exception as error:  # what decoders raise: OSError, SyntaxError, struct.error, IndexError, ...
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = 'not a known image format' if unknown else one_line(error) or type(error).__name__
+        raise BrokenImageError(
+            f'cannot read the image {path()!r} ({reason}); repair or remove it, or give --skip-broken-images'
+        ) from error
 
 
 # -- images of scikit-learn --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from timm.data.readers.class_map import load_class_map
@@ -62,7 +62,7 @@ class ImageReader(Reader):
         class_to_idx: Indices by class name.
 
     Raises:
-        ValueError: If the split does not exist.
+        ValueError: If the split does not exist, or there are splits where classes should be.
         OSError: If a folder or tar cannot be read.
     """
 
@@ -83,6 +83,8 @@ class ImageReader(Reader):
         found = [(entry, label) for entry in entries if (label := find_label(entry, types, given, notes)) is not None]
         found.sort(key=lambda each: (order(each[0].path), each[0].path))
         labels = sorted({label for _, label in found}, key=lambda label: (order(label), label))
+        if labels and not given and {*labels} <= {*TRAIN_SPLITS, *EVAL_SPLITS}:
+            raise ValueError(f'{self.root!r} holds splits and not classes: {_some(labels)}; give the name of one')
         self.class_to_idx = dict(given) if given else {label: index for index, label in enumerate(labels)}
         self.samples = [(entry.path, self.class_to_idx[label]) for entry, label in found]
         self.places = [(entry.offset, entry.size) for entry, _ in found] if self.is_tar else []
@@ -160,25 +162,23 @@ def locate(root: str, split: str) -> tuple[str, Iterable[Entry]]:
         if not root.lower().endswith('.tar'):
             raise ValueError(f'{root!r} is neither a folder nor a .tar; unpack it, and give the folder')
         own_name = os.path.splitext(os.path.basename(root))[0]
-        return root, _below_split(root, names, required=bool(split) and own_name not in names)
-    for name in names:
-        path = os.path.join(root, name)
-        if os.path.isdir(path):
-            return path, walk_folder(path)
-        for tar in (path, f'{path}.tar'):
-            if tar.lower().endswith('.tar') and os.path.isfile(tar):
-                return tar, _below_split(tar, names, required=False)
-    folders, tars = [], []
-    for entry in os.scandir(root):
-        if not is_hidden(entry.name):
-            (folders if entry.is_dir() else tars if entry.name.lower().endswith('.tar') else []).append(entry.name)
-    if not split:
-        if folders and set(folders) <= {*TRAIN_SPLITS, *EVAL_SPLITS}:
-            raise ValueError(f'{root!r} holds splits, {_some(folders)}, and not classes; give the name of one')
+        name, found, entries = below_split(root, names)
+        if name is not None or not split or own_name in names:
+            return root, entries
+    elif not split:
         return root, walk_folder(root)
+    else:
+        for path in (os.path.join(root, name) for name in names):
+            if os.path.isdir(path):
+                return path, walk_folder(path)
+            for tar in (path, f'{path}.tar'):
+                if tar.lower().endswith('.tar') and os.path.isfile(tar):
+                    return tar, below_split(tar, names)[-1]
+        found = [entry.name for entry in os.scandir(root) if not is_hidden(entry.name) and (
+            entry.is_dir() or entry.name.lower().endswith('.tar'))]
     raise ValueError(
-        f'the data folder {root!r} has no folder (or .tar) for the split {split!r}, but: {_some(folders + tars)}; give '
-        "the name of one, or '' to use the folder itself")
+        f'{root!r} has no folder for the split {split!r}, but: {_some(found)}; give the name of one, or a folder that '
+        f"holds {split}/ or {split}.tar, or '' to take all images as the split")
 
 
 def standard_split(root: str) -> str:
@@ -192,11 +192,15 @@ def standard_split(root: str) -> str:
     return ''
 
 
-def _below_split(tar: str, names: list[str], required: bool) -> list[Entry]:
-    """The entries of a tar below the folder of a split, or below the folders that all images share.
+def below_split(tar: str, names: Sequence[str]) -> tuple[str | None, Iterable[str], list[Entry]]:
+    """The entries of a tar below the folder of a split, or else below the folders that all images share.
 
-    Raises:
-        ValueError: If there is no such folder, but `required`.
+    Args:
+        tar: The file.
+        names: Names of the split.
+
+    Returns:
+        The name of the split, if there is one, all names beside it, and the entries.
     """
     entries = list(walk_tar(tar))
     folders = {entry.folders for entry in entries if entry.name and entry.folders}
@@ -204,20 +208,12 @@ def _below_split(tar: str, names: list[str], required: bool) -> list[Entry]:
     while True:
         tops = {each[depth] for each in folders if len(each) > depth}
         split = next((name for name in names if name in tops), None)
-        alone = len(tops) == 1 and all(len(each) > depth + 1 for each in folders)
-        if split is not None or not alone:
-            break
+        if split is not None:
+            below = [entry for entry in entries if entry.folders[depth:depth + 1] == (split,)]
+            return split, tops, [entry._replace(folders=entry.folders[depth + 1:]) for entry in below]
+        if len(tops) != 1 or any(len(each) <= depth + 1 for each in folders):
+            return None, tops, [entry._replace(folders=entry.folders[depth:]) for entry in entries]
         depth += 1
-    if required and split is None:
-        raise ValueError(
-            f'the tar {tar!r} has no folder for the split {names[0]!r}, but: {_some(tops)}; give the name of one, a '
-            f"folder that holds {names[0]}.tar and the other split, or '' to use all of the tar")
-    if split is not None:
-        depth += 1
-    elif {*tops} <= {*TRAIN_SPLITS, *EVAL_SPLITS} and tops:
-        raise ValueError(f'{tar!r} holds splits, {_some(tops)}, and not classes; give the name of one')
-    below = (entry for entry in entries if split is None or entry.folders[depth - 1:depth] == (split,))
-    return [entry._replace(folders=entry.folders[depth:]) for entry in below]
 
 
 def _some(names: Iterable[str]) -> str:
@@ -250,13 +246,14 @@ def walk_folder(root: str) -> Iterator[Entry]:
         for name in (*subfolders, *files):
             if is_hidden(name):
                 yield from hidden_entry(folders, name, os.path.join(path, name))
-        subfolders[:] = [name for name in subfolders if not is_hidden(name) and not _is_loop(os.path.join(path, name))]
+        subfolders[:] = [
+            name for name in subfolders if not is_hidden(name) and not leads_back(os.path.join(path, name))]
         for name in files:
             if not is_hidden(name):
                 yield Entry(folders, name, os.path.join(path, name))
 
 
-def _is_loop(path: str) -> bool:
+def leads_back(path: str) -> bool:
     """Whether a path is a link to a folder that holds it."""
     return os.path.islink(path) and f'{os.path.realpath(os.path.dirname(path))}{os.sep}'.startswith(
         f'{os.path.realpath(path)}{os.sep}')

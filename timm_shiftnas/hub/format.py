@@ -84,6 +84,7 @@ class ModelRecord:
     stock: Any = None  # how timm builds a subnet without this package
     bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
     image_mode: Mode | None = None  # of the PIL images, if it is not timm's default
+    upright: bool | None = None  # False: photographs are left as their pixels are stored
     files: Files
 
     @classmethod
@@ -191,6 +192,7 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     if not (is_supernet(net) if kind == 'supernet' else hasattr(net, 'arch')):
         raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
     net.image_mode = config[KEY].get('image_mode') or default_mode(net.in_chans)
+    net.upright = config[KEY].get('upright') is not False
     return net
 
 

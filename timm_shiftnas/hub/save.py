@@ -111,6 +111,7 @@ def save_pretrained(
         stock=stock_description(net) if kind == 'subnet' else None,
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
         image_mode=None if mode == default_mode(net.in_chans) else mode,
+        upright=None if getattr(net, 'upright', True) else False,
         files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded

@@ -54,13 +54,17 @@ def extract(net: nn.Module, arch: Arch) -> nn.Module:
     with torch.inference_mode(False):  # so that the weights can be trained even if extracted in inference mode
         state = {name: tensor.detach().clone() for name, tensor in net.subnet_state_dict(arch, subnet).items()}
     subnet.load_state_dict(state, strict=True, assign=True)
-    if hasattr(net, 'image_mode'):
-        subnet.image_mode = net.image_mode
+    for name in {'image_mode', 'upright'} & {*vars(net)}:
+        setattr(subnet, name, getattr(net, name))
     return subnet.requires_grad_(True).train(net.training)
 
 
 def describe_images(
-        net: nn.Module, class_names: Mapping[int, str] | Sequence[str] | None, mode: str | None = None) -> None:
+        net: nn.Module,
+        class_names: Mapping[int, str] | Sequence[str] | None,
+        mode: str | None = None,
+        upright: bool | None = None,
+) -> None:
     """Record which images a network is trained on; its copies, subnets and saved models keep the record.
 
     Args:
@@ -68,6 +72,7 @@ def describe_images(
         class_names: Names of the classes by index. They become the `label_names` of timm's configuration: a list, or a
             dict if there are gaps.
         mode: Mode of the PIL images, such as 'RGB'; it becomes the attribute `image_mode`.
+        upright: Whether photographs are turned by their EXIF orientation; it becomes the attribute `upright`.
     """
     if isinstance(class_names, Mapping):
         ordered = dict(sorted(class_names.items()))
@@ -76,6 +81,8 @@ def describe_images(
     net.pretrained_cfg = cfg | dict(num_classes=net.num_classes, label_names=class_names or None)
     if mode:
         net.image_mode = mode
+    if upright is not None:
+        net.upright = upright
 
 
 def present_args(net: nn.Module) -> dict[str, Any]:

@@ -254,7 +254,9 @@ def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, 
     state = checkpoint['task_state']
     flags = saved_flags(checkpoint)
     net = create_model(state['network']['architecture'], **state['network']['model_args'])
-    describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'))
+    # checkpoints without this flag were trained by timm's own script or an older version, which turn no photographs
+    upright = not flags.get('ignore_exif_orientation', True)
+    describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(state['generator'])
     averaged = use_ema and checkpoint.get('state_dict_ema')

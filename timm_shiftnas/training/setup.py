@@ -83,7 +83,7 @@ def create_run(flags: argparse.Namespace) -> Run:
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     net = create_supernet(args, device)
-    describe_images(net, data.class_names, image_mode(args))
+    describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
     args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
     config = create_data_config(args, net)
     loaders = create_loaders(args, data, config, device, ranks, calibrated=has_batch_norm(net))
