@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
     extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
 
     evaluate = commands.add_parser('evaluate', help='measure the accuracy of the subnet for a budget on images')
-    evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
+    evaluate.add_argument(
+        '--split', metavar='NAME', default='validation', help='split of the images (default: validation)')
+    evaluate.add_argument(
+        '--class-map', metavar='FILE',
+        help='index of each class by its name, as for train.py; only for other names than those of the training')
+    evaluate.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
+    evaluate.add_argument('--amp', action='store_true', help='mixed precision')
+    evaluate.add_argument(
+        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+        help='number format of --amp (default: float16)')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
@@ -92,13 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
         which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
-        command.add_argument(
-            '--data-dir', metavar='DIR', required=command is evaluate,
-            help='folder of images; those in its train/ (or all, without train/) give the BatchNorm statistics of the '
-                 'subnet if they were not saved')
-        command.add_argument(
-            '--bn-images', metavar='N', type=_count, default=2000,
-            help='number of images for these statistics (default: 2000)')
+        _add_images(command)
     for command in (extract, push):
         command.add_argument('--private', action='store_true', default=None, help='create a private repository')
         command.add_argument('--revision', metavar='BRANCH', help='branch of the repository (default: main)')
@@ -117,10 +121,47 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint of train.py, or of timm's own script with timm_shiftnas.patch")
     convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
     convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
+    convert.add_argument(
+        '--class-map', metavar='FILE',
+        help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     for command in (info, extract, evaluate, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that reads images; train.py has most of them, too."""
+    images = command.add_argument_group('images', 'For evaluation, and for BatchNorm statistics that were not saved.')
+    images.add_argument(
+        '--data-dir', metavar='DIR',
+        help='folder or tar of images, or folder of the files of --dataset')
+    images.add_argument(
+        '--dataset', metavar='NAME', default='', help="dataset as for train.py: 'sklearn/digits', 'glyphs', timm's")
+    images.add_argument('--batch-size', metavar='N', type=_count, default=64, help='images in a batch (default: 64)')
+    images.add_argument(
+        '--workers', metavar='N', type=partial(_count, least=0), default=0, help='data loading processes (default: 0)')
+    images.add_argument(
+        '--train-split', metavar='NAME',
+        help='split of the images for BatchNorm statistics (default: train, or all images where there are no splits)')
+    images.add_argument(
+        '--bn-images', metavar='N', type=_count, default=2000,
+        help='number of images for BatchNorm statistics (default: 2000)')
+    images.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: that of training)')
+    images.add_argument('--skip-broken-images', action='store_true', help='replace an unreadable image by the next one')
+    images.add_argument(
+        '--ignore-exif-orientation', action='store_true',
+        help='leave photographs as their pixels are stored, also if the model was trained on upright ones')
+    images.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ datasets')
+    images.add_argument(
+        '--dataset-trust-remote-code', action='store_true', help='allow hfds/ datasets to run their own code')
+    images.add_argument('--input-key', metavar='NAME', help='key of the image in hfds/ and wds/ datasets')
+    images.add_argument('--target-key', metavar='NAME', help='key of the target in hfds/ and wds/ datasets')
+    images.add_argument('--num-samples', metavar='N', type=_count, help='images of a streamed dataset (wds/)')
+    images.add_argument(
+        '--glyph-images', metavar='N', type=_count, default=12_000, help='images of glyphs (default: 12000)')
+    images.add_argument('--glyph-difficulty', metavar='P', type=float, default=.5, help='of glyphs (default: 0.5)')
+    images.add_argument('--glyph-pixels', metavar='N', type=_count, default=32, help='side of glyphs (default: 32)')
 
 
 def _json(text: str) -> Any:
@@ -130,9 +171,9 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of 1 or more')
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of {least} or more')
     return int(text)
 
 

@@ -17,13 +17,15 @@ from reprlib import repr as short
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from timm.data.dataset_info import CustomDatasetInfo
 from timm.models import build_model_with_cfg, create_model, is_model
 from torch import Tensor, nn
 
+from ..data.modes import MODES, default_mode
 from ..space import is_supernet
 from ..utils.text import one_line
 
-__all__ = ['ModelRecord', 'build_network', 'check_tensors']
+__all__ = ['ModelRecord', 'build_network', 'check_tensors', 'saved_class_names']
 
 KEY, FORMAT = 'timm_shiftnas', 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
@@ -38,6 +40,8 @@ Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
+
+Mode = Annotated[str, MODES.__contains__]
 
 
 class SavedFile(TypedDict):
@@ -79,6 +83,8 @@ class ModelRecord:
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
     bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
+    image_mode: Mode | None = None  # of the PIL images, if it is not timm's default
+    upright: bool | None = None  # False: photographs are left as their pixels are stored
     files: Files
 
     @classmethod
@@ -185,7 +191,28 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     kind = config[KEY]['kind']
     if not (is_supernet(net) if kind == 'supernet' else hasattr(net, 'arch')):
         raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
+    net.image_mode = config[KEY].get('image_mode') or default_mode(net.in_chans)
+    net.upright = config[KEY].get('upright') is not False
     return net
+
+
+def saved_class_names(config: Mapping[str, Any], num_classes: int, where: str) -> dict[int, str]:
+    """Names of the classes of a saved network, by index; empty if it was saved without them.
+
+    Raises:
+        ValueError: If timm cannot use the names, or a class does not exist.
+    """
+    names = config.get('label_names') or config['pretrained_cfg'].get('label_names')
+    if not names:
+        return {}
+    try:
+        info = CustomDatasetInfo(names)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{where} has an unusable entry label_names: {one_line(error)}') from None
+    named = {index: info.index_to_label_name(index) for index in info.label_indices()}
+    if max(named) >= num_classes:
+        raise ValueError(f'{where} names the class {max(named)}, but the network has {num_classes} classes, from 0')
+    return named
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -15,13 +15,26 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
 from ..models import present_args, stock_description
 from ..models.calibration import bn_statistics
+from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
 from ..utils.files import atomic_write
-from .format import BN_STATS, CONFIG, FILES, GENERATOR, KEY, WEIGHTS, ModelRecord, build_network, check_tensors
+from .format import (
+    BN_STATS,
+    CONFIG,
+    FILES,
+    GENERATOR,
+    KEY,
+    WEIGHTS,
+    ModelRecord,
+    build_network,
+    check_tensors,
+    saved_class_names,
+)
 
 __all__ = ['save_pretrained']
 
@@ -86,6 +99,7 @@ def save_pretrained(
         tensors[BN_STATS] = _cpu_copies({
             f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
     files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
+    mode = getattr(net, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
@@ -96,11 +110,14 @@ def save_pretrained(
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(net) if kind == 'subnet' else None,
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
+        image_mode=None if mode == default_mode(net.in_chans) else mode,
+        upright=None if getattr(net, 'upright', True) else False,
         files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
     ModelRecord.of_config(config, CONFIG)
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
+    saved_class_names(config, net.num_classes, CONFIG)
     _write(Path(directory), {CONFIG: json.dumps(config, indent=2).encode(), **files})
 
 
@@ -127,7 +144,11 @@ def _timm_config(
     with TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save_config_for_hf(net, path, model_config=model_config, model_args=args, data_config=data_config)
-        return json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_text(encoding='utf-8'))
+    for name in LABELS:  # inference scripts and the Hub read them beside `pretrained_cfg`
+        if label := config['pretrained_cfg'].pop(name, None):
+            config.setdefault(name, label)
+    return config
 
 
 def _json_data(value: Any) -> Any:

@@ -62,8 +62,13 @@ FULL = ConvWidths(elastic=False)
 
 def resize(x: Tensor, resolution: int) -> Tensor:
     """Images [B, C, H, W] as squares of another size: bicubic, without antialiasing, as AttentiveNAS does it."""
-    if x.shape[-2:] == (resolution, resolution):
+    height, width = x.shape[-2:]
+    if height == width == resolution:
         return x
+    if height != width:
+        raise ValueError(
+            f'images of {height} x {width} pixels are not square, but a subnet of resolution {resolution} takes '
+            f'squares; crop or resize them to {max(height, width)} x {max(height, width)} before')
     return F.interpolate(x, size=(resolution, resolution), mode='bicubic', align_corners=False)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..space import SearchSpace, Supernet, family_of
 from ..space.core import Arch
+from .subnet import LABELS
 
 __all__ = ['TimmSupernet']
 
@@ -52,7 +53,8 @@ class TimmSupernet(Supernet):
     def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
         """timm's configuration of the static network."""
         cfg = getattr(self, 'pretrained_cfg', None) or self.untrained_cfg
-        cfg = {name: value for name, value in cfg.items() if name not in _OF_THE_SUPERNET}
+        dropped = _OF_THE_SUPERNET if cfg.get('num_classes') == self.num_classes else (*_OF_THE_SUPERNET, *LABELS)
+        cfg = {name: value for name, value in cfg.items() if name not in dropped}
         return dict(cfg, architecture=family_of(self.unbound_space).subnet, num_classes=self.num_classes)
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:

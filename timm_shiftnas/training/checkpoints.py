@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import reprlib
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import nn
 
 from ..method.generator import ArchitectureGenerator
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
+from ..models.subnet import describe_images
 from ..space.core import SearchSpace
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
@@ -239,6 +241,11 @@ def resume(
             raise ValueError(
                 f'the checkpoint was trained with --{name.replace("_", "-")} {before} and not {now}; resume with '
                 f'the flags of its run: -c {Path(args.resume).with_name("args.yaml")}')
+    before, now = saved['label_names'], task.network['label_names']
+    if before and now and before != now:
+        raise ValueError(
+            f'the checkpoint was trained on the classes {reprlib.repr(before)}, and the data has {reprlib.repr(now)}; '
+            'resume with the same class folders, or start from its weights with --initial-checkpoint')
     if args.no_resume_opt:
         optimizer = scaler = None
     epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=scaler)
@@ -271,26 +278,30 @@ def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, 
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint['task_state']
+    flags = saved_flags(checkpoint)
     net = create_model(state['network']['architecture'], **state['network']['model_args'])
+    # checkpoints without this flag were trained by timm's own script or an older version, which turn no photographs
+    upright = not flags.get('ignore_exif_orientation', True)
+    describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(state['generator'])
     averaged = use_ema and checkpoint.get('state_dict_ema')
     net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
-    return net.eval(), generator, dict(state, args=saved_flags(checkpoint))
+    return net.eval(), generator, dict(state, args=flags)
 
 
 def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
     """Check that a run can resume from a file, before anything is loaded into a model.
 
     Returns:
-        The flags of the run that wrote it; nothing if it holds none.
+        The flags of the run that wrote it, if it holds them, and the `label_names` of its network.
 
     Raises:
         ValueError: If the file is missing or corrupt, not a checkpoint of this task, or of another search space.
     """
     checkpoint = read_checkpoint(path)
     check_same_space(checkpoint['task_state'], space)
-    return saved_flags(checkpoint)
+    return saved_flags(checkpoint) | dict(label_names=checkpoint['task_state']['network'].get('label_names'))
 
 
 def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
 from ..method.task import ShiftNASTask, load_task_ema_checkpoint
 from ..models.calibration import has_batch_norm
+from ..models.subnet import describe_images
 from ..space import is_supernet
 from ..utils.distributed import Ranks
 from ..utils.text import one_line
 from ..utils.units import format_count, parse_count
 from .checkpoints import Position, find_checkpoint, resume
-from .data import Data, Loaders, create_loaders, open_data, uses_mixup
+from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
 from .flags import dest_of
 from .schedule import Schedule
 
@@ -82,6 +83,7 @@ def create_run(flags: argparse.Namespace) -> Run:
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     net = create_supernet(args, device)
+    describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
     args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
     config = create_data_config(args, net)
     loaders = create_loaders(args, data, config, device, ranks, calibrated=has_batch_norm(net))
@@ -183,6 +185,12 @@ def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, An
     config = resolve_input_data_config(net, vars(args))
     if has_batch_norm(net):
         resolution = net.space.largest.resolution
+        channels, height, width = config['input_size']
+        if height != width:
+            side = max(height, width)
+            raise ValueError(
+                f'--input-size {channels} {height} {width} is not square, but the subnets of {args.model} take squares '
+                f'only; give --input-size {channels} {side} {side}, or a shiftformer model, which takes any shape')
         if min(config['input_size'][1:]) < resolution:
             _logger.warning(
                 f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest '

@@ -13,11 +13,11 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
+from ..data.modes import MODES
 from ..method.config import Setting, setting
 
 __all__ = ['FLAGS', 'convert']
@@ -98,10 +98,8 @@ def auto_augment(policy: str) -> str:
 
 
 def image_mode(mode: str) -> str:
-    try:
-        Image.new(mode, (1, 1))
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f'{mode!r} is not a mode of PIL images; give RGB, L, RGBA or CMYK') from None
+    if mode not in MODES:
+        raise argparse.ArgumentTypeError(f'images of mode {mode!r} are not read; give one of {", ".join(MODES)}')
     return mode
 
 
@@ -158,6 +156,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--input-img-mode', known(image_mode, 'MODE'), None, 'PIL mode of the images (RGB, or L for one channel)'),
         ('-j --workers', NATURAL, 4, 'data loading processes'),
         ('--skip-broken-images', SWITCH, False, 'replace an image that cannot be read by the next one, with a warning'),
+        ('--ignore-exif-orientation', SWITCH, False,
+         'leave photographs as their pixels are stored, as timm does, instead of turning them upright'),
         ('--pin-mem', SWITCH, False, 'pin CPU memory in the data loaders'),
         ('--no-prefetcher', SWITCH, False, 'normalise and erase in the workers instead of on the device'),
     ),
