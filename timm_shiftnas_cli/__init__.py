@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument('--json', action='store_true', help='print JSON')
 
     extract = commands.add_parser('extract', help='save the subnet for a budget in its own directory')
-    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--output', metavar='OUT', type=_path, required=True, help='directory to save the subnet in')
     extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
 
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
         command.add_argument(
-            '--data-dir', metavar='DIR', required=command is evaluate,
+            '--data-dir', metavar='DIR', type=_path, required=command is evaluate,
             help='folder of images; those in its train/ (or all, without train/) give the BatchNorm statistics of the '
                  'subnet if they were not saved')
         command.add_argument(
@@ -103,9 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser('convert', help='convert a training checkpoint into a model directory')
     convert.add_argument(
-        'checkpoint', metavar='CHECKPOINT', type=Path,
+        'checkpoint', metavar='CHECKPOINT', type=_path,
         help="checkpoint of train.py, or of timm's own script with timm_shiftnas.patch")
-    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
+    convert.add_argument('output', metavar='OUT', type=_path, help='directory to write')
     convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     for command in (info, extract, evaluate, push, convert):
@@ -126,8 +126,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    """A path; shells do not expand the '~' of `--output=~/x`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f'{text!r}: there is no such home directory') from None
+
+
 def _directory(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not _path(text).is_dir():
         raise argparse.ArgumentTypeError(
             f'{text} is not a directory; give one that save_pretrained or train.py wrote')
-    return Path(text)
+    return _path(text)

@@ -332,7 +332,7 @@ def test_resume_of_another_space(capsys, finished, tmp_path):
 
 
 @pytest.mark.parametrize('content, words', [
-    ('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
+    ('modell: x\n', 'modell'), ('- a\n', 'name: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
     ("amp: 'no'\n", 'true or false'), ('tau: 3\n', 'tau'), ('clip-mode: foo\n', 'foo'), ('search_samples: 0\n', '1'),
     ('initial-checkpoint: nowhere.pth\n', 'nowhere.pth'),
 ])

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
+from ..utils.paths import expand_home
 from ..utils.text import one_line
 from .glyphs import Glyphs
 from .in_memory import PixelImages, apply_transforms, is_training_split
@@ -76,9 +77,9 @@ def create_dataset(
         if rest != 'digits':
             raise ValueError(f"dataset {name!r} is unknown; use 'sklearn/digits'")
         return Digits(split, **own)
+    root = None if root is None else expand_home(root)
     if name == 'glyphs':
         return Glyphs(split, root or None, **dict(glyphs or {}, **own))
-    root = None if root is None else os.fspath(root)
     is_files = source not in TIMM_SOURCES
     if is_files and not os.path.exists(root or ''):
         raise ValueError(

@@ -25,6 +25,7 @@ from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
 from ..space.core import SearchSpace
 from ..utils.distributed import Ranks
 from ..utils.files import zip_is_intact
+from ..utils.paths import expand_home
 from ..utils.text import one_line
 
 __all__ = [
@@ -280,7 +281,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
-        checkpoint = load_checkpoint_metadata(str(path))
+        path = expand_home(path)
+        checkpoint = load_checkpoint_metadata(path)
         if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
             problem, hint = 'is not a checkpoint of ShiftNAS', 'start from its weights with --initial-checkpoint'
         elif not zip_is_intact(path):
