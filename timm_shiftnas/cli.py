@@ -130,9 +130,14 @@ def run_convert(args: argparse.Namespace) -> None:
     """Convert a training checkpoint into a model directory."""
     check_output(args.output, None, args.overwrite, flag='OUT')
     net, generator, state = load_checkpoint(args.checkpoint, use_ema=not args.no_ema)
+    data_config = resolve_data_config(state['args'], model=net)
+    if generator is None:
+        save_pretrained(args.output, net, data_config=data_config)
+        print(f'{args.output}: {format_count(static_counts(net)[0])} MACs')
+        return
     save_pretrained(
         args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
-        data_config=resolve_data_config(state['args'], model=net))
+        data_config=data_config)
     print(f'{args.output}: {format_count(net.macs(net.space.smallest))} to '
           f'{format_count(net.macs(net.space.largest))} MACs, after {state["update"]} updates')
 

@@ -389,9 +389,10 @@ def test_the_tilde_is_the_home_directory_in_flags_and_files(tmp_path, monkeypatc
     names = dict(output='runs', data_dir='images', class_map='map.txt', initial_checkpoint='map.txt', experiment='e')
     assert {name: getattr(args, name) for name in names} == {
         name: f'{tmp_path}/{value}' for name, value in names.items()}
-    args = parse_args(['--output=~/x', '--kd-model=m', '--kd-model-path=~/map.txt', '--pretrained-path=~/map.txt',
+    args = parse_args(['--output=~/x', '--kd-model=local-dir:~/m', '--kd-model-path=~/map.txt', '--pretrained-path=~/map.txt',
                        '--resume=~/last.pth.tar', '--model=local-dir:~', '~/positional'])
     assert args.output == f'{tmp_path}/x' and args.data_dir == f'{tmp_path}/positional'
+    assert args.kd_model == f'local-dir:{tmp_path}/m'
     assert args.kd_model_path == args.pretrained_path == f'{tmp_path}/map.txt'
     assert args.resume == f'{tmp_path}/last.pth.tar' and args.model == f'local-dir:{tmp_path}'
     assert parse_args(['--output', '']).output == './output'

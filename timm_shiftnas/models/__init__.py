@@ -3,10 +3,11 @@ from ._supernet import TimmSupernet
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import EfficientNetSupernet, MobileNetV3Supernet, ShiftMobileNetSupernet, ofa_space
-from .subnet import Subnet, extract, present_args, static_counts, static_space, stock_description
+from .subnet import Subnet, bound_space, extract, present_args, static_counts, static_space, stock_description
 
 __all__ = [
     'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
-    'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'calibrate_bn',
-    'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space', 'stock_description',
+    'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'bound_space',
+    'calibrate_bn', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space',
+    'stock_description',
 ]

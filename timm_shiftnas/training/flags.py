@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from ..utils.text import one_line
 from ..utils.yaml_files import read_yaml
 from .timm_flags import FLAGS, TIMM_ONLY, Keywords, OnlyDefault, convert, path
 
-__all__ = ['as_flag', 'build_parser', 'dest_of', 'parse_args', 'settings_table', 'training_facts']
+__all__ = [
+    'as_flag', 'build_parser', 'dest_of', 'parse_args', 'reset_supernet_flags', 'settings_table', 'training_facts']
+
+_logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
@@ -161,6 +165,22 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
             check_repo_id(args.push_to_hub)
     except ValueError as error:
         yield f'--push-to-hub: {error}'
+
+
+def reset_supernet_flags(args: argparse.Namespace) -> None:
+    """Reset the flags that mean nothing to a single network to their defaults, and say so."""
+    defaults = {dest_of(each): each.default for each in SETTINGS
+                if each.flag is not None and each.name not in OF_A_TEACHER}
+    defaults.update({names.lstrip('-').replace('-', '_'): default for names, _, default, _ in FLAGS['ShiftNAS']})
+    defaults.update(eval_metric='top1')
+    ignored = []
+    for name, default in defaults.items():
+        default = list(default) if isinstance(default, tuple) else default
+        if getattr(args, name, default) != default:
+            ignored.append(f'--{name.replace("_", "-")}')
+            setattr(args, name, default)
+    if ignored:
+        _logger.warning(f'one network is trained, not a supernet: ignored {", ".join(ignored)}')
 
 
 def _dests(parser: argparse.ArgumentParser) -> list[str]:

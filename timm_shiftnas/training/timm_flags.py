@@ -24,7 +24,7 @@ from ..method.config import Setting, setting
 from ..space import families
 from ..utils.paths import expand_home
 
-__all__ = ['BACKBONE', 'FLAGS', 'Keywords', 'OnlyDefault', 'TIMM_ONLY', 'convert', 'saved_at']
+__all__ = ['BACKBONE', 'FLAGS', 'Keywords', 'OnlyDefault', 'TIMM_ONLY', 'convert', 'names_subnet', 'path', 'saved_at']
 
 BACKBONE = 'backbone'  # what --freeze calls everything but the classifier
 
@@ -88,7 +88,7 @@ def output(name: str) -> str:
 
 def network(name: str) -> str:
     """A supernet or subnet of this package, or a saved one: 'local-dir:DIR', 'hf-hub:owner/name'."""
-    known = [*timm.list_models('*supernet'), *(family.subnet for family in families())]
+    known = [*timm.list_models('*supernet'), *subnets()]
     if name.partition('.')[0] in known or name.startswith(('hf-hub:', 'hf_hub:')):
         return name
     folder = path(name.removeprefix('local-dir:'))
@@ -97,6 +97,20 @@ def network(name: str) -> str:
             f'{name!r} is not a network of timm_shiftnas; choose one of {", ".join(known)}, local-dir:DIR with the '
             'directory of a saved model, or hf-hub:OWNER/NAME')
     return f'local-dir:{folder}'
+
+
+def teacher(name: str) -> str:
+    source, colon, place = name.partition(':')
+    return f'local-dir:{path(place)}' if source == 'local-dir' else name
+
+
+def subnets() -> list[str]:
+    return [family.subnet for family in families()]
+
+
+def names_subnet(name: str) -> bool:
+    """Whether a name of timm is that of a static subnet of this package."""
+    return name.partition('.')[0] in subnets()
 
 
 def saved_at(name: str) -> str | None:
@@ -364,7 +378,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--model-ema-force-cpu', SWITCH, False, 'keep the average in CPU memory'),
     ),
     'distillation': (
-        ('--kd-model --kd-model-name', NAME, None, 'teacher: a model of timm with pretrained weights'),
+        ('--kd-model --kd-model-name', known(teacher, 'NAME'), None,
+         'teacher: a model of timm with pretrained weights, or a saved one'),
         ('--kd-model-path', FILE, None, 'weights of the teacher, instead of published ones'),
     ),
     'run': (
