@@ -292,8 +292,8 @@ def trainer_of(tmp_path, *flags):
 def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved, tmp_path, caplog):
     """Flags of supernets are ignored, and named."""
     flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--epochs', '2', '--val-interval', '2',
-             '--drop-path', '.3', '--reprob', '.5', '--model-ema', '--model-ema-decay', '.9', '--shift', 'hypergradient',
-             '--num-groups', '3', '--output', str(tmp_path), '--experiment']
+             '--drop-path', '.3', '--reprob', '.5', '--model-ema', '--model-ema-decay', '.9', '--num-groups', '3',
+             '--shift', 'hypergradient', '--output', str(tmp_path), '--experiment']
     before = tsn.from_pretrained(saved / 'subnet')
     trainer = train.Trainer(train.parse_args([*flags, 'run']))
     same(before.state_dict(), trainer.run.net.state_dict())  # it starts from the saved weights
@@ -352,7 +352,8 @@ def test_a_teacher_of_one_network(saved, tmp_path):
     """loss = 0 * task + 1 * divergence from itself is 0 without dropout."""
     subnet = f'local-dir:{saved / "subnet"}'
     trainer = trainer_of(
-        tmp_path, '--model', subnet, '--kd-model', subnet, '--task-loss-weight', 0, '--distill-loss-weight', 1, '--epochs', 1)
+        tmp_path, '--model', subnet, '--kd-model', subnet, '--task-loss-weight', 0,
+        '--distill-loss-weight', 1, '--epochs', 1)
     images = torch.randn(4, 3, 32, 32, generator=rng())
     assert float(trainer.task(images, torch.zeros(4, dtype=torch.long))['loss'].detach()) == pytest.approx(0, abs=1e-5)
 
@@ -485,7 +486,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
     (['--num-classes', '3'], '10 classes'),
     (['--num-groups', '1001'], '1 to 1000'),
-    (['--group-width', 'abc'], "'1.4G'"),
+    (['--group-width', 'abc'], "'0.1G'"),
     (['--held-out', '0.9'], '0.5'),
     (['--batch-size', '100000'], 'lower it'),
     (['--resume', '/nowhere/last.pth.tar'], '/nowhere/last.pth.tar'),

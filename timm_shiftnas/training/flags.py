@@ -224,24 +224,18 @@ def _as_arguments(action: argparse.Action, value: Any, where: str) -> list[str]:
     Raises:
         ValueError: If a value of this kind cannot be one of the flag.
     """
-    flag = max(action.option_strings, key=len)
-    if action.nargs == 0 and not isinstance(value, bool):
-        raise ValueError(f'{where} must be true or false, not {value!r}')
-    if isinstance(action, Keywords) and not isinstance(value, dict):
-        raise ValueError(f'{where} must hold "name: value" pairs, such as {{{action.metavar.replace("=", ": ")}}}, '
-                         f'not {value!r}')
+    flag, switch, keywords = max(action.option_strings, key=len), action.nargs == 0, isinstance(action, Keywords)
+    fits = {bool: switch or action.nargs == '?', dict: keywords, list: not switch and action.nargs and not keywords}
+    if not fits.get(type(value), not switch and not keywords):
+        wanted = 'true or false' if switch else 'NAME: VALUE pairs' if keywords else 'a value' if action.nargs else (
+            'one value, in quotes if YAML takes it for another')
+        raise ValueError(f'{where} must be {wanted}, not {value!r}')
+    if isinstance(value, bool):
+        return [flag] * value
     if isinstance(value, dict):
-        if not isinstance(action, Keywords):
-            raise ValueError(f'{where} must be a value, not {value}')
         return [flag, *(f'{name}={each!r}' for name, each in value.items())]
     if isinstance(value, list):
-        if action.nargs is None:
-            raise ValueError(f'{where} must be one value, not {value}')
         return [flag, *map(str, value)] if value else []
-    if isinstance(value, bool):
-        if action.nargs not in (0, '?'):
-            raise ValueError(f'{where} must not be {str(value).lower()}; quote a text that YAML takes for it')
-        return [flag] * value
     return [f'{flag}={value}']
 
 

@@ -220,11 +220,6 @@ def create_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
             net = create(pretrained_cfg_overlay=overlay or None)
         except OtherClasses as error:
             net = create(pretrained_cfg_overlay=dict(overlay, num_classes=error.classes))
-    except OSError:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f'--model {args.model}: {error} (arguments of the model are given with --model-kwargs)') from error
     except Exception as error:  # unknown arguments, or files that hold other weights
         raise ValueError(
             f'cannot create --model {args.model} ({one_line(error, 300)}); look at --model-kwargs, '
