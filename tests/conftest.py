@@ -48,7 +48,7 @@ SLOW = {
     'training/test_faults.py': ('',),
     'training/test_train.py': (
         'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation',
-        'learning_rate', 'wrong_flags[flags0-'),
+        'learning_rate', 'wrong_flags[flags0-', 'undisturbed_run', 'not_ours'),
     'training/test_train_mobilenet.py': ('finished', 'learns', 'resume', 'without_this_package'),
 }
 

@@ -142,9 +142,14 @@ def run_convert(args: argparse.Namespace) -> None:
     if args.class_map:
         indices = read_class_map(args.class_map, net.num_classes)
         describe_images(net, {index: name for name, index in reversed(indices.items())})
+    data_config = resolve_data_config(state['args'], model=net)
+    if generator is None:
+        save_pretrained(args.output, net, data_config=data_config)
+        print(f'{args.output}: {format_count(static_counts(net)[0])} MACs')
+        return
     save_pretrained(
         args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
-        data_config=resolve_data_config(state['args'], model=net))
+        data_config=data_config)
     print(f'{args.output}: {format_count(net.macs(net.space.smallest))} to '
           f'{format_count(net.macs(net.space.largest))} MACs, after {state["update"]} updates')
 

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument('--json', action='store_true', help='print JSON')
 
     extract = commands.add_parser('extract', help='save the subnet for a budget in its own directory')
-    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--output', metavar='OUT', type=_path, required=True, help='directory to save the subnet in')
     extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
 
@@ -117,9 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser('convert', help='convert a training checkpoint into a model directory')
     convert.add_argument(
-        'checkpoint', metavar='CHECKPOINT', type=Path,
+        'checkpoint', metavar='CHECKPOINT', type=_path,
         help="checkpoint of train.py, or of timm's own script with timm_shiftnas.patch")
-    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
+    convert.add_argument('output', metavar='OUT', type=_path, help='directory to write')
     convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
     convert.add_argument(
         '--class-map', metavar='FILE',
@@ -177,8 +177,16 @@ def _count(text: str, least: int = 1) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    """A path; shells do not expand the '~' of `--output=~/x`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f'{text!r}: there is no such home directory') from None
+
+
 def _directory(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not _path(text).is_dir():
         raise argparse.ArgumentTypeError(
             f'{text} is not a directory; give one that save_pretrained or train.py wrote')
-    return Path(text)
+    return _path(text)

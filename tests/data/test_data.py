@@ -40,6 +40,11 @@ def digits():
     return create_dataset('sklearn/digits', None, 'train')
 
 
+def test_the_tilde_of_a_data_folder_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(make_folder(tmp_path)))
+    assert len(create_dataset('', '~', 'train')) == 6
+
+
 # -- sklearn/digits ----------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -18,6 +19,7 @@ from timm.utils import ModelEmaV3
 
 from timm_shiftnas import Arch, Subnet, extract, shiftformer_space
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.push import push_directory
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.models import static_counts
@@ -116,6 +118,25 @@ def accept(folder, name):
 
 
 # -- a supernet --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tilde_is_the_home_directory(net, generator, edges, tmp_path, monkeypatch):
+    """Python does not expand it; the folder of the test stays empty."""
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    save_pretrained('~/model', net, generator, groups=edges, probabilities=[.25] * 4)
+    save_pretrained(Path('~') / 'subnet', from_pretrained('~/model', arch=net.space.smallest))
+    assert load_supernet(Path('~/model'))[0].space == net.space
+    assert from_pretrained('~/subnet').arch == net.space.smallest
+    assert SavedModel('~/model', cache_dir='~/cache')._hub.cache_dir == str(tmp_path / 'home' / 'cache')
+    with pytest.raises(ValueError, match=str(tmp_path / 'home' / 'nothing')):
+        push_directory('~/nothing', 'owner/name')
+    with pytest.raises(ValueError, match="no home directory '~nosuchuser'"):
+        save_pretrained('~nosuchuser/model', net)
+    assert not list((tmp_path / 'here').iterdir()) and {path.name for path in (tmp_path / 'home').iterdir()} == {
+        'model', 'subnet'}
 
 
 def test_supernet_directory(saved, edges):

@@ -274,6 +274,24 @@ result = train.main([*flags, '--experiment', 'a', '--push-to-hub', 'org/trained'
     assert resumed == 2 and hub.faults[0].times < 9 and (tmp_path / 'a' / 'model' / 'config.json').exists()
 
 
+def test_a_published_subnet_is_fine_tuned_and_published(hub, client, net, tmp_path):
+    tsn.save_pretrained(tmp_path / 'subnet', tsn.extract(net, net.space.smallest))
+    push(client, tmp_path / 'subnet', 'owner/subnet')
+    code = '''
+from timm_shiftnas.training import trainer
+result = trainer.main(['--dataset', 'sklearn/digits', '-j', '0', '-b', '128', '--epochs', '1', '--lr', '0',
+                       '--warmup-epochs', '0', '--model', 'hf-hub:owner/subnet', '--output', output,
+                       '--experiment', 'run', '--push-to-hub', 'owner/tuned'])
+'''
+    assert client(code, output=str(tmp_path)) == 0
+    tuned, saved = (tsn.from_pretrained(tmp_path / name) for name in ('run/model', 'subnet'))
+    assert tuned.arch == saved.arch == net.space.smallest
+    assert all(torch.equal(weight, other) for weight, other in zip(tuned.parameters(), saved.parameters(), strict=True))
+    assert '--model hf-hub:owner/subnet' in files_of(hub, 'owner/tuned')['README.md'].decode()
+    for name in files_of(hub, 'owner/tuned'):
+        assert str(tmp_path).encode() not in files_of(hub, 'owner/tuned')[name]
+
+
 def test_files_of_others_stay(hub, client, net, plain, tmp_path):
     client('''
 from huggingface_hub import HfApi

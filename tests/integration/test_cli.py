@@ -148,6 +148,14 @@ def test_extract(capsys, saved, net, generator, tmp_path, option, value):
         torch.testing.assert_close(loaded(x), net(x, arch), rtol=0, atol=1e-5)
 
 
+def test_the_tilde_is_the_home_directory(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, tmp_path / 'net')
+    assert main(['extract', '~/net', '--flops', '3M', '--output=~/subnet']) == 0
+    assert SavedModel(tmp_path / 'subnet').kind == 'subnet' and not (tmp_path / '~').exists()
+
+
 def test_extract_writes_over_nothing_but_models(capsys, saved, folder, tmp_path):
     def contents():
         return {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}

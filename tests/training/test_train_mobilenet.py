@@ -21,7 +21,7 @@ from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics, static_counts
 from timm_shiftnas.training import trainer as train
 from timm_shiftnas.training.data import create_loaders, open_data
-from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def test_the_imagenet_config_is_bignas_recipe():
     assert args.sandwich and args.archs_per_step == 4 and args.shift == 'none'
     args.num_classes = 10
     with torch.device('meta'):
-        net = create_supernet(args, torch.device('meta'))
+        net = create_network(args, torch.device('meta'))
     assert net.pretrained_cfg['input_size'] == (3, 320, 320) and net.drop_rate == .2
     assert net.blocks[-1][1].drop_path.drop_prob == pytest.approx(.2 * 25 / 26)
 

@@ -21,6 +21,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
+from ..utils.paths import expand_home
 from ..utils.text import one_line
 from .decoding import Decoder
 from .glyphs import Glyphs
@@ -91,9 +92,9 @@ def create_dataset(
         if rest != 'digits':
             raise ValueError(f"dataset {name!r} is unknown; use 'sklearn/digits'")
         return Digits(split, **own)
+    root = None if root is None else expand_home(root)
     if name == 'glyphs':
         return Glyphs(split, root or None, **dict(glyphs or {}, **own))
-    root = None if root is None else os.fspath(root)
     decoder = Decoder(own.get('input_img_mode', 'RGB'), upright)
     is_torch_folder = source == 'torch' and rest.lower() in ('image_folder', 'folder')
     is_files = is_torch_folder or source not in TIMM_SOURCES

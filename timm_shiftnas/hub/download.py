@@ -16,6 +16,7 @@ from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hu
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from ..utils.paths import expand_home
 from .format import CONFIG, KEY
 
 __all__ = ['HubOptions', 'check_repo_id', 'download', 'is_transient', 'retry', 'with_hints']
@@ -32,6 +33,9 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     force_download: bool = False
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        self.cache_dir = None if self.cache_dir is None else expand_home(self.cache_dir)
 
 
 def check_repo_id(name: str | os.PathLike) -> None:

@@ -26,6 +26,7 @@ from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
 from ..models.subnet import extract
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
+from ..utils.paths import expand_home
 from ..utils.units import format_count, parse_count
 from .download import HubOptions, check_repo_id, download, is_commit, matches_etag
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, MAX_SIZE, WEIGHTS, ModelRecord, build_network, check_tensors
@@ -145,10 +146,10 @@ class SavedModel:
     """
 
     def __init__(self, directory_or_repo: str | os.PathLike, **hub: Any) -> None:
-        self.name, self._hub = os.fspath(directory_or_repo), HubOptions(**hub)
+        self.name, self._hub = expand_home(directory_or_repo), HubOptions(**hub)
         self._is_local = bool(self.name) and Path(self.name).is_dir()
         if not self._is_local:
-            check_repo_id(directory_or_repo)
+            check_repo_id(self.name)
         self.config = self._read_config()
         self.record = ModelRecord.of_config(self.config, self.where(CONFIG))
         self.info, self.kind = self.record.to_dict(), self.record.kind

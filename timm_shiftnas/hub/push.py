@@ -20,6 +20,7 @@ from torch import nn
 from ..evaluation.plots import plot_accuracy
 from ..evaluation.tables import write_budgets_csv
 from ..method.generator import ArchitectureGenerator
+from ..utils.paths import expand_home
 from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, model_card
 from .download import append_line, check_repo_id, is_commit, retry, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY
@@ -95,7 +96,7 @@ def push_directory(
         raise ValueError(f'revision={revision!r} is a commit, which cannot be pushed to; give a branch')
     if create_pr and revision not in (None, 'main'):
         raise ValueError(f"a pull request goes to 'main'; omit revision={revision!r} or create_pr")
-    directory = Path(directory).resolve()
+    directory = Path(expand_home(directory)).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
     model = directory if (directory / CONFIG).exists() else directory / 'model'

@@ -23,6 +23,7 @@ from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
 from ..utils.files import atomic_write
+from ..utils.paths import expand_home
 from .format import (
     BN_STATS,
     CONFIG,
@@ -59,7 +60,7 @@ def save_pretrained(
     whole, or nothing can be loaded from the directory.
 
     Args:
-        directory: Where to save; created if missing, with its parents.
+        directory: Where to save, '~' is the home directory; created if missing, with its parents.
         net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`).
         generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
         groups: The K + 1 edges of the budget groups, in MACs.
@@ -77,6 +78,7 @@ def save_pretrained(
         ValueError: If `net` is neither a supernet nor a subnet, if an argument does not belong to it, or if the
             directory could not be loaded again.
     """
+    directory = Path(expand_home(directory))
     net, bn_stats = unwrap_model(net), dict(bn_stats or {})
     kind = 'supernet' if is_supernet(net) else 'subnet'
     if kind == 'subnet' and not isinstance(getattr(net, 'arch', None), Arch):
@@ -118,7 +120,7 @@ def save_pretrained(
     ModelRecord.of_config(config, CONFIG)
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     saved_class_names(config, net.num_classes, CONFIG)
-    _write(Path(directory), {CONFIG: json.dumps(config, indent=2).encode(), **files})
+    _write(directory, {CONFIG: json.dumps(config, indent=2).encode(), **files})
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..space import is_supernet
-from ..utils.text import one_line
 from ..utils.units import parse_count
+from ..utils.yaml_files import read_yaml
 from .config import RunConfig, ShiftNASConfig, settings_of
 from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
@@ -101,7 +100,10 @@ def read_environment(environment: Mapping[str, str] | None = None) -> tuple[Shif
     """
     environment = os.environ if environment is None else environment
     path = environment.get(f'{PREFIX}CONFIG')
-    given = _read_file(path) if path else {}
+    try:
+        given = read_yaml(path) if path else {}
+    except ValueError as error:
+        raise ValueError(f'{PREFIX}CONFIG: {error}') from None
     for name, text in environment.items():
         if name.startswith(PREFIX) and name != f'{PREFIX}CONFIG' and text:
             try:
@@ -110,17 +112,6 @@ def read_environment(environment: Mapping[str, str] | None = None) -> tuple[Shif
                 raise ValueError(
                     f'{name}={text!r} cannot be read; give one YAML value: none, 0.5, true, [1, 0.3]') from None
     return read_settings(given)
-
-
-def _read_file(path: str) -> dict[Any, Any]:
-    """The settings of a YAML file."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f'{PREFIX}CONFIG: cannot read {path!r}: {one_line(error)}') from None
-    if not isinstance(settings, dict | None):
-        raise ValueError(f'{PREFIX}CONFIG: {path!r} must hold "name: value" lines, such as "shift: none"')
-    return settings or {}
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ from ..space.matrix_mapping import arch_masks
 from ..utils.distributed import Ranks
 from ..utils.streams import stream
 from .config import ShiftNASConfig
-from .distillation import divergence
+from .distillation import distilled, divergence
 from .generator import ArchitectureGenerator, generator_loss
 from .groups import BudgetGroups
 from .shift import ProbabilityShift
 from .signals import create_signal, frozen, full_precision
 
 __all__ = [
-    'ClassificationEvaluator', 'ShiftNASTask', 'check_same_space', 'evaluation_sample_limit',
+    'ClassificationEvaluator', 'ClassificationTask', 'ShiftNASTask', 'check_same_space', 'evaluation_sample_limit',
     'load_task_ema_checkpoint', 'resume_task_checkpoint',
 ]
 
@@ -211,8 +211,7 @@ class ShiftNASTask(ClassificationTask):
                 continue
             loss = self.criterion(output, target)
             if logits is not None:
-                task_weight, distill_weight = config.loss_weights
-                loss = task_weight * loss + distill_weight * divergence(output, logits, config.temperature)
+                loss = distilled(loss, output, logits, config)
             losses.append(loss)
         return losses
 

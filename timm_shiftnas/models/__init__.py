@@ -5,6 +5,7 @@ from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import EfficientNetSupernet, MobileNetV3Supernet, ShiftMobileNetSupernet, ofa_space
 from .subnet import (
     Subnet,
+    bound_space,
     describe_images,
     extract,
     present_args,
@@ -15,7 +16,8 @@ from .subnet import (
 
 __all__ = [
     'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
-    'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'calibrate_bn',
-    'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space',
+    'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'bound_space',
+    'calibrate_bn', 'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts',
+    'static_space',
     'stock_description',
 ]

@@ -12,7 +12,9 @@ from ..space import Family, SearchSpace, families, family_of, is_supernet, macs
 from ..space.core import Arch
 
 __all__ = [
-    'Subnet', 'describe_images', 'extract', 'present_args', 'static_counts', 'static_space', 'stock_description']
+    'Subnet', 'bound_space', 'describe_images', 'extract', 'present_args', 'static_counts', 'static_space',
+    'stock_description',
+]
 
 LABELS = ('label_names', 'label_descriptions')  # entries of timm's configuration about the classes
 
@@ -94,13 +96,17 @@ def present_args(net: nn.Module) -> dict[str, Any]:
 
 def static_counts(net: nn.Module) -> tuple[int, int]:
     """MACs and parameters of an extracted subnet."""
-    space = static_space(net).bind(**_family(net).geometry(net))
-    return macs(space, net.arch), sum(weight.numel() for weight in net.parameters())
+    return macs(bound_space(net), net.arch), sum(weight.numel() for weight in net.parameters())
 
 
 def static_space(net: nn.Module) -> SearchSpace:
     """The unbound space of an extracted subnet's own values."""
     return net.static_space
+
+
+def bound_space(net: nn.Module) -> SearchSpace:
+    """The space of an extracted subnet's own values, bound to its present geometry."""
+    return static_space(net).bind(**_family(net).geometry(net))
 
 
 def stock_description(net: nn.Module) -> dict[str, Any] | None:

@@ -23,11 +23,13 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..method.generator import ArchitectureGenerator
+from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
 from ..models.subnet import describe_images
 from ..space.core import SearchSpace
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
+from ..utils.paths import expand_home
 from ..utils.text import one_line
 from .folder import RunFolder
 
@@ -40,7 +42,7 @@ _logger = logging.getLogger('train')
 SUFFIX = '.pth.tar'
 # With other values, held-out images would be images that the weights were trained on.
 SAME_DATA = ('seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels')
-SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay')  # with other values, its state has another form
+SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay', 'freeze')  # with other values, its state has another form
 
 
 class Position(NamedTuple):
@@ -219,7 +221,7 @@ def loop_state(position: Position, args: Namespace, ranks: Ranks) -> dict[str, A
 
 def resume(
         args: Namespace,
-        task: ShiftNASTask,
+        task: ShiftNASTask | NetworkTask,
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
         ranks: Ranks,
@@ -263,18 +265,19 @@ def resume(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator, dict[str, Any]]:
-    """Load a supernet from a checkpoint of this package, or of timm's own script with `timm_shiftnas.patch`.
+def load_checkpoint(
+        path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator | None, dict[str, Any]]:
+    """Load a network from a checkpoint of this package, or of timm's own script with `timm_shiftnas.patch`.
 
     Args:
         path: A checkpoint.
         use_ema: Load the averaged weights, if there are any.
 
     Returns:
-        The supernet in eval mode, its generator, and the state of the task with the flags under 'args'.
+        The network in eval mode, the generator of a supernet, and the state of the task with the flags under 'args'.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or not a checkpoint of a supernet.
+        ValueError: If the file is missing or corrupt, or not a checkpoint of this package.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint['task_state']
@@ -283,8 +286,10 @@ def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, 
     # checkpoints without this flag were trained by timm's own script or an older version, which turn no photographs
     upright = not flags.get('ignore_exif_orientation', True)
     describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
-    generator = ArchitectureGenerator(net.space)
-    generator.load_state_dict(state['generator'])
+    generator = None
+    if 'generator' in state:
+        generator = ArchitectureGenerator(net.space)
+        generator.load_state_dict(state['generator'])
     averaged = use_ema and checkpoint.get('state_dict_ema')
     net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
     return net.eval(), generator, dict(state, args=flags)
@@ -317,8 +322,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
-        checkpoint = load_checkpoint_metadata(str(path))
-        if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
+        path = expand_home(path)
+        checkpoint = load_checkpoint_metadata(path)
+        if not isinstance(checkpoint, dict) or 'space' not in (checkpoint.get('task_state') or {}):
             problem, hint = 'is not a checkpoint of ShiftNAS', 'start from its weights with --initial-checkpoint'
         elif not zip_is_intact(path):
             problem = 'is corrupt: the checksum of a part differs'

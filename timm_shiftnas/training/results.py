@@ -41,43 +41,67 @@ class Results:
         run: The run.
         interrupts: SIGTERM stops an evaluation at once.
         folder: The folder of the run; only the first process has it.
+
+    Attributes:
+        metrics: Names of what `evaluate` returns, the columns of summary.csv.
     """
+    metrics: tuple[str, ...] = ('top1', 'top1_smallest', 'top1_largest')
 
     def __init__(self, run: Run, interrupts: Interrupts, folder: RunFolder | None) -> None:
         self.run, self.interrupts, self.folder = run, interrupts, folder
         self.args, self.task, self.loaders, self.output = run.args, run.task, run.loaders, run.output
 
     def evaluate(self, last: bool) -> dict[str, float]:
-        """Evaluate the ends of the range and one subnet per budget group, and write what belongs to them.
+        """Evaluate, and write what belongs to it.
 
         Args:
             last: Whether this is the last evaluation, whose files must not be missing.
 
         Returns:
-            Top-1 in percent: the mean over groups, the smallest subnet, the largest.
+            Accuracies in percent, by `metrics`.
         """
-        run, args, task = self.run, self.args, self.task
-        net = self.evaluated_net()
-        options: dict[str, Any] = dict(
-            device=run.device, autocast=run.autocast(), channels_last=args.channels_last, ranks=run.ranks)
-        if self.loaders.calibration is not None:
-            options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
-        searched = None
+        run, net = self.run, self.evaluated_net()
         with self.interrupts.immediate():
-            if args.sampler == 'uniform':
-                searched = archs = search_archs(
-                    net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
-                    seed=args.seed, **options)
-            else:
-                archs = task.generator.propose_many(task.groups.budgets)
-            rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
+            rows, found = self.measure(
+                net, device=run.device, autocast=run.autocast(), channels_last=self.args.channels_last, ranks=run.ranks)
         if run.ranks.primary:
             with self.tolerate_errors('the table to the terminal'):  # a pipe whose reader has ended
                 print(format_table(rows), flush=True)
             with self.tolerate_errors('the results', unless=last):
-                self.write(net, rows, searched, options.get('calibration'))
+                self.write(net, rows, **found)
+        return self.summary(rows)
+
+    def measure(self, net: nn.Module, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Evaluate the ends of the range and one subnet per budget group.
+
+        Args:
+            net: The evaluated network.
+            **options: As for `evaluate_budgets`.
+
+        Returns:
+            The budget table, and what else `write` needs.
+        """
+        args, task = self.args, self.task
+        if self.loaders.calibration is not None:
+            options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
+        searched = None
+        if args.sampler == 'uniform':
+            searched = archs = search_archs(
+                net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
+                seed=args.seed, **options)
+        else:
+            archs = task.generator.propose_many(task.groups.budgets)
+        rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
+        return rows, dict(searched=searched, calibration=options.get('calibration'))
+
+    def summary(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Top-1 in percent: the mean over groups, the smallest subnet, the largest."""
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
+
+    def shares(self) -> dict[str, float]:
+        """P, by the name of its value in trackers."""
+        return {f'P/group {k + 1}': float(p) for k, p in enumerate(self.task.shift.probabilities)}
 
     def evaluated_net(self) -> nn.Module:
         """The averaged weights if there are any, on the device."""
@@ -111,11 +135,15 @@ class Results:
         plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)
         in_table = dict.fromkeys(space.from_dict(row['arch']) for row in rows)
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
+        self.save(
+            net, rows, generator=task.generator, groups=task.groups.edges,
+            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics)
+
+    def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
+        """Write the model directory; `more` is as for `save_pretrained`."""
         save_pretrained(
-            self.output / 'model', net, task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
-            training=training_facts(self.args, self.run.ranks.size), data_config=self.run.data_config,
-            bn_stats=statistics)
+            self.output / 'model', net, results=rows, training=training_facts(self.args, self.run.ranks.size),
+            data_config=self.run.data_config, **more)
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
@@ -127,7 +155,7 @@ class Results:
             lr: Learning rate.
         """
         row = {'epoch': epoch, **{f'train_{name}': value for name, value in metrics.items()}}
-        row |= {f'eval_{name}': results.get(name, '') for name in ('top1', 'top1_smallest', 'top1_largest')}
+        row |= {f'eval_{name}': results.get(name, '') for name in self.metrics}
         with self.tolerate_errors('summary.csv'):
             append_epoch(self.output / 'summary.csv', {**row, 'lr': lr})
 

@@ -1,4 +1,4 @@
-"""Train a supernet with ShiftNAS, with the flags of timm's training script.
+"""Train a supernet with ShiftNAS, or one network, with the flags of timm's training script.
 
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
     torchrun --nproc-per-node=8 train.py --data-dir /data/imagenet ...
@@ -6,7 +6,8 @@
 `timm-shiftnas train` is the same program. Every `--val-interval` epochs and at the end it evaluates the smallest and
 the largest subnet and one subnet per budget group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`,
 `shift.csv`, `accuracy.png`, `shift.png`, checkpoints, and `model/`, which `timm_shiftnas.from_pretrained` and
-`timm.create_model('local-dir:...')` load.
+`timm.create_model('local-dir:...')` load. A single network, such as `--model local-dir:SUBNET`, is trained in the same
+loop, without drawing archs.
 
 Exit codes: 0, finished; 2, an error, reported in one line; 130, Ctrl-C; 143, SIGTERM, after a checkpoint was written
 (torchrun itself exits with 1 if a process does not exit with 0).
@@ -35,6 +36,7 @@ from .data import read_batches
 from .flags import parse_args
 from .folder import RunFolder
 from .interrupts import Interrupts, Terminated
+from .network_results import NetworkResults
 from .progress import Progress
 from .results import Results
 from .setup import create_run
@@ -72,12 +74,13 @@ class Trainer:
         if self.ranks.primary:
             self.open_output(given_lr=args.lr)
         self.update = Update(self.run, self.interrupts, self.checkpoints)
-        self.results = Results(self.run, self.interrupts, self.folder)
+        self.results = (Results if self.run.supernet else NetworkResults)(self.run, self.interrupts, self.folder)
 
     def fit(self) -> None:
         """Train up to the last epoch, evaluate every --val-interval epochs and at the end, and publish."""
         with self.interrupts:
-            self.fit_generator()
+            if self.run.supernet:
+                self.fit_generator()
             if self.position.epoch >= self.epochs:
                 _logger.info(f'{self.position.epoch} of {self.epochs} epochs are finished already: evaluating only')
                 self.results.evaluate(last=True)
@@ -90,7 +93,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on the rest of an epoch: a function of (seed, epoch), the position and the state before it."""
         started, accum = time.perf_counter() - self.position.seconds, self.args.grad_accum_steps
-        self.task.get_trainable_module().train()
+        self.run.train_mode()
         micro_batches = self.read_batches(epoch)
         with self.create_progress(epoch) as progress:
             while self.position.batch < self.batches:
@@ -100,6 +103,7 @@ class Trainer:
                     count, losses, self.args.batch_size, seconds=time.perf_counter() - started)
                 progress.show(self.position, self.run.schedule.updates(epoch, update), self.run.schedule.lr)
                 self.save_if_due(update)
+        self.run.share_statistics()
         return dict(loss=self.position.mean_loss, seconds=self.position.seconds)
 
     # -- the steps of fit ----------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ class Trainer:
         self.tracker.log(schedule.updates(epoch + 1), dict(
             {'epoch': epoch + 1, 'lr': lr, 'train/epoch_loss': metrics['loss']},
             **{f'eval/{name}': value for name, value in results.items()},
-            **{f'P/group {k + 1}': float(p) for k, p in enumerate(self.task.shift.probabilities)}))
+            **self.results.shares()))
         self.results.write_summary(epoch, metrics, results, lr)
         self.checkpoints.save(epoch, metric)
 
