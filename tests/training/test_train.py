@@ -27,6 +27,7 @@ from timm.loss import PolyCrossEntropy
 import timm_shiftnas as tsn
 from timm_shiftnas.training.data import create_loaders, open_data
 from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas_cli import main as cli
 
 
 def run(tmp_path, *flags):
@@ -214,6 +215,16 @@ def test_streamed_dataset(shards, tmp_path):
     same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
 
 
+def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
+    net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
+    tsn.save_pretrained(tmp_path, net)
+    assert cli(['evaluate', str(tmp_path), '--arch', json.dumps(net.space.smallest.to_dict()), '--dataset', 'wds/digits',
+                '--data-dir', str(shards), '--split', 'validation-{0000..0001}.tar', '--num-samples', '100',
+                '--train-split', 'train-{0000..0001}.tar', '--bn-images', '64']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('100 images: top-1 ') and err == ''
+
+
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     line = one_line_error(
         capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
@@ -305,6 +316,8 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
     (['--in-chans', '5'], 'RGB have 3'),
+    (['--input-img-mode', 'P'], 'give one of L, LA, RGB'),
+    (['--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64'], '--input-size 3 64 64'),
     (['--opt-betas', '0.9'], '--opt adamw'),
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),

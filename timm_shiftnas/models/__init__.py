@@ -16,5 +16,6 @@ from .subnet import (
 __all__ = [
     'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
     'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'calibrate_bn',
-    'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space', 'stock_description',
+    'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space',
+    'stock_description',
 ]
