@@ -260,9 +260,10 @@ def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespac
     """
     images = open_images(saved, args, args.split)
     names, where = class_names(images), args.data_dir or args.dataset
+    found = {*names.values()}
     if args.class_map:
         indices = read_class_map(args.class_map, num_classes)
-        left_out = sorted({*names.values()} - {*indices})
+        left_out = sorted(found - {*indices})
         if left_out or not names:
             images = open_images(saved, args, args.split, class_map=args.class_map)
             names = class_names(images)
@@ -285,8 +286,8 @@ def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespac
             f'{where}: the class {unknown[0]!r} is none of the {len(indices)} classes of the model '
             f'({reprlib.repr(list(indices))}); rename or remove its folder, or give --class-map FILE')
     images.target_transform = {index: indices[name] for index, name in names.items()}.__getitem__
-    classes, of = len({indices[name] for name in names.values()}), len({*indices.values()})
-    return images, '' if classes == of else f' of {classes} of the {of} classes'
+    known_classes, here = {*indices.values()}, {indices[name] for name in found & {*indices}}
+    return images, '' if here == known_classes else f' of {len(here)} of the {len(known_classes)} classes'
 
 
 def read_class_map(path: str, num_classes: int) -> dict[str, int]:

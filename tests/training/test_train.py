@@ -30,6 +30,7 @@ import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.training.data import create_loaders, open_data
 from timm_shiftnas.training.setup import create_network, scaled_lr
+from timm_shiftnas_cli import main as cli
 
 # the flags of a run of one network
 ONE = ['--dataset', 'sklearn/digits', '-j', '0', '-b', '128', '--lr', '2e-3', '--warmup-epochs', '0']
@@ -217,6 +218,16 @@ def test_streamed_dataset(shards, tmp_path):
         trainer.train_epoch(1)
     assert train.main([*flags, 'middle', '--resume', 'auto']) == 0
     same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
+
+
+def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
+    net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
+    tsn.save_pretrained(tmp_path, net)
+    assert cli(['evaluate', str(tmp_path), '--arch', json.dumps(net.space.smallest.to_dict()), '--dataset', 'wds/digits',
+                '--data-dir', str(shards), '--split', 'validation-{0000..0001}.tar', '--num-samples', '100',
+                '--train-split', 'train-{0000..0001}.tar', '--bn-images', '64']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('100 images: top-1 ') and err == ''
 
 
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
@@ -495,6 +506,8 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
     (['--in-chans', '5'], 'RGB have 3'),
+    (['--input-img-mode', 'P'], 'give one of L, LA, RGB'),
+    (['--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64'], '--input-size 3 64 64'),
     (['--opt-betas', '0.9'], '--opt adamw'),
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
