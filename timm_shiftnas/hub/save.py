@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
-from ..models import present_args, stock_description
+from ..models import plain_state_dict, present_args, stock_description
 from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
@@ -94,7 +94,7 @@ def save_pretrained(
     for arch, stats in bn_stats.items():
         check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
-    tensors = {WEIGHTS: _cpu_copies({**net.state_dict(), **largest})}
+    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(net), **largest})}
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:

@@ -1,5 +1,5 @@
 """Supernets and their static subnets; importing this registers them with timm."""
-from ._supernet import TimmSupernet
+from ._supernet import TimmSupernet, plain_state_dict
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import EfficientNetSupernet, MobileNetV3Supernet, ShiftMobileNetSupernet, ofa_space
@@ -17,7 +17,6 @@ from .subnet import (
 __all__ = [
     'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
     'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'bound_space',
-    'calibrate_bn', 'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts',
-    'static_space',
-    'stock_description',
+    'calibrate_bn', 'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'plain_state_dict', 'present_args',
+    'static_counts', 'static_space', 'stock_description',
 ]
