@@ -16,12 +16,23 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..method.generator import ArchitectureGenerator
-from ..models import present_args, stock_description
+from ..models import present_args, static_space, stock_description
 from ..models.calibration import bn_statistics
 from ..space import is_supernet
 from ..space.core import Arch
 from ..utils.files import atomic_write
-from .format import BN_STATS, CONFIG, FILES, GENERATOR, KEY, WEIGHTS, ModelRecord, build_network, check_tensors
+from .format import (
+    BN_STATS,
+    CONFIG,
+    FILES,
+    GENERATOR,
+    KEY,
+    WEIGHTS,
+    ModelRecord,
+    build_network,
+    check_tensors,
+    read_archs,
+)
 
 __all__ = ['save_pretrained']
 
@@ -77,7 +88,10 @@ def save_pretrained(
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
 
     for arch, stats in bn_stats.items():
-        check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
+        expected = bn_statistics(net.build_subnet(arch, device='meta'))
+        if not expected:
+            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
+        check_tensors(expected, stats, f'bn_stats[{arch}]')
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
     tensors = {WEIGHTS: _cpu_copies({**net.state_dict(), **largest})}
     if generator is not None:
@@ -100,6 +114,9 @@ def save_pretrained(
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
     ModelRecord.of_config(config, CONFIG)
+    space = net.space if kind == 'supernet' else static_space(net)
+    read_archs(config[KEY].get('searched'), space, 'searched')
+    read_archs([row['arch'] for row in config[KEY].get('results', ())], space, 'results')
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     _write(Path(directory), {CONFIG: json.dumps(config, indent=2).encode(), **files})
 
