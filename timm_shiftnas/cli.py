@@ -27,6 +27,7 @@ from .hub.save import save_pretrained
 from .models import static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .training.checkpoints import load_checkpoint
+from .utils.text import printable
 from .utils.units import format_count
 
 __all__ = ['COMMANDS', 'describe']
@@ -68,6 +69,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
 
 def info_text(data: dict[str, Any]) -> str:
     """The description of a saved model for the terminal."""
+    data = printable(data)
     channels, height, width = data['input_size']
     lines = [
         f'{data["directory"]}: {data["kind"]} {data["architecture"]}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import suppress
+from reprlib import repr as short
 from typing import SupportsFloat
 
 __all__ = ['format_count', 'parse_count']
@@ -31,7 +32,7 @@ def parse_count(value: SupportsFloat | str, name: str = 'flops') -> float:
         with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # 10 ** 400, a tensor without data
             number = float(value)
     if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"{name}={value!r} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
+        raise ValueError(f"{name}={short(value)} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
     return number
 
 
