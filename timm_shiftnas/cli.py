@@ -34,7 +34,7 @@ from .hub.save import save_pretrained
 from .models import describe_images, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .training.checkpoints import load_checkpoint
-from .utils.text import one_line
+from .utils.text import one_line, printable
 from .utils.units import format_count
 
 __all__ = ['COMMANDS', 'describe']
@@ -76,6 +76,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
 
 def info_text(data: dict[str, Any]) -> str:
     """The description of a saved model for the terminal."""
+    data = printable(data)
     channels, height, width = data['input_size']
     mode = '' if data['image_mode'] == default_mode(channels) else f' {data["image_mode"]}'
     lines = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -34,24 +35,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = argparse.Namespace(traceback=False)
     try:
-        if argv[:1] == ['train']:
-            from timm_shiftnas.training.trainer import launch
+        try:
+            if argv[:1] == ['train']:
+                from timm_shiftnas.training.trainer import launch
+                with interruptible():
+                    return launch(argv[1:], prog=f'{PROG} train')
+            build_parser().parse_args(argv, args)
+            from timm_shiftnas import cli
             with interruptible():
-                return launch(argv[1:], prog=f'{PROG} train')
-        build_parser().parse_args(argv, args)
-        from timm_shiftnas import cli
-        with interruptible():
-            cli.COMMANDS[args.command](args)
+                cli.COMMANDS[args.command](args)
+        finally:
+            _flush()
     except KeyboardInterrupt:
         print(f'{PROG}: interrupted', file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except _ReaderIsGone:
+        return 128 + 13  # as after SIGPIPE
+    except Exception as error:
         if args.traceback:
             import traceback
             traceback.print_exc()
-        print(f'{PROG}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{PROG}: error: {_one_line(error)}', file=sys.stderr)
         return 2
     return 0
+
+
+class _ReaderIsGone(Exception):
+    """What reads the output, such as `head`, has ended."""
+
+
+def _flush() -> None:
+    """Write the output now: Python itself would report a failure at its very end, with a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        if isinstance(error, BrokenPipeError):
+            raise _ReaderIsGone from None
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    """An error as one line; control characters of a foreign file do not reach the terminal."""
+    text = ' '.join(str(error).split())
+    if not isinstance(error, (ValueError, OSError, ImportError)) or not text:
+        text = f'{type(error).__name__} (--traceback shows where): {text}'
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Parser(argparse.ArgumentParser):

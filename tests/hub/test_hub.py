@@ -25,10 +25,11 @@ from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.models import static_counts
 
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
+ARCH = dict(depth=4, embed_dim=32, num_heads=[1, 1, 2, 1], mlp_ratio=[1.0, 1.0, 2.0, 1.0])
 
 
 def row(name, budget, macs):
-    return dict(name=name, budget=budget, macs=macs, params=5000, top1=91.5, top5=99.25, arch={'depth': 4})
+    return dict(name=name, budget=budget, macs=macs, params=5000, top1=91.5, top5=99.25, arch=ARCH)
 
 
 def make_net(seed=0, **kwargs):

@@ -353,7 +353,8 @@ def test_the_card(hub, directory, published):
 
 def test_the_card_is_readable(net, tmp_path):
     """The numbers of a column line up, a long command breaks between flags, and the card of a subnet has no curve."""
-    values = dict(budget=3_970_000., macs=999_960, params=146_000, top1=60., top5=100., arch={})
+    values = dict(budget=3_970_000., macs=999_960, params=146_000, top1=60., top5=100.,
+                  arch=net.space.smallest.to_dict())
     flags = [f'--flag-{k} {k} {"value" * (k % 4 + 1)}' for k in range(12)]
     training = dict(dataset='image folder', command=f'python train.py {" ".join(flags)}')
     tsn.save_pretrained(
@@ -382,7 +383,7 @@ def test_load_by_budget(hub, client, published, expected, tmp_path):
     sha = hub.repos[published].branches['main']
     assert sorted(line.rpartition('/')[2] for line in gets) == sorted(FILES)
     assert sum(f'/resolve/{sha}/' in line for line in gets) >= 3
-    assert len(hub.requests) == 2 * len(gets)  # one HEAD for each
+    assert len(hub.requests) == 2 * len(gets) + 1  # one HEAD for each, and the first one for the branch
     hub.requests.clear()
     assert load(client, published, tmp_path) == expected
     assert hub.requests == [f'HEAD /{published}/resolve/main/config.json']
@@ -436,7 +437,7 @@ def test_no_network(directory, tmp_path):
     with Hub() as gone:
         pass  # its port is closed again
     client = Client(gone, tmp_path)
-    with fails('LocalEntryNotFoundError'):
+    with fails('ConnectionError', 'org/tiny'):
         load(client, 'org/tiny', tmp_path / 'cache')
     with fails('ConnectionError', 'org/tiny', 'no commit'):
         push(client, directory, 'org/tiny')

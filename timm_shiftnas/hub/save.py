@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
-from ..models import plain_state_dict, present_args, stock_description
+from ..models import plain_state_dict, present_args, static_space, stock_description
 from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
@@ -34,6 +34,7 @@ from .format import (
     ModelRecord,
     build_network,
     check_tensors,
+    read_archs,
     saved_class_names,
 )
 
@@ -92,7 +93,10 @@ def save_pretrained(
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
 
     for arch, stats in bn_stats.items():
-        check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
+        expected = bn_statistics(net.build_subnet(arch, device='meta'))
+        if not expected:
+            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
+        check_tensors(expected, stats, f'bn_stats[{arch}]')
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
     tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(net), **largest})}
     if generator is not None:
@@ -118,6 +122,9 @@ def save_pretrained(
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
     ModelRecord.of_config(config, CONFIG)
+    space = net.space if kind == 'supernet' else static_space(net)
+    read_archs(config[KEY].get('searched'), space, 'searched')
+    read_archs([row['arch'] for row in config[KEY].get('results', ())], space, 'results')
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     saved_class_names(config, net.num_classes, CONFIG)
     _write(directory, {CONFIG: json.dumps(config, indent=2).encode(), **files})

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
+import re
 import reprlib
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
-from timm.models import clean_state_dict, create_model
+from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
-from torch import nn
+from torch import Tensor, nn
 
+from ..hub.format import build_network, check_tensors, fits
 from ..method.generator import ArchitectureGenerator
 from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
@@ -40,6 +41,8 @@ __all__ = [
 
 _logger = logging.getLogger('train')
 SUFFIX = '.pth.tar'
+ONLY_TRAIN = 'give a file that train.py wrote, such as output/NAME/last.pth.tar'
+WEIGHTS_ONLY = 'to start from its weights, type --initial-checkpoint FILE in train.py'
 # With other values, held-out images would be images that the weights were trained on.
 SAME_DATA = ('seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels')
 SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay', 'freeze')  # with other values, its state has another form
@@ -280,18 +283,21 @@ def load_checkpoint(
         ValueError: If the file is missing or corrupt, or not a checkpoint of this package.
     """
     checkpoint = read_checkpoint(path)
-    state = checkpoint['task_state']
+    state, where = checkpoint['task_state'], f'the checkpoint {str(path)!r}'
+    net = build_network(state['network'], where)
+    averaged = use_ema and checkpoint.get('state_dict_ema')
+    weights = clean_state_dict(averaged or checkpoint['state_dict'])
+    check_tensors(net.state_dict(), weights, where)
+    net.load_state_dict({name: x.clone() for name, x in weights.items()}, assign=True)  # not mapped from the file
     flags = saved_flags(checkpoint)
-    net = create_model(state['network']['architecture'], **state['network']['model_args'])
     # checkpoints without this flag were trained by timm's own script or an older version, which turn no photographs
     upright = not flags.get('ignore_exif_orientation', True)
     describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
     generator = None
     if 'generator' in state:
         generator = ArchitectureGenerator(net.space)
+        check_tensors(generator.state_dict(), state['generator'], where)
         generator.load_state_dict(state['generator'])
-    averaged = use_ema and checkpoint.get('state_dict_ema')
-    net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
     return net.eval(), generator, dict(state, args=flags)
 
 
@@ -314,24 +320,60 @@ def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return dict(vars(flags) if isinstance(flags, Namespace) else flags)
 
 
+class Network(TypedDict):
+    """Arguments of `create_model`."""
+    architecture: str
+    model_args: dict[str, Any]
+
+
+class NetworkState(TypedDict):
+    """What is read of the state of any task, besides what only resuming needs."""
+    network: Network
+    space: dict[str, Any]
+
+
+class TaskState(NetworkState, total=False):
+    """The same of a task that trains a supernet."""
+    edges: list[float]
+    generator: dict[str, Tensor]
+    history: Annotated[list[Any], lambda history: bool(history)]
+    update: int
+    micro_step: int
+
+
+class Checkpoint(TypedDict):
+    task_state: TaskState
+    state_dict: dict[str, Tensor]
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this task, with its tensors mapped from the file.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or something else.
+        ValueError: If the file is missing or corrupt, or something else; the message says what.
     """
     problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
         path = expand_home(path)
-        checkpoint = load_checkpoint_metadata(path)
-        if not isinstance(checkpoint, dict) or 'space' not in (checkpoint.get('task_state') or {}):
-            problem, hint = 'is not a checkpoint of ShiftNAS', 'start from its weights with --initial-checkpoint'
+        with open(path, 'rb') as file:
+            start = file.read(9)
+        if start[8:] == b'{':  # after the length of its header
+            problem, hint = 'is a safetensors file: it holds weights, and not the state of a training', WEIGHTS_ONLY
+        elif start[:4] != b'PK\x03\x04':
+            problem, hint = 'cannot be read: torch.save did not write it, or in a format of its past', ONLY_TRAIN
         elif not zip_is_intact(path):
-            problem = 'is corrupt: the checksum of a part differs'
-    except (FileNotFoundError, IsADirectoryError):
-        problem, hint = 'does not exist', 'give a file such as output/NAME/last.pth.tar'
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        problem = f'cannot be read ({str(error).splitlines()[0]})'
+            problem = 'is corrupt: its end is missing, or the checksum of a part differs'
+        elif not fits(checkpoint := load_checkpoint_metadata(str(path)), Checkpoint):
+            problem, hint = 'is not a checkpoint of ShiftNAS', WEIGHTS_ONLY
+    except FileNotFoundError:
+        problem, hint = 'does not exist', ONLY_TRAIN
+    except IsADirectoryError:
+        problem, hint = 'is a directory', ONLY_TRAIN
+    except Exception as error:  # the reader of pickles raises any type
+        blocked = re.search(r'(?i)globals?:? (?:GLOBAL )?((?:\w+(?:\.\w+)+(?:, )?)+)', str(error))
+        problem, hint = f'cannot be read ({one_line(error, 100)})', ONLY_TRAIN
+        if blocked:
+            problem = f'holds Python objects ({blocked[1]}), which are not loaded, because they can run any code'
     if problem:
         raise ValueError(f'the checkpoint {str(path)!r} {problem}; {hint}')
     return checkpoint
