@@ -65,7 +65,7 @@ class Results:
             rows, found = self.measure(
                 net, device=run.device, autocast=run.autocast(), channels_last=self.args.channels_last, ranks=run.ranks)
         if run.ranks.primary:
-            with self.tolerate_errors('the table to the terminal'):  # a pipe whose reader has ended
+            with self.tolerate_errors('the table', 'standard output'):  # the reader of a pipe may have ended
                 print(format_table(rows), flush=True)
             with self.tolerate_errors('the results', unless=last):
                 self.write(net, rows, **found)
@@ -166,10 +166,10 @@ class Results:
             torchvision.utils.save_image(images, temporary, format='JPEG', padding=0, normalize=True)
 
     @contextmanager
-    def tolerate_errors(self, what: str, unless: bool = False) -> Iterator[None]:
-        """Log a failed write and go on, with an exception."""
+    def tolerate_errors(self, what: str, place: str = '', unless: bool = False) -> Iterator[None]:
+        """Log a failed write to a place (default: the folder of the run) and go on, unless it must not be missing."""
         try:
-            with name_disk_errors(self.output):
+            with name_disk_errors(place or self.output):
                 self.folder.restore()
                 yield
         except OSError as error:
