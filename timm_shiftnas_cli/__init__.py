@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f'{PROG}: interrupted', file=sys.stderr)
         return 130
-    except _ReaderIsGone:
+    except BrokenPipeError:  # what reads the output, such as `head`, has ended
         return 128 + 13  # as after SIGPIPE
     except Exception as error:
         if args.traceback:
@@ -60,19 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _ReaderIsGone(Exception):
-    """What reads the output, such as `head`, has ended."""
-
-
 def _flush() -> None:
     """Write the output now: Python itself would report a failure at its very end, with a traceback."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        if isinstance(error, BrokenPipeError):
-            raise _ReaderIsGone from None
         raise
 
 

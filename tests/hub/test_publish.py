@@ -331,6 +331,16 @@ def test_nothing_but_checked_tensors_is_pushed(hub, client, plain, tmp_path):
     assert 'org/pickle' not in hub.repos and not hub.requests
 
 
+@pytest.mark.parametrize('link', ['shift.png', 'model/config.json', 'model/model.safetensors', 'model'])
+def test_what_links_lead_to_is_not_pushed(hub, client, directory, tmp_path, link):
+    run, secret = shutil.copytree(directory, tmp_path / 'run'), tmp_path / 'secret'
+    shutil.move(run / link, secret)  # so that the content is right
+    (run / link).symlink_to(secret)
+    with fails('ValueError', f'{run / link} is a link'):
+        push(client, run, 'org/linked')
+    assert 'org/linked' not in hub.repos and not hub.requests
+
+
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +517,43 @@ def test_a_lasting_fault(hub, client, published, tmp_path):
         load(client, published, tmp_path)
 
 
+@pytest.mark.parametrize('pattern, kind, wait', [
+    ('HEAD', '500', None), ('HEAD', '429', 3600), ('GET .*/config', '429', 3600), ('GET .*/model', '503', 3600),
+    ('GET .*/model', '429', 12), ('HEAD .*/model', '500', None),
+])
+def test_a_busy_hub_is_waited_for_at_most_30_seconds(hub, client, published, tmp_path, pattern, kind, wait):
+    client('waits.clear()')
+    hub.faults.append(Fault(pattern, kind, times=100, wait=wait))
+    with fails('HfHubHTTPError', *([f'{wait} s', 'try again later'] if wait == 3600 else [])):
+        logged_load(client, published, tmp_path)
+    waited = client('result = waits')
+    assert sum(waited) <= 30 and (0 < len(waited) <= 2 or wait == 3600 and not waited), waited
+
+
+def test_a_wait_is_announced(hub, client, published, expected, tmp_path):
+    client('waits.clear()')
+    hub.faults.append(Fault('GET .*/model', '429', wait=7))
+    result, log = logged_load(client, published, tmp_path)
+    assert result == expected and client('result = waits') == [7]
+    assert f'{published}: the Hub answered with status 429; trying again in 7 s' in log
+
+
+@pytest.mark.parametrize('name, size, named', [
+    ('model.safetensors', 3_000_000, '3000000 bytes instead of'), ('model.safetensors', 10, '10 bytes instead of'),
+    ('generator.safetensors', 3_000_000, '3000000 bytes instead of'), ('config.json', 90_000_000, '90,000,000 bytes'),
+])
+def test_a_file_of_another_size_is_not_downloaded(hub, client, published, tmp_path, name, size, named):
+    repo = hub.repos[published]
+    good = repo.branches['main']
+    repo.commit('main', dict(repo.commits[good], **{name: bytes(size)}))
+    try:
+        with fails('ValueError', f'{published}/{name}', named):
+            load(client, published, tmp_path)
+    finally:
+        repo.branches['main'] = good
+    assert not any(line.startswith('GET') and line.endswith(name) for line in hub.requests)
+
+
 @pytest.mark.parametrize('name', ['model.safetensors', 'bn_stats.safetensors', 'generator.safetensors'])
 def test_a_flipped_bit(hub, client, published, expected, tmp_path, name):
     hub.faults.append(Fault(f'GET .*/{name}', 'flip'))
@@ -656,6 +703,20 @@ def test_a_lost_answer_to_a_commit(hub, client, directory):
     repo = hub.repos['org/lost']
     assert address.endswith(repo.branches['main']) and len(repo.commits) == 2
     assert sum('/commit/main' in line for line in hub.requests) == 1
+
+
+def test_a_commit_that_was_refused_for_now_is_sent_again(hub, client, directory):
+    hub.faults.append(Fault('POST .*/commit/main', '429', wait=2))
+    address = push(client, directory, 'org/later')
+    repo = hub.repos['org/later']
+    assert address.endswith(repo.branches['main']) and len(repo.commits) == 2
+    assert sum('/commit/main' in line for line in hub.requests) == 2
+    client('waits.clear()')
+    hub.faults.append(Fault('PUT /lfs/', '429', times=100, wait=3600))
+    hub.lfs.clear()
+    with fails('HfHubHTTPError', 'org/later', 'no commit', '3600 s'):
+        client('tsn.push_to_hub("org/later", timm.create_model("test_shiftformer_supernet"))')
+    assert client('result = waits') == []
 
 
 @pytest.mark.parametrize('after', ['no answer', 'another commit'])

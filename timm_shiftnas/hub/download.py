@@ -197,9 +197,9 @@ def status_of(error: BaseException) -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The server's error, where huggingface_hub reports a missing cache entry instead."""
-    hidden = isinstance(error, errors.LocalEntryNotFoundError) or 'Force download failed' in str(error)
-    return error.__cause__ if hidden and isinstance(error.__cause__, errors.HfHubHTTPError) else error
+    """The server's error, where huggingface_hub reports a missing cache entry or a failed upload instead."""
+    answered = getattr(error, 'response', None) is not None
+    return error.__cause__ if not answered and isinstance(error.__cause__, errors.HfHubHTTPError) else error
 
 
 def _from_http_library(error: BaseException) -> bool:

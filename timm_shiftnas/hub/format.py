@@ -38,7 +38,7 @@ FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; files with other na
 
 # Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
 # modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
-MAX_SIZE, MAX_DEPTH, MAX_MODULES, MAX_VALUES, MAX_TABLE = 1_000_000, 1_000, 20_000, 100, 50_000
+MAX_SIZE, MAX_DEPTH, MAX_MODULES, MAX_VALUES, MAX_TABLE = 1_000_000, 1_000, 10_000, 100, 50_000
 MAX_HIDDEN, MAX_CONFIG = 1024, 10_000_000
 
 Count = Annotated[int, lambda value: value >= 0]
