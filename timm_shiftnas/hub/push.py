@@ -125,20 +125,27 @@ def push_directory(
                 commit_message=commit_message or f'{saved.config["architecture"]} by {KEY}', unless=_may_exist)
             return commit.pr_url or commit.commit_url
     except Exception as error:
-        outcome = 'no commit and no pull request was created' if create_pr else 'no commit was created'
-        outcome = '; '.join([outcome, *created]) if created else f'it is unchanged: {outcome}'
-        if parent and status_of(error) == 412:
-            outcome += '; another commit came first: push again'
-        elif parent and _may_exist(error):
-            address = None if create_pr else _find_commit(api, retry, revision, parent, files)
-            if address:
-                _logger.warning(
-                    f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
-                return address
-            if address is None:
-                outcome = f'whether the {"pull request" if create_pr else "commit"} exists is unknown: see its page'
-        append_line(error, f'{repo_id}: {outcome}')
-        raise
+        in_doubt = _may_be_lost(error, parent)
+        address = _find_commit(api, retry, revision, parent, files) if in_doubt and not create_pr else ''
+        if not address:
+            first = '; another commit came first: push again' if status_of(error) == 412 else ''
+            append_line(error, f'{repo_id}: {_outcome(created, create_pr, in_doubt and (create_pr or address is None))}{first}')
+            raise
+        _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
+        return address
+
+
+def _may_be_lost(error: Exception, parent: str | None) -> bool:
+    """Whether the Hub may have created the commit of a failed push: the request was sent, and not refused."""
+    return parent is not None and status_of(error) != 412 and _may_exist(error)
+
+
+def _outcome(created: list[str], create_pr: bool, unknown: bool) -> str:
+    """What a push that failed has left behind."""
+    if unknown:
+        return f'whether the {"pull request" if create_pr else "commit"} exists is unknown: see its page'
+    outcome = 'no commit and no pull request was created' if create_pr else 'no commit was created'
+    return '; '.join([outcome, *created]) if created else f'it is unchanged: {outcome}'
 
 
 def _ensure_repo(api: HfApi, retry: Retry, revision: str | None, private: bool | None, create_pr: bool,

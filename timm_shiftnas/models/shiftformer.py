@@ -333,7 +333,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     published = is_autoformer(state_dict)
     if published:
         state_dict = convert_autoformer(state_dict, model)
-    grid = _checkpoint_grid(state_dict, model)
+    grid = _trained_grid(state_dict, model)
     state_dict = vit_filter_fn(state_dict, model)
     for name, table in state_dict.items():
         if '.rel_pos.' in name:
@@ -345,7 +345,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     return state_dict
 
 
-def _checkpoint_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
+def _trained_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
     """The token grid that a checkpoint was trained on, found as timm does when it resamples the positions."""
     grid, patches = model.patch_embed.grid_size, state_dict.get('patch_embed.proj.weight')
     if 'pos_embed' not in state_dict:
