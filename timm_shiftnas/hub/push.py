@@ -129,7 +129,8 @@ def push_directory(
         address = _find_commit(api, retry, revision, parent, files) if in_doubt and not create_pr else ''
         if not address:
             first = '; another commit came first: push again' if status_of(error) == 412 else ''
-            append_line(error, f'{repo_id}: {_outcome(created, create_pr, in_doubt and (create_pr or address is None))}{first}')
+            outcome = _outcome(created, create_pr, unknown=in_doubt and (create_pr or address is None))
+            append_line(error, f'{repo_id}: {outcome}{first}')
             raise
         _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
         return address
