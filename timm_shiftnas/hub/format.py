@@ -190,7 +190,7 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     kind = config[KEY]['kind']
     if not (is_supernet(net) if kind == 'supernet' else hasattr(net, 'arch')):
         raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
-    net.image_mode = config[KEY].get('image_mode') or default_mode(net.in_chans)
+    net.image_mode = config[KEY].get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
     return net
 
 
