@@ -1,7 +1,7 @@
 """`timm-shiftnas evaluate` and `extract` on images whose right answers are known.
 
-A network of random weights classifies random images here, in a few lines of torch. Every image is in the folder of
-its class, so that the accuracy is 100% if the command reads the images, the mode and the classes as it should.
+A network of random weights classifies random images here, in a few lines of torch. Every image is put into the folder
+of its class, so that the accuracy is 100% if the command reads the images, the mode and the classes as it should.
 """
 import json
 import math

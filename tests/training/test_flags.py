@@ -33,7 +33,7 @@ WRONG = {  # flags, and a part of their error
     '--aa rand-x9': "'rand-x9' is not an auto-augment policy",
     '--torchcompile foo': "no backend 'foo'; choose one of ",
     '--device foo': "no device 'foo'; give cpu, cuda",
-    '--input-img-mode XX': "mode 'XX'",
+    '--input-img-mode XX': "images of mode 'XX' are not read",
     '--clip-mode agc': '--clip-mode agc needs --clip-grad X',
     '--sched plateau --sched-on-updates': 'leave out --sched-on-updates',
     '--model resnet18': "'resnet18' is not a network of timm_shiftnas; choose one of attentivenas_supernet",

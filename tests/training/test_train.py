@@ -223,10 +223,10 @@ def test_streamed_dataset(shards, tmp_path):
 def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     tsn.save_pretrained(tmp_path, net)
-    smallest = json.dumps(net.space.smallest.to_dict())
-    assert cli(['evaluate', str(tmp_path), '--arch', smallest, '--dataset', 'wds/digits',
-                '--data-dir', str(shards), '--split', 'validation-{0000..0001}.tar', '--num-samples', '100',
-                '--train-split', 'train-{0000..0001}.tar', '--bn-images', '64']) == 0
+    arch = json.dumps(net.space.smallest.to_dict())
+    assert cli(['evaluate', str(tmp_path), '--arch', arch, '--dataset', 'wds/digits', '--data-dir', str(shards),
+                '--split', 'validation-{0000..0001}.tar', '--num-samples', '100', '--train-split',
+                'train-{0000..0001}.tar', '--bn-images', '64']) == 0
     out, err = capsys.readouterr()
     assert out.startswith('100 images: top-1 ') and err == ''
 

@@ -229,9 +229,9 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
     if len(values) * max(values) > MAX_TABLE:
         raise ValueError(f'{where} describes {len(values):,} choices of up to {max(values):,} values: too many')
-    ours_entry = config.get(KEY, {})
-    net.image_mode = ours_entry.get('image_mode') or default_mode(net.in_chans)
-    net.upright = ours_entry.get('upright') is not False
+    record = config.get(KEY, {})
+    net.image_mode = record.get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
+    net.upright = record.get('upright') is not False
     return net
 
 

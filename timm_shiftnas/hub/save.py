@@ -116,7 +116,7 @@ def save_pretrained(
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(net) if kind == 'subnet' else None,
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
-        image_mode=None if mode == default_mode(net.in_chans) else mode,
+        image_mode=None if mode == default_mode(getattr(net, 'in_chans', 3)) else mode,
         upright=None if getattr(net, 'upright', True) else False,
         files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
