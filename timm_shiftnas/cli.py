@@ -306,14 +306,15 @@ def read_class_map(path: str, num_classes: int) -> dict[str, int]:
     return indices
 
 
-def open_images(saved: SavedModel, args: argparse.Namespace, split: str, **options: Any) -> Dataset:
+def open_images(
+        saved: SavedModel, args: argparse.Namespace, split: str, min_classes: int = 1, **options: Any) -> Dataset:
     """The images of --dataset and --data-dir, in the mode that the network was trained on."""
     mode = choose_mode(
         args.input_img_mode or saved.record.image_mode, saved.config['pretrained_cfg']['input_size'][0])
     upright = not args.ignore_exif_orientation and saved.record.upright is not False
     options |= {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
     return create_dataset(
-        args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=mode, min_classes=1,
+        args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=mode, min_classes=min_classes,
         skip_broken=args.skip_broken_images, upright=upright, download=args.dataset_download,
         num_samples=args.num_samples, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **options)
@@ -322,7 +323,7 @@ def open_images(saved: SavedModel, args: argparse.Namespace, split: str, **optio
 def training_batches(saved: SavedModel, args: argparse.Namespace) -> Iterator[Any]:
     """Batches of --bn-images training images. The dataset is opened when the first one is read."""
     split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
-    images = open_images(saved, args, split)
+    images = open_images(saved, args, split, min_classes=0)
     if not isinstance(images, IterableDataset):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images = DatasetView(images, order[:args.bn_images])

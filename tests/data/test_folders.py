@@ -215,6 +215,16 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
     assert names(create_dataset('', tmp_path, '')) == [('a', '0.png'), ('b', '0.png'), ('c', '0.png')]
 
 
+def test_images_that_need_no_class_may_lie_anywhere(tmp_path, caplog):
+    """Those for BatchNorm statistics, for example."""
+    make(tmp_path, '2.png', 'a/1.png', 'a/deep/0.png', '.ipynb_checkpoints/0.png')
+    (tmp_path / 'empty').mkdir()
+    for root in (tmp_path, pack(tmp_path.parent / 'x.tar', tmp_path)):
+        dataset = create_dataset('', root, '', min_classes=0)
+        assert sorted(name for _, name in names(dataset)) == ['0.png', '1.png', '2.png'] and not caplog.messages
+    refused(make(tmp_path / 'b', '0.png'), '', '0 images')
+
+
 def test_names_of_classes(tmp_path):
     assert class_names(create_dataset('sklearn/digits', None, 'train'))[7] == '7'
     assert class_names(create_dataset('', make(tmp_path, 'cat/0.png', 'dog/0.png'), '')) == {0: 'cat', 1: 'dog'}

@@ -73,7 +73,7 @@ def create_dataset(
         glyphs: `images`, `difficulty` and `pixels` of 'glyphs'; see `glyphs.Glyphs`.
         skip_broken: Replace an image file that cannot be read by the next one that can, with a warning.
         upright: Turn photographs by the orientation in their EXIF data; timm does not.
-        min_classes: Refuse a folder of fewer classes.
+        min_classes: Refuse a folder of fewer classes; 0 takes images that lie anywhere in it.
         **kwargs: Further arguments of `timm.data.create_dataset`. Like timm, our own sources ignore those that do not
             apply to them.
 
@@ -136,7 +136,7 @@ def _open_files(
 ) -> ImageFiles:
     """A dataset of a folder or tar of images; the arguments are those of timm."""
     extensions = input_key.lower().split(';') if input_key else None
-    reader = ImageReader(root, split if search_split else '', class_map, extensions, order)
+    reader = ImageReader(root, split if search_split else '', class_map, extensions, order, labelled=min_classes > 0)
     if len(reader) == 0 or len(reader.class_to_idx) < min_classes:
         raise ValueError(
             f'{reader.root!r} has {len(reader)} images in {len(reader.class_to_idx)} class; give at least two classes, '

@@ -55,6 +55,7 @@ class ImageReader(Reader):
             folders that is in the map; one with none of them is passed over.
         extensions: Extensions of image files (default: all that can be read).
         order: Sorting key of names (default: natural order).
+        labelled: Whether classes are needed; without them, images may lie anywhere and have the class '.'.
 
     Attributes:
         root: The folder or tar of the split.
@@ -73,9 +74,12 @@ class ImageReader(Reader):
             class_map: str | Mapping[str, int] | None = None,
             extensions: Iterable[str] | None = None,
             order: Callable[[str], Any] = natural_key,
+            labelled: bool = True,
     ) -> None:
         super().__init__()
         self.root, entries = locate(root, split)
+        if not labelled:
+            entries = (entry._replace(folders=('.',)) for entry in entries if entry.name)
         self.is_tar = os.path.isfile(self.root)
         given = load_class_map(class_map, os.path.dirname(self.root)) if class_map else None
         types = frozenset(extensions or image_extensions())
