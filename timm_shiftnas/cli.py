@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: info, extract, evaluate, push and convert.
+"""The commands of `timm-shiftnas`: info, extract, evaluate, export, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -26,6 +26,7 @@ from .hub.push import push_directory
 from .hub.save import save_pretrained
 from .models import static_counts
 from .models.calibration import ResizedInput, has_batch_norm
+from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
 from .utils.units import format_count
 
@@ -191,6 +192,26 @@ def load_subnet(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
     return net
 
 
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the subnet for a budget as an ONNX file."""
+    output = args.output.expanduser()
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f'--output {output} must be a file in a directory that exists, such as subnet.onnx')
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'--output {output} exists already; add --overwrite to replace it')
+    net = load_subnet(SavedModel(args.directory), args)
+    written = export_onnx(net, output, opset=args.opset, batch_size=args.batch_size, input_name=args.input_name)
+    size = ' x '.join(map(str, [args.batch_size or 'batch', *written['input_size']]))
+    difference = written['difference']
+    checked = 'not checked, because onnxruntime is not installed' if difference is None else (
+        f'onnxruntime agrees to {difference:.1g}')
+    print(f'{output}: {format_count(static_counts(net)[0])} MACs, {args.input_name} {size}, opset {written["opset"]}, '
+          f'{checked}')
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,4 +245,5 @@ def batches(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any
     return create_loader(images, batch_size=64, use_prefetcher=False, num_workers=0, **preprocessing(config))
 
 
-COMMANDS = dict(info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate)
+COMMANDS = dict(
+    info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate, export=run_export)

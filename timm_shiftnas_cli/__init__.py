@@ -75,9 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser('evaluate', help='measure the accuracy of the subnet for a budget on images')
     evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
 
+    export = commands.add_parser('export', help='write the subnet for a budget as an ONNX file')
+    export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
+    export.add_argument('--overwrite', action='store_true', help='replace FILE')
+    export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
+    export.add_argument('--batch-size', metavar='N', type=_count, help='fixed size of a batch (default: any)')
+    export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
+
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
-    for command in (extract, evaluate):
+    for command in (extract, evaluate, export):
         which = command.add_mutually_exclusive_group(required=command is extract)
         which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
         which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
@@ -96,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, push):
+    for command in (info, extract, evaluate, export, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
@@ -108,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
     convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (info, extract, evaluate, push, convert):
+    for command in (info, extract, evaluate, export, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 
