@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: info, extract, evaluate, push and convert.
+"""The commands of `timm-shiftnas`: info, extract, evaluate, export, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -33,6 +33,7 @@ from .hub.push import push_directory
 from .hub.save import save_pretrained
 from .models import describe_images, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
+from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
 from .utils.text import one_line, printable
 from .utils.units import format_count
@@ -217,6 +218,26 @@ def warn(message: str) -> None:
     print(f'timm-shiftnas: warning: {message}', file=sys.stderr)
 
 
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the subnet for a budget as an ONNX file."""
+    output = args.output.expanduser()
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f'--output {output} must be a file in a directory that exists, such as subnet.onnx')
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'--output {output} exists already; add --overwrite to replace it')
+    net = load_subnet(SavedModel(args.directory), args)
+    written = export_onnx(net, output, opset=args.opset, batch_size=args.batch_size, input_name=args.input_name)
+    size = ' x '.join(map(str, [args.batch_size or 'batch', *written['input_size']]))
+    difference = written['difference']
+    checked = 'not checked, because onnxruntime is not installed' if difference is None else (
+        f'onnxruntime agrees to {difference:.1g}')
+    print(f'{output}: {format_count(static_counts(net)[0])} MACs, {args.input_name} {size}, opset {written["opset"]}, '
+          f'{checked}')
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,4 +358,5 @@ def batches(saved: SavedModel, images: Dataset, args: argparse.Namespace) -> Ite
         images, batch_size=args.batch_size, use_prefetcher=False, num_workers=args.workers, **preprocessing(config))
 
 
-COMMANDS = dict(info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate)
+COMMANDS = dict(
+    info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate, export=run_export)

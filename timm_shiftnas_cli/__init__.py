@@ -119,9 +119,16 @@ def build_parser() -> argparse.ArgumentParser:
         '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
         help='number format of --amp (default: float16)')
 
+    export = commands.add_parser('export', help='write the subnet for a budget as an ONNX file')
+    export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
+    export.add_argument('--overwrite', action='store_true', help='replace FILE')
+    export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
+    export.add_argument('--batch-size', metavar='N', type=_count, help='fixed size of a batch (default: any)')
+    export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
+
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
-    for command in (extract, evaluate):
+    for command in (extract, evaluate, export):
         which = command.add_mutually_exclusive_group(required=command is extract)
         which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
         which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
@@ -134,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, push):
+    for command in (info, extract, evaluate, export, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
@@ -149,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--class-map', metavar='FILE',
         help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (info, extract, evaluate, push, convert):
+    for command in (info, extract, evaluate, export, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 
