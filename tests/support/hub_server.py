@@ -23,8 +23,8 @@ LFS_SUFFIXES = ('.safetensors', '.png')
 class Fault:
     """What happens to the next `times` requests whose 'METHOD path' matches.
 
-    Kinds: a status ('500', '401', ...), with `wait` in its Retry-After; 'cut': half of the body is sent, then the connection closes; 'flip': one bit of
-    the body differs; 'lost': the request is carried out, but never answered.
+    Kinds: a status ('500', '401', ...), with `wait` in its Retry-After; 'cut': half of the body is sent, then the
+    connection closes; 'flip': one bit of the body differs; 'lost': the request is carried out, but never answered.
     """
     pattern: str
     kind: str

@@ -129,6 +129,6 @@ def _parse_limit(name: str, value: SupportsFloat | str, low: int, high: int, uni
         problem, hint = ('too small a budget', f'{low} or more') if limit < low else (
             'more than any arch uses', f'{high} for the largest')
         raise ValueError(
-            f'{name}={str(value)[:40]} is {problem}: the archs of this space have {format_count(low)} to {format_count(high)} '
-            f'{unit}; give {name}={hint}')
+            f'{name}={str(value)[:40]} is {problem}: the archs of this space have {format_count(low)} to '
+            f'{format_count(high)} {unit}; give {name}={hint}')
     return min(limit, high)
