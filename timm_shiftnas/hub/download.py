@@ -13,14 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import (
-    errors,
-    get_hf_file_metadata,
-    get_session,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+import huggingface_hub as hf
+from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
@@ -73,7 +67,7 @@ def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[
     """
     repo_id, branch = retry.repo_id, options.revision or 'main'
     with with_hints(repo_id, name):
-        cached = None if options.force_download else try_to_load_from_cache(
+        cached = None if options.force_download else hf.try_to_load_from_cache(
             repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
         path = Path(cached) if isinstance(cached, str) else None
         if path and (is_commit(branch) or options.local_files_only):
@@ -81,8 +75,8 @@ def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[
         if name == CONFIG and not options.local_files_only:
             try:
                 found = retry(
-                    lambda _: get_hf_file_metadata(
-                        hf_hub_url(repo_id, name, revision=branch), token=options.token, library_name=KEY,
+                    lambda _: hf.get_hf_file_metadata(
+                        hf.hf_hub_url(repo_id, name, revision=branch), token=options.token, library_name=KEY,
                         timeout=TIMEOUT),
                     tries=1 if path else 3, check_size=check_size)
                 if path and found.commit_hash == path.parent.name:
@@ -90,14 +84,19 @@ def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[
             except errors.OfflineModeIsEnabled:
                 pass  # hf_hub_download reads the cache
             except Exception as error:
-                gone = isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError))
-                if not path or gone or not (isinstance(error, errors.HfHubHTTPError) or _from_http_library(error)):
+                if not path or not _unanswered(error):
                     raise
                 _logger.warning(
                     f'{repo_id}: loading commit {path.parent.name} from the cache, but {branch!r} may have a newer '
                     f'one: the Hub did not answer ({type(error).__name__}). {_hint(error, name)}')
                 return path
-        return Path(retry(hf_hub_download, name, library_name=KEY, check_size=check_size, **vars(options)))
+        return Path(retry(hf.hf_hub_download, name, library_name=KEY, check_size=check_size, **vars(options)))
+
+
+def _unanswered(error: Exception) -> bool:
+    """Whether an error leaves open what the repository holds."""
+    missing = isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError))
+    return not missing and (isinstance(error, errors.HfHubHTTPError) or _from_http_library(error))
 
 
 def is_commit(revision: str | None) -> bool:
@@ -132,13 +131,13 @@ class Retry:
         """Call; do not try again `unless(error)`: if another try could do harm."""
         for attempt in range(1, tries + 1):
             try:
-                with _checked_responses(check_size):
+                with _responses(check_size):
                     return call(self.repo_id, *args, **kwargs)
             except Exception as error:
                 wait = max(3 ** (attempt - 1), _asked_wait(error))
-                self.left -= wait
-                if attempt == tries or self.left < 0 or not is_transient(error) or unless(error):
+                if attempt == tries or wait > self.left or not is_transient(error) or unless(error):
                     raise
+                self.left -= wait
                 status = status_of(_cause(error))
                 reason = f'the Hub answered with status {status}' if status else type(error).__name__
                 _logger.warning(f'{self.repo_id}: {reason}; trying again in {wait} s')
@@ -147,14 +146,14 @@ class Retry:
 
 
 @contextmanager
-def _checked_responses(check_size: Callable[[int], None] | None) -> Iterator[None]:
+def _responses(check_size: Callable[[int], None] | None) -> Iterator[None]:
     """Check every answer of the Hub to this thread, and to threads that it starts, before huggingface_hub sees it."""
     others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
 
     def check(response: Any) -> None:
         if threading.get_ident() in others:
             return
-        if _is_busy(response.status_code):
+        if _busy(response.status_code):
             response.read()
             hf_raise_for_status(response)
         size = response.headers.get('X-Linked-Size') or (
@@ -162,7 +161,7 @@ def _checked_responses(check_size: Callable[[int], None] | None) -> Iterator[Non
         if check_size and size and response.request.method == 'HEAD' and response.status_code < 400:
             check_size(int(size))
 
-    hooks = get_session().event_hooks['response']
+    hooks = hf.get_session().event_hooks['response']
     hooks.append(check)
     try:
         yield
@@ -170,7 +169,7 @@ def _checked_responses(check_size: Callable[[int], None] | None) -> Iterator[Non
         hooks.remove(check)
 
 
-def _is_busy(status: int) -> bool:
+def _busy(status: int) -> bool:
     return status == 429 or status >= 500
 
 
@@ -184,11 +183,7 @@ def _asked_wait(error: Exception) -> int:
 def is_transient(error: BaseException) -> bool:
     """Whether another try may succeed: the server had a fault, or the connection was cut."""
     error = _cause(error)
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        return False  # without a connection, huggingface_hub has tried for long enough
-    if isinstance(error, errors.HfHubHTTPError):
-        return _is_busy(status_of(error))
-    return _from_http_library(error) or isinstance(error, OSError) and 'Consistency check failed' in str(error)
+    return _busy(status_of(error)) or _from_http_library(error) or 'Consistency check failed' in str(error)
 
 
 def status_of(error: BaseException) -> int:

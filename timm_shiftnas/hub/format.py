@@ -211,28 +211,34 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     Raises:
         ValueError: If the network is not one of this package or of a registered family, or far too large.
     """
-    if problem := next(_network_problems(config), None):
-        raise ValueError(f'{where} {problem}')
-    cfg = config.get('pretrained_cfg')
-    if cfg is not None:
-        cfg = cfg | {
+    problem = next(_network_problems(config), None)
+    if problem is None:
+        labels = {
             name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
-    try:
-        with _few_modules():
-            net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
-    except Exception as error:  # timm raises many types; the config is always the cause
-        raise ValueError(f'{where} does not describe a network ({type(error).__name__}: {one_line(error)})') from error
-    found = 'supernet' if is_supernet(net) else 'subnet'
-    kind = config[KEY]['kind'] if KEY in config else found
-    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
-        raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
-    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
-    if len(values) * max(values) > MAX_TABLE:
-        raise ValueError(f'{where} describes {len(values):,} choices of up to {max(values):,} values: too many')
+        cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
+        try:
+            with _few_modules():
+                net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
+            problem = next(_contents_problems(net, config), None)
+        except Exception as error:  # timm raises many types; the config is always the cause
+            problem = f'does not describe a network ({type(error).__name__}: {one_line(error)})'
+    if problem:
+        raise ValueError(f'{where} {problem}')
     record = config.get(KEY, {})
     net.image_mode = record.get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
     net.upright = record.get('upright') is not False
     return net
+
+
+def _contents_problems(net: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
+    """The faults of a network that was built."""
+    found = 'supernet' if is_supernet(net) else 'subnet'
+    kind = config[KEY]['kind'] if KEY in config else found
+    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
+        yield f'has the kind {kind}, but {config["architecture"]!r} is not a {kind}'
+    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
+    if len(values) * max(values) > MAX_TABLE:
+        yield f'describes {len(values):,} choices of up to {max(values):,} values: too many'
 
 
 @contextmanager
@@ -284,21 +290,23 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     They need the same names, shapes and kinds of numbers. All that are not integers have one type, of 16 bits or more,
     and are finite.
     """
-    def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
-        return {name: ('float' if x.is_floating_point() else 'complex' if x.is_complex() else 'int', *x.shape)
-                for name, x in state.items()}
+    if problem := next(_misfits(expected, tensors), None):
+        raise ValueError(f'{where} {problem}')
 
-    own, given = kinds(expected), kinds(tensors)
+
+def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    own, given = ({
+        name: ('float' if x.is_floating_point() else 'complex' if x.is_complex() else 'int', *x.shape)
+        for name, x in state.items()} for state in (expected, tensors))
     for name in own | given:
         if own.get(name) != given.get(name):
-            raise ValueError(
-                f'{where} does not belong to the network in {CONFIG}: {name} is {given.get(name, "missing")} in the '
-                f'file and {own.get(name, "missing")} in the network')
+            yield (f'does not belong to the network in {CONFIG}: {name} is {given.get(name, "missing")} in the file '
+                   f'and {own.get(name, "missing")} in the network')
     floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
     types = {x.dtype: name for name, x in floats.items()}
     if len(types) > 1 or any(dtype.itemsize < 2 for dtype in types):
         found = ', '.join(f'{name} is {str(dtype).removeprefix("torch.")}' for dtype, name in types.items())
-        raise ValueError(f'{where} has weights that do not compute together: {found}; save them all as float32')
+        yield f'has weights that do not compute together: {found}; save them all as float32'
     for name, x in floats.items():
         if not x.isfinite().all():
-            raise ValueError(f'{where} has values of {name} that are NaN or infinite; save weights that trained well')
+            yield f'has values of {name} that are NaN or infinite; save weights that trained well'

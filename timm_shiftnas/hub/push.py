@@ -102,8 +102,6 @@ def push_directory(
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
     model = directory if (directory / CONFIG).exists() else directory / 'model'
     trained = model.name == 'model' and (model.parent / 'summary.csv').exists()
-    if model != directory:
-        _refuse_links(model)
     saved = SavedModel(model)
     files = published_files(saved, repo_id, model.parent if trained else None, license)
     api, retry = HfApi(token=token, library_name=KEY), Retry(repo_id)
@@ -215,20 +213,15 @@ def _find_commit(api: HfApi, retry: Retry, revision: str | None, parent: str, fi
     return '' if head.sha == parent else f'{api.endpoint}/{retry.repo_id}/commit/{head.sha}' if same else None
 
 
-def _refuse_links(*paths: Path) -> None:
-    """Raise a `ValueError` for a link: it could lead to any file of the user."""
-    for path in paths:
-        if path.is_symlink():
-            raise ValueError(f'{path} is a link, and what it leads to is not published; copy it to its place')
-
-
 def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
     """The content of every file to publish, by name: the checked files, the table, the pictures and the card.
 
     `run` is the directory of the training, if there is one; `repo_id` and `license` are for the card.
     """
     model, pictures = Path(saved.name), [] if run is None else [run / SHIFT]
-    _refuse_links(*(model / name for name in (CONFIG, *saved.record.files)), *pictures)
+    for path in (model, *(model / name for name in (CONFIG, *saved.record.files)), *pictures):
+        if path.is_symlink():  # it could lead to any file of the user
+            raise ValueError(f'{path} is a link, and what it leads to is not published; copy it to its place')
     files = {name: saved.read(name) for name in saved.record.files}
     for name in files:
         saved.tensors(name)  # raises if it is not a safetensors file

@@ -30,6 +30,7 @@ from .format import (
     FILES,
     GENERATOR,
     KEY,
+    MAX_CONFIG,
     WEIGHTS,
     ModelRecord,
     build_network,
@@ -121,13 +122,17 @@ def save_pretrained(
         files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
-    ModelRecord.of_config(config, CONFIG)
-    space = net.space if kind == 'supernet' else static_space(net)
-    read_archs(config[KEY].get('searched'), space, 'searched')
-    read_archs([row['arch'] for row in config[KEY].get('results', ())], space, 'results')
+    record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
+    read_archs(record.searched, space, 'searched')
+    read_archs([row['arch'] for row in record.results or ()], space, 'results')
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     saved_class_names(config, net.num_classes, CONFIG)
-    _write(directory, {CONFIG: json.dumps(config, indent=2).encode(), **files})
+    check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
+    content = json.dumps(config, indent=2).encode()
+    if len(content) > MAX_CONFIG:
+        raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
+                         'give shorter results, training or model_config')
+    _write(directory, {CONFIG: content, **files})
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

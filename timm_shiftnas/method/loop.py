@@ -162,8 +162,9 @@ class StockTask(ShiftNASTask):
     of its update: the images it holds out are not trained on in that step. They are mixed and augmented like all
     images of the loop, and are trained on in other epochs; `train.py` of this project holds a part of the data out.
 
-    Such a loop validates the full network, `model(x)`, and may choose its best checkpoint by that. With BatchNorm, a part of
-    the images of each update therefore also updates the running statistics of the full network, without gradients.
+    Such a loop validates the full network, `model(x)`, and may choose its best checkpoint by that. With BatchNorm, a
+    part of the images of each update therefore also updates the running statistics of the full network, without
+    gradients.
 
     Args:
         model: A supernet. Arguments that are not listed are those of timm's `ClassificationTask`.

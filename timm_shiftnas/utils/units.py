@@ -28,16 +28,13 @@ def parse_count(value: SupportsFloat | str, name: str = 'flops') -> float:
     if isinstance(value, str):
         if match := _COUNT.fullmatch(value):
             number = float(match[1]) * _UNITS[match[2].lower()]
-    elif isinstance(value, SupportsFloat) and getattr(value, 'ndim', 0) == 0 and not _is_bool(value):
+    elif (isinstance(value, SupportsFloat) and getattr(value, 'ndim', 0) == 0
+          and 'bool' not in str(getattr(value, 'dtype', type(value)))):
         with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # 10 ** 400, a tensor without data
             number = float(value)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name}={short(value)} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
     return number
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool) or 'bool' in str(getattr(value, 'dtype', ''))
 
 
 def format_count(value: float) -> str:
