@@ -287,7 +287,8 @@ def freeze(args: argparse.Namespace, net: nn.Module) -> list[nn.Module]:
                 f'--freeze {module}: the model has no such module; give {BACKBONE}, or some of {", ".join(known)} and '
                 'what is in them')
     for name, parameter in net.named_parameters():
-        parameter.requires_grad = not any(is_in(name, module) for module in args.freeze)
+        if any(is_in(name, module) for module in args.freeze):
+            parameter.requires_grad = False
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     if not trained:
         raise ValueError(f'--freeze {" ".join(args.freeze)} leaves nothing to train; leave some of it out')
