@@ -145,7 +145,7 @@ def update_running_statistics(net: nn.Module, images: Tensor) -> None:
     try:
         net.eval()
         for norm, _ in norms:
-            count = int(norm.num_batches_tracked)
+            count = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
             norm.training, norm.momentum = True, max(STATISTICS_MOMENTUM, 1 / (count + 1))
         net(images)
     finally:
