@@ -33,15 +33,16 @@ SLOW = {
     'integration/test_cli.py': ('ctrl_c', 'console_script', 'extract[--params'),
     'integration/test_examples.py': ('own_loop',),
     'integration/test_patch.py': (
-        'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes'),
+        'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes', 'validation_of_a_cnn'),
     'method/test_generator.py': ('fitted', 'autoformer_t', 'global_random_state'),
     'method/test_task.py': (
         'untrained', 'compilation', 'function_of_seed', 'saves_and_restores', 'exact_inner_products',
         'restores_everything', 'warmup', 'as_fitted', 'sandwich'),
-    'models/test_extract.py': ('onnx', 'torch_export', 'compiles'),
+    'models/test_export.py': ('all_families',),
+    'models/test_extract.py': ('torch_export', 'compiles'),
     'models/test_mobilenet_oracles.py': ('logits_in_evaluation',),
     'models/test_shiftformer.py': ('compiled',),
-    'models/test_shiftmobilenet.py': ('onnx', 'generator_uses'),
+    'models/test_shiftmobilenet.py': ('torch_export', 'generator_uses'),
     'training/test_distributed.py': ('',),
     'training/test_faults.py': ('',),
     'training/test_train.py': (
