@@ -16,7 +16,6 @@ from ..utils.text import one_line
 
 __all__ = ['export_onnx']
 
-MAX_BYTES = 2 << 30  # of a file of protocol buffers
 MAX_DIFFERENCE = 1e-3  # of logits in single precision
 OLDEST_OPSET = 14  # with attention
 DYNAMO_OPSET = 18  # the oldest one of torch's newer exporter
@@ -49,8 +48,6 @@ def export_onnx(net: nn.Module, path: str | os.PathLike, *, opset: int | None = 
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
         raise ValueError(f'opset={opset} cannot be written; choose {OLDEST_OPSET} to {newest}, or leave it out')
-    if sum(tensor.nbytes for tensor in net.state_dict().values()) >= MAX_BYTES:
-        raise ValueError('the network has more than 2 GB of weights, which do not fit in one ONNX file')
     net, path = net.eval().float(), Path(path)
     input_size = list(net.pretrained_cfg['input_size'])
 
