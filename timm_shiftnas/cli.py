@@ -225,10 +225,9 @@ def warn(message: str) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Write the subnet for a budget as an ONNX file."""
     output = Path(expand_home(args.output))
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f'--output {output} must be a file in a directory that exists, such as subnet.onnx')
-    if output.exists() and not args.overwrite:
-        raise ValueError(f'--output {output} exists already; add --overwrite to replace it')
+    if output.is_dir() or (output.exists() and not args.overwrite):
+        raise ValueError(f'--output {output} exists already; give another file, or add --overwrite to replace a file')
+    output.parent.mkdir(parents=True, exist_ok=True)
     net = load_subnet(SavedModel(args.directory), args)
     written = export_onnx(net, output, opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
     size = ' x '.join(map(str, [args.fixed_batch or 'batch', *written['input_size']]))

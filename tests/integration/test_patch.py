@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 from support import stock_script
-from support.processes import Job, call, ranks, run_code
+from support.processes import Job, call, ranks, run_code, run_module
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask
@@ -21,7 +22,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 import timm_shiftnas
 from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.config import RunConfig, ShiftNASConfig
-from timm_shiftnas.method.loop import read_environment, read_settings
+from timm_shiftnas.method.loop import read_environment, read_settings, update_running_statistics
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.training.checkpoints import load_checkpoint
 
@@ -180,6 +181,14 @@ def test_a_cnn_trains_with_a_scaler_that_skips_steps(script, tmp_path):
     assert checkpoint['task_state']['update'] == steps(checkpoint) == 3
 
 
+def test_validation_of_a_cnn_uses_statistics_of_the_full_network(script):
+    """Without them the figure of every epoch is chance, and the best checkpoint is one of the worst."""
+    lines = done(script(
+        *PATCH, '--model', 'test_shiftmobilenet_supernet', '--epochs', '2', '--batches', '16', '--opt', 'adamw',
+        SHIFTNAS_SHIFT='none'))
+    assert float(lines[-1].split()[-1]) >= 90
+
+
 def test_distillation_and_multi_label_raise(script):
     for flags in (['--kd-model', 'test_vit'], ['--multi-label']):
         code, text = script(*SUPERNET, *flags)
@@ -314,6 +323,87 @@ def test_what_cannot_be_trained_raises(patch):
             task(*batch(1, size))
     with pytest.raises(ValueError, match='dict.*--naflex-loader'):
         task(dict(patches=torch.zeros(2, 4, 3)), torch.zeros(2))
+
+
+# -- BatchNorm ---------------------------------------------------------------------------------------------------------
+
+
+def cnn():
+    torch.manual_seed(0)
+    return timm.create_model('test_shiftmobilenet_supernet', num_classes=2, drop_rate=.5, drop_path_rate=.5)
+
+
+def test_running_statistics_are_those_of_the_full_network(patch):
+    """The mean over the first updates, of a quarter of the images of each; the same random state, and modes."""
+    net = cnn()
+    task = patch.create_task(net, generator_fit_steps=1)
+    task.get_trainable_module().train()
+    state = torch.get_rng_state()
+    expected = []
+    for number in range(3):
+        with torch.no_grad():
+            expected.append(net.conv_stem(batch(number)[0][:8]).mean((0, 2, 3)))
+        update_running_statistics(net, batch(number)[0][:8], 1 / (number + 1))
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in net.modules())
+    torch.testing.assert_close(net.bn1.running_mean, sum(expected) / 3)
+    assert net.bn1.momentum == .1 and net.bn1.num_batches_tracked == 3 and not net.bn1.weight.grad
+
+    fresh = cnn()
+    patch.create_task(fresh, generator_fit_steps=1)(*batch(0))
+    torch.testing.assert_close(fresh.bn1.running_mean, expected[0])
+
+
+def test_frozen_statistics_stay(patch):
+    net = cnn().train()
+    for module in (net.bn1, net.bn2):
+        module.eval()
+    timm.utils.freeze(net, ['blocks.0'])
+    before = copy.deepcopy(net.state_dict())
+    patch.create_task(net, generator_fit_steps=1)(*batch(0))
+    changed = {name.split('.running')[0] for name, value in net.state_dict().items() if not same(value, before[name])}
+    assert 'blocks.1.0.bn1' in changed and not changed & {'bn1', 'bn2', 'blocks.0.0.bn1'}
+
+
+def test_a_synchronised_supernet_trains_the_same_widths_everywhere(patch):
+    task = patch.create_task(convert_sync_batchnorm(cnn()), arch_per_rank=True, archs_per_step=1)
+    with pytest.raises(ValueError, match='arch_per_rank'):
+        task.prepare_distributed()
+
+
+# -- other programs ----------------------------------------------------------------------------------------------------
+
+
+PROGRAM = """
+import argparse
+import sys
+
+import beside_it
+from timm.models import create_model
+from timm.task import ClassificationTask
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+net = create_model(parser.parse_args().model, num_classes=2)
+print(__name__, sys.argv, type(net).__name__, type(ClassificationTask(net, verbose=False)).__name__)
+sys.exit(3)
+"""
+
+
+def test_programs_without_device_modules_know_our_models(tmp_path):
+    (tmp_path / 'validate.py').write_text(PROGRAM)
+    (tmp_path / 'beside_it.py').touch()
+    code, out, err = call(run_module, 'timm_shiftnas.run', tmp_path / 'validate.py', '--model',
+                          'test_shiftmobilenet_supernet', folder=tmp_path)
+    argv = [str(tmp_path / 'validate.py'), '--model', 'test_shiftmobilenet_supernet']
+    assert (code, out, err) == (3, f'__main__ {argv} EfficientNetSupernet StockTask\n', '')
+
+
+@pytest.mark.parametrize('argv', [[], ['no_such_script.py'], ['.']])
+def test_a_missing_program_is_one_line(argv, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['run.py', *argv])
+    from timm_shiftnas.run import main
+    assert main() == 2
+    assert (error := capsys.readouterr().err).count('\n') == 1 and 'SCRIPT.py' in error
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

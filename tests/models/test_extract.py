@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -190,18 +189,6 @@ def test_torch_export(exportable):
     program = torch.export.export(sub, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
     for batch in (x, torch.randn(5, 3, 32, 32)):
         torch.testing.assert_close(program.module()(batch), sub(batch), rtol=0, atol=1e-5)
-
-
-def test_onnx(exportable, tmp_path):
-    sub, x = exportable
-    path = tmp_path / 'subnet.onnx'
-    torch.onnx.export(
-        sub, (x,), path, dynamo=True, input_names=['images'], output_names=['logits'], verbose=False,
-        dynamic_shapes=({0: torch.export.Dim('batch')},))
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    for batch in (x, torch.randn(3, 3, 32, 32)):
-        logits, = session.run(None, {'images': batch.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), sub(batch).detach(), rtol=0, atol=1e-5)
 
 
 def test_compiles_as_one_graph(exportable):

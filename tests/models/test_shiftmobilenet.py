@@ -479,18 +479,13 @@ def test_extracted_equals_supernet(name):
     torch.testing.assert_close(net.double()(images(), SPACES[name].largest), exact(images(), SPACES[name].largest))
 
 
-def test_onnx_and_export(tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime')
+def test_torch_export():
     for space in (STAGEWISE, IDENTITY):
         net = create(space).eval()
         arch = archs_of(space)[2]
         sub, x = tsn.extract(net, arch), images(arch.resolution).float()
         program = torch.export.export(sub, (x,))
         torch.testing.assert_close(program.module()(x), sub(x), rtol=0, atol=1e-6)
-        torch.onnx.export(sub, (x,), str(tmp_path / 'net.onnx'), dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(str(tmp_path / 'net.onnx'))
-        out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(out), sub(x), rtol=0, atol=1e-4)
 
 
 # -- timm's model contract ---------------------------------------------------------------------------------------------

@@ -73,6 +73,12 @@ def run_file(path, *argv):
     runpy.run_path(str(path), run_name='__main__')
 
 
+def run_module(name, *argv):
+    """`python -m NAME ARGV`."""
+    sys.argv = [name, *map(str, argv)]
+    runpy.run_module(name, run_name='__main__', alter_sys=True)
+
+
 def _run(function, args, out, err, environment):
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -26,14 +26,14 @@ from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
 from .task import Batch, ShiftNASTask
 
-__all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings']
+__all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings', 'update_running_statistics']
 
 PREFIX = 'SHIFTNAS_'
 
 # Part of the images of each update for running statistics, which costs a forward of the full network, and the share of
 # these images in the moving average. So few updates follow the weights.
 STATISTICS_IMAGES = .25
-STATISTICS_MOMENTUM = .25
+STATISTICS_SHARE = .25
 
 # Fields of ShiftNASConfig that are no settings here: the task counts micro-batches itself, and there is no teacher.
 DERIVED_FIELDS = ('accum_steps', 'task_loss_weight', 'distill_loss_weight', 'temperature')
@@ -132,11 +132,15 @@ class ShiftImages:
 
 
 @torch.no_grad()
-def update_running_statistics(net: nn.Module, images: Tensor) -> None:
+def update_running_statistics(net: nn.Module, images: Tensor, share: float) -> None:
     """Update the running statistics of the BatchNorms in training mode by those of the full network for some images.
 
-    They are the mean over the first calls, and then a moving average. Dropout and drop path are off, so that nothing
-    random is drawn.
+    Dropout and drop path are off, so that nothing random is drawn.
+
+    Args:
+        net: A supernet.
+        images: [B, C, H, W].
+        share: Share of these images in the moving average.
     """
     modes = [(module, module.training) for module in net.modules()]
     norms = [(module, module.momentum) for module, training in modes if training and isinstance(module, _BatchNorm)]
@@ -145,8 +149,7 @@ def update_running_statistics(net: nn.Module, images: Tensor) -> None:
     try:
         net.eval()
         for norm, _ in norms:
-            count = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
-            norm.training, norm.momentum = True, max(STATISTICS_MOMENTUM, 1 / (count + 1))
+            norm.training, norm.momentum = True, share
         net(images)
     finally:
         for module, training in modes:
@@ -230,7 +233,8 @@ class StockTask(ShiftNASTask):
             self._broadcast_generator()
         if self._micro == 0:
             part = input[:max(2, int(STATISTICS_IMAGES * len(input)))]
-            update_running_statistics(unwrap_model(self.trainable_module), part)
+            share = max(STATISTICS_SHARE, 1 / (self.update + 1))  # the mean over the first updates
+            update_running_statistics(unwrap_model(self.trainable_module), part, share)
         if self._shift_is_due:
             input, target = self._hold_out(input, target)
         return super().forward(input, target)

@@ -140,7 +140,14 @@ class ShiftNASTask(ClassificationTask):
         Args:
             device_ids: As for DDP; ignored on the CPU, where DDP takes none.
             **ddp_kwargs: As for DDP.
+
+        Raises:
+            ValueError: If BatchNorms wait for processes that train other archs.
         """
+        if self.config.arch_per_rank and any(isinstance(each, nn.SyncBatchNorm) for each in self.modules()):
+            raise ValueError(
+                'arch_per_rank trains different widths in the processes, whose BatchNorms cannot be synchronised; '
+                'leave out arch_per_rank or --sync-bn')
         self.ranks = Ranks.current(self.device)
         self._broadcast_generator()
         self.trainable_module, self._one_call = EveryArch(self.trainable_module), True
