@@ -1,12 +1,14 @@
 """Supernets and their static subnets; importing this registers them with timm."""
 from ._supernet import TimmSupernet
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
+from .elastic import elastic
+from .elastic_vit import ElasticVisionTransformer
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import EfficientNetSupernet, MobileNetV3Supernet, ShiftMobileNetSupernet, ofa_space
 from .subnet import Subnet, extract, present_args, static_counts, static_space, stock_description
 
 __all__ = [
-    'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
+    'BatchNormCalibration', 'EfficientNetSupernet', 'ElasticVisionTransformer', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
     'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'calibrate_bn',
-    'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space', 'stock_description',
+    'elastic', 'extract', 'has_batch_norm', 'ofa_space', 'present_args', 'static_counts', 'static_space', 'stock_description',
 ]
