@@ -33,21 +33,23 @@ SLOW = {
     'integration/test_cli.py': ('ctrl_c', 'console_script', 'extract[--params'),
     'integration/test_examples.py': ('own_loop',),
     'integration/test_patch.py': (
-        'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes'),
+        'compiled', 'everything', 'by_hand', 'resumed', 'scaler', 'copy', 'two_processes',
+        'other_models'),
     'method/test_generator.py': ('fitted', 'autoformer_t', 'global_random_state'),
     'method/test_task.py': (
         'untrained', 'compilation', 'function_of_seed', 'saves_and_restores', 'exact_inner_products',
         'restores_everything', 'warmup', 'as_fitted', 'sandwich'),
     'models/test_extract.py': ('onnx', 'torch_export', 'compiles'),
-    'models/test_mobilenet_oracles.py': ('logits_in_evaluation',),
+    'models/test_mobilenet_oracles.py': ('logits',),
     'models/test_shiftformer.py': ('compiled',),
     'models/test_shiftmobilenet.py': ('onnx', 'generator_uses'),
+    'space/test_complexity.py': ('published_spaces',),
     'training/test_distributed.py': ('',),
     'training/test_faults.py': ('',),
     'training/test_train.py': (
         'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation',
         'learning_rate', 'wrong_flags[flags0-'),
-    'training/test_train_mobilenet.py': ('finished', 'learns', 'resume'),
+    'training/test_train_mobilenet.py': ('finished', 'learns', 'resume', 'without_this_package'),
 }
 
 

@@ -296,7 +296,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
     (['--num-classes', '3'], '10 classes'),
     (['--num-groups', '1001'], '1 to 1000'),
-    (['--group-width', 'abc'], "'1.4G'"),
+    (['--group-width', 'abc'], "--group-width: 'abc'"),
     (['--held-out', '0.9'], '0.5'),
     (['--batch-size', '100000'], 'lower it'),
     (['--resume', '/nowhere/last.pth.tar'], '/nowhere/last.pth.tar'),
