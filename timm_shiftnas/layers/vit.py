@@ -10,7 +10,7 @@ inactive unit would be exactly zero, and the generator could never learn to grow
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +205,6 @@ def make_vit_elastic(net: nn.Module) -> None:
         module.__class__ = _ELASTIC.get(type(module), type(module))
     for module in net.modules():
         if isinstance(module, ElasticAttention):
-            module.rel_pos = None
-            module.qkv.__class__ = ElasticQKV
-            module.qkv.head_dim, module.qkv.bias_slicing = module.head_dim, 'role'
+            qkv: Any = module.qkv
+            module.rel_pos, qkv.__class__ = None, ElasticQKV
+            qkv.head_dim, qkv.bias_slicing = module.head_dim, 'role'

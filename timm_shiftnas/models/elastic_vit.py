@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent, LayerNorm, Mlp, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, Format, LayerNorm, Mlp, PatchEmbed
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def why_vit_is_not_elastic(net: nn.Module) -> str | None:
     for name, module, types in parts:
         if type(module) not in types:
             return f'its {name} is of the class {type(module).__name__} and not {types[0].__name__}'
-    return 'its input size is dynamic; leave out dynamic_img_size' if net.dynamic_img_size else None
+    return None
 
 
 def default_vit_space(net: VisionTransformer) -> SearchSpace:
@@ -70,6 +70,13 @@ def default_vit_space(net: VisionTransformer) -> SearchSpace:
         mlp_ratio=[width / dim for width in steps(hidden, RATIOS, 8)])
 
 
+def fix_input_size(net: VisionTransformer) -> None:
+    """Let a network take images of its own size only: MACs of a dynamic size are undefined."""
+    net.dynamic_img_size = False
+    net.patch_embed.flatten, net.patch_embed.output_fmt = True, Format.NCHW
+    net.patch_embed.strict_img_size, net.patch_embed.dynamic_img_pad = True, False
+
+
 class ElasticVisionTransformer(TimmSupernet, VisionTransformer):
     """A pretrained ViT whose depth and widths are chosen per call: `net(x, arch)`; create it with `elastic`.
 
@@ -80,6 +87,7 @@ class ElasticVisionTransformer(TimmSupernet, VisionTransformer):
     def make_elastic(self, space: SearchSpace, model_args: dict[str, Any]) -> ElasticVisionTransformer:
         """Complete a network whose class has just been changed to this one."""
         make_vit_elastic(self)
+        fix_input_size(self)
         self.unbound_space = space.unbind()
         self.model_args = model_args
         return self
@@ -236,5 +244,6 @@ def make_static(
         raise ValueError(f'base={model_args["base"]!r} is not elastic: {reason}')
     space, arch = elastic_vit_space_of(arch or default_vit_space(net).largest)
     shrink(net, arch)
+    fix_input_size(net)
     net.arch, net.static_space, net.model_args = arch, space, model_args
     return net

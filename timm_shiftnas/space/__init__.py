@@ -10,7 +10,7 @@ from .supernet import Supernet, is_supernet
 
 __all__ = [
     'Arch', 'BlockMasks', 'Choice', 'Family', 'SearchSpace', 'ShiftFormerMasks', 'ShiftMobileNetMasks', 'Size',
-    'Supernet', 'arch_masks', 'block_table', 'elastic_vit_space', 'families', 'family_of', 'is_supernet', 'macs', 'macs_range', 'nested',
-    'params', 'register_family', 'shiftformer_space', 'shiftmobilenet_space', 'space_from_dict',
-    'space_of_family',
+    'Supernet', 'arch_masks', 'block_table', 'elastic_vit_space', 'families', 'family_of', 'is_supernet', 'macs',
+    'macs_range', 'nested', 'params', 'register_family', 'shiftformer_space', 'shiftmobilenet_space',
+    'space_from_dict', 'space_of_family',
 ]
