@@ -3,11 +3,15 @@
 
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
 """
+import signal
 import sys
 
 if __name__ == '__main__':
-    try:
-        from timm_shiftnas.training.trainer import launch
-    except KeyboardInterrupt:  # imports take seconds
-        sys.exit('train.py: interrupted')
-    sys.exit(launch())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next import takes a moment
+    from timm_shiftnas_cli.interrupts import CtrlC
+    interruptible = CtrlC('train.py').raised
+    from timm_shiftnas.training.trainer import launch  # imports take seconds
+    with interruptible():
+        code = launch()
+    sys.exit(code)

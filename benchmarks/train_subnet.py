@@ -30,7 +30,7 @@ from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import has_batch_norm
 from timm_shiftnas.training.data import Loaders, create_loaders, open_data
 from timm_shiftnas.training.flags import parse_args
-from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas.utils import seed_process
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         plain = timm_shiftnas.extract(net, arch).to(device)
         inherited = evaluate(plain, loaders.validation, device)[0]
         if own.from_scratch:
-            plain = timm_shiftnas.extract(create_supernet(args, device), arch)
+            plain = timm_shiftnas.extract(create_network(args, device), arch)
         train(plain, loaders, args, device)
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
                             top1=evaluate(plain, loaders.validation, device)[0]))

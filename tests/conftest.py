@@ -3,6 +3,7 @@
 Every process runs one thread, here and in the processes that tests start: the models are too small to gain from more.
 """
 import inspect
+import logging
 import os
 from pathlib import Path
 
@@ -48,7 +49,7 @@ SLOW = {
     'training/test_faults.py': ('',),
     'training/test_train.py': (
         'finished', 'streamed', 'ctrl_c', 'tracking', 'bar', 'teacher', 'mixup', 'resume', 'uniform', 'accumulation',
-        'learning_rate', 'wrong_flags[flags0-'),
+        'learning_rate', 'wrong_flags[flags0-', 'undisturbed_run', 'not_ours'),
     'training/test_train_mobilenet.py': ('finished', 'learns', 'resume', 'without_this_package'),
 }
 
@@ -96,3 +97,14 @@ def folder(tmp_path):
 def seeded():
     """A fixed seed of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_of_other_tests():
+    """Remove the log handlers of programs that ran before in this process: their streams are closed."""
+    def remove():
+        logging.root.handlers = [each for each in logging.root.handlers if type(each) is not logging.StreamHandler]
+
+    remove()
+    yield
+    remove()

@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: info, extract, evaluate, push and convert.
+"""The commands of `timm-shiftnas`: info, extract, evaluate, export, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -6,27 +6,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from timm.data import create_loader, resolve_data_config
+from timm.data.readers.class_map import load_class_map
+from torch.utils.data import Dataset, IterableDataset
 
-from .data.datasets import create_dataset
+from .data.datasets import class_names, create_dataset
+from .data.image_reader import standard_split
+from .data.modes import choose_mode, default_mode
 from .data.shift_batches import preprocessing
 from .data.views import DatasetView
 from .evaluation.accuracy import evaluate
 from .evaluation.tables import format_table
 from .hub.download import check_repo_id
+from .hub.format import CONFIG, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
 from .hub.save import save_pretrained
-from .models import static_counts
+from .models import describe_images, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
+from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
+from .utils.text import one_line, printable
 from .utils.units import format_count
 
 __all__ = ['COMMANDS', 'describe']
@@ -52,7 +61,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     net = saved.skeleton()
     data = dict(
         directory=saved.name, kind=saved.kind, architecture=saved.config['architecture'],
-        input_size=list(net.pretrained_cfg['input_size']), num_classes=net.num_classes)
+        input_size=list(net.pretrained_cfg['input_size']), image_mode=net.image_mode, num_classes=net.num_classes)
     if saved.kind == 'supernet':
         space = net.space
         ends = space.smallest, space.largest
@@ -68,10 +77,12 @@ def describe(saved: SavedModel) -> dict[str, Any]:
 
 def info_text(data: dict[str, Any]) -> str:
     """The description of a saved model for the terminal."""
+    data = printable(data)
     channels, height, width = data['input_size']
+    mode = '' if data['image_mode'] == default_mode(channels) else f' {data["image_mode"]}'
     lines = [
         f'{data["directory"]}: {data["kind"]} {data["architecture"]}',
-        f'input    {channels} x {height} x {width}, {data["num_classes"]} classes']
+        f'input    {channels} x {height} x {width}{mode}, {data["num_classes"]} classes']
     if data['kind'] == 'supernet':
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]
@@ -130,9 +141,17 @@ def run_convert(args: argparse.Namespace) -> None:
     """Convert a training checkpoint into a model directory."""
     check_output(args.output, None, args.overwrite, flag='OUT')
     net, generator, state = load_checkpoint(args.checkpoint, use_ema=not args.no_ema)
+    if args.class_map:
+        indices = read_class_map(args.class_map, net.num_classes)
+        describe_images(net, {index: name for name, index in reversed(indices.items())})
+    data_config = resolve_data_config(state['args'], model=net)
+    if generator is None:
+        save_pretrained(args.output, net, data_config=data_config)
+        print(f'{args.output}: {format_count(static_counts(net)[0])} MACs')
+        return
     save_pretrained(
         args.output, net, generator, groups=state['edges'], probabilities=state['history'][-1][1],
-        data_config=resolve_data_config(state['args'], model=net))
+        data_config=data_config)
     print(f'{args.output}: {format_count(net.macs(net.space.smallest))} to '
           f'{format_count(net.macs(net.space.largest))} MACs, after {state["update"]} updates')
 
@@ -175,53 +194,169 @@ def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
         commit_message=args.commit_message, license=args.license))
 
 
-def load_subnet(saved: SavedModel, args: argparse.Namespace) -> torch.nn.Module:
-    """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from --data-dir."""
-    loader = None if args.data_dir is None else training_images(saved, args.data_dir, args.bn_images)
+def load_subnet(saved: SavedModel, args: argparse.Namespace, device: torch.device | None = None) -> torch.nn.Module:
+    """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from its images."""
+    if saved.kind == 'supernet' and args.flops is args.params is args.arch is None:
+        raise ValueError(
+            f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M or --arch JSON')
+    loader = training_batches(saved, args) if args.dataset or args.data_dir else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        net = from_pretrained(args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader)
+        net = from_pretrained(
+            args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader, device=device)
     messages = dict.fromkeys(
-        str(warning.message).replace('loader= of training images', '--data-dir')
+        str(warning.message).replace('loader= of training images', '--data-dir or --dataset')
         for warning in caught if warning.category is UserWarning)
     if messages and getattr(args, 'push', None):
         raise ValueError(f'not published: {next(iter(messages))}')
     for message in messages:
-        print(f'timm-shiftnas: warning: {message}', file=sys.stderr)
+        warn(message)
     return net
+
+
+def warn(message: str) -> None:
+    print(f'timm-shiftnas: warning: {message}', file=sys.stderr)
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the subnet for a budget as an ONNX file."""
+    output = args.output.expanduser()
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f'--output {output} must be a file in a directory that exists, such as subnet.onnx')
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'--output {output} exists already; add --overwrite to replace it')
+    net = load_subnet(SavedModel(args.directory), args)
+    written = export_onnx(net, output, opset=args.opset, batch_size=args.batch_size, input_name=args.input_name)
+    size = ' x '.join(map(str, [args.batch_size or 'batch', *written['input_size']]))
+    difference = written['difference']
+    checked = 'not checked, because onnxruntime is not installed' if difference is None else (
+        f'onnxruntime agrees to {difference:.1g}')
+    print(f'{output}: {format_count(static_counts(net)[0])} MACs, {args.input_name} {size}, opset {written["opset"]}, '
+          f'{checked}')
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """Print the accuracy of a subnet on a folder of images."""
-    saved = SavedModel(args.directory)
-    net = load_subnet(saved, args)
+    """Print the accuracy of a subnet on a folder of images, or on another dataset."""
+    if not (args.dataset or args.data_dir):
+        raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
+    saved, device = SavedModel(args.directory), open_device(args.device)
+    net = load_subnet(saved, args, device)
+    images, part = labelled_images(saved, net.num_classes, args)
     if has_batch_norm(net):
         net = ResizedInput(net)
-    images = open_images(saved, args.data_dir, args.split)
-    top1, top5 = evaluate(net, batches(saved, images), torch.device('cpu'))
-    print(f'{len(images)} images: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
+    autocast = torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
+    top1, top5 = evaluate(net, batches(saved, images, args), device, autocast)
+    print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
 
 
-def open_images(saved: SavedModel, folder: str, split: str) -> torch.utils.data.Dataset:
-    """A folder of images, in the color mode of a saved network."""
-    mode = 'L' if saved.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
-    return create_dataset('', folder, split=split, is_training=False, input_img_mode=mode)
+def open_device(name: str | None) -> torch.device:
+    """The device of --device; by default a GPU if there is one.
+
+    Raises:
+        ValueError: If torch cannot use it.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise ValueError(f'--device {name} cannot be used ({one_line(error, 200)}); give cpu or cuda') from error
 
 
-def training_images(saved: SavedModel, folder: str, count: int) -> Iterable[Any]:
-    """Batches of some images of a folder: of its train/, if there is one."""
-    images = open_images(saved, folder, 'train' if (Path(folder) / 'train').is_dir() else '')
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return batches(saved, DatasetView(images, order[:count]))
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
-def batches(saved: SavedModel, images: torch.utils.data.Dataset) -> Iterable[Any]:
+def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, str]:
+    """The images to evaluate on. Their targets are the classes of the network that have the same names.
+
+    Returns:
+        The dataset, and a remark if it has images of a part of the classes only.
+
+    Raises:
+        ValueError: If a class of the images is none of the network's, or it is not known which one.
+    """
+    images = open_images(saved, args, args.split)
+    names, where = class_names(images), args.data_dir or args.dataset
+    found = {*names.values()}
+    if args.class_map:
+        indices = read_class_map(args.class_map, num_classes)
+        left_out = sorted(found - {*indices})
+        if left_out or not names:
+            images = open_images(saved, args, args.split, class_map=args.class_map)
+            names = class_names(images)
+        if left_out:
+            warn(f'{where}: the classes {reprlib.repr(left_out)} are not in {args.class_map}; they are left out')
+    else:
+        known = saved_class_names(saved.config, num_classes, saved.where(CONFIG))
+        if names and not known:
+            if len(names) != num_classes:
+                raise ValueError(
+                    f'{where} has {len(names)} of the {num_classes} classes of {saved}, which was saved without their '
+                    'names; give --class-map FILE, a .txt with the name of a class in each line, in the order of '
+                    'training')
+            warn(f'{saved} was saved without the names of its classes; those of {where} are numbered in their order')
+        if not names or not known or names == known:
+            return images, ''
+        indices = {name: index for index, name in known.items()}
+    if unknown := [name for name in names.values() if name not in indices]:
+        raise ValueError(
+            f'{where}: the class {unknown[0]!r} is none of the {len(indices)} classes of the model '
+            f'({reprlib.repr(list(indices))}); rename or remove its folder, or give --class-map FILE')
+    images.target_transform = {index: indices[name] for index, name in names.items()}.__getitem__
+    known_classes, here = {*indices.values()}, {indices[name] for name in found & {*indices}}
+    return images, '' if here == known_classes else f' of {len(here)} of the {len(known_classes)} classes'
+
+
+def read_class_map(path: str, num_classes: int) -> dict[str, int]:
+    """The index of each class by its name, of a file in timm's format: .txt with a name in each line, or .pkl.
+
+    Raises:
+        ValueError: If the file cannot be read, or an index is out of range.
+    """
+    try:
+        indices = {str(name): int(index) for name, index in load_class_map(path).items() if name != ''}
+        if not all(0 <= index < num_classes for index in indices.values()):
+            raise ValueError(f'it has {len(indices)} classes up to {max(indices.values())}, the model {num_classes}')
+    except (AssertionError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
+        raise ValueError(f'--class-map {path} cannot be used: {one_line(error, 200)}') from error
+    return indices
+
+
+def open_images(
+        saved: SavedModel, args: argparse.Namespace, split: str, min_classes: int = 1, **options: Any) -> Dataset:
+    """The images of --dataset and --data-dir, in the mode that the network was trained on."""
+    mode = choose_mode(
+        args.input_img_mode or saved.record.image_mode, saved.config['pretrained_cfg']['input_size'][0])
+    upright = not args.ignore_exif_orientation and saved.record.upright is not False
+    options |= {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
+    return create_dataset(
+        args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=mode, min_classes=min_classes,
+        skip_broken=args.skip_broken_images, upright=upright, download=args.dataset_download,
+        num_samples=args.num_samples, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
+            images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **options)
+
+
+def training_batches(saved: SavedModel, args: argparse.Namespace) -> Iterator[Any]:
+    """Batches of --bn-images training images. The dataset is opened when the first one is read."""
+    split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
+    images = open_images(saved, args, split, min_classes=0)
+    if not isinstance(images, IterableDataset):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        images = DatasetView(images, order[:args.bn_images])
+    yield from batches(saved, images, args)
+
+
+def batches(saved: SavedModel, images: Dataset, args: argparse.Namespace) -> Iterable[Any]:
     """Batches of images, preprocessed as a saved network expects them."""
     config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
-    return create_loader(images, batch_size=64, use_prefetcher=False, num_workers=0, **preprocessing(config))
+    return create_loader(
+        images, batch_size=args.batch_size, use_prefetcher=False, num_workers=args.workers, **preprocessing(config))
 
 
-COMMANDS = dict(info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate)
+COMMANDS = dict(
+    info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate, export=run_export)

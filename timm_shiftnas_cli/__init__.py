@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .interrupts import CtrlC
 
 __all__ = ['build_parser', 'main']
 
@@ -21,26 +26,56 @@ PROG = 'timm-shiftnas'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: The arguments. Without them, those of the process, whose Ctrl-C is handled until it ends.
+    """
+    interruptible = nullcontext if argv is not None else CtrlC(PROG).raised
     argv = sys.argv[1:] if argv is None else list(argv)
     args = argparse.Namespace(traceback=False)
     try:
-        if argv[:1] == ['train']:
-            from timm_shiftnas.training.trainer import launch
-            return launch(argv[1:], prog=f'{PROG} train')
-        build_parser().parse_args(argv, args)
-        from timm_shiftnas import cli
-        cli.COMMANDS[args.command](args)
+        try:
+            if argv[:1] == ['train']:
+                from timm_shiftnas.training.trainer import launch
+                with interruptible():
+                    return launch(argv[1:], prog=f'{PROG} train')
+            build_parser().parse_args(argv, args)
+            from timm_shiftnas import cli
+            with interruptible():
+                cli.COMMANDS[args.command](args)
+        finally:
+            _flush()
     except KeyboardInterrupt:
         print(f'{PROG}: interrupted', file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # what reads the output, such as `head`, has ended
+        return 128 + 13  # as after SIGPIPE
+    except Exception as error:
         if args.traceback:
             import traceback
             traceback.print_exc()
-        print(f'{PROG}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{PROG}: error: {_one_line(error)}', file=sys.stderr)
         return 2
     return 0
+
+
+def _flush() -> None:
+    """Write the output now: Python itself would report a failure at its very end, with a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    """An error as one line; control characters of a foreign file do not reach the terminal."""
+    text = ' '.join(str(error).split())
+    if not isinstance(error, (ValueError, OSError, ImportError)) or not text:
+        text = f'{type(error).__name__} (--traceback shows where): {text}'
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,27 +103,37 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument('--json', action='store_true', help='print JSON')
 
     extract = commands.add_parser('extract', help='save the subnet for a budget in its own directory')
-    extract.add_argument('--output', metavar='OUT', type=Path, required=True, help='directory to save the subnet in')
+    extract.add_argument('--output', metavar='OUT', type=_path, required=True, help='directory to save the subnet in')
     extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
 
     evaluate = commands.add_parser('evaluate', help='measure the accuracy of the subnet for a budget on images')
-    evaluate.add_argument('--split', metavar='NAME', default='validation', help='folder in --data-dir to evaluate on')
+    evaluate.add_argument(
+        '--split', metavar='NAME', default='validation', help='split of the images (default: validation)')
+    evaluate.add_argument(
+        '--class-map', metavar='FILE',
+        help='index of each class by its name, as for train.py; only for other names than those of the training')
+    evaluate.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
+    evaluate.add_argument('--amp', action='store_true', help='mixed precision')
+    evaluate.add_argument(
+        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+        help='number format of --amp (default: float16)')
+
+    export = commands.add_parser('export', help='write the subnet for a budget as an ONNX file')
+    export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
+    export.add_argument('--overwrite', action='store_true', help='replace FILE')
+    export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
+    export.add_argument('--batch-size', metavar='N', type=_count, help='fixed size of a batch (default: any)')
+    export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
-    for command in (extract, evaluate):
+    for command in (extract, evaluate, export):
         which = command.add_mutually_exclusive_group(required=command is extract)
         which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
         which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
-        command.add_argument(
-            '--data-dir', metavar='DIR', required=command is evaluate,
-            help='folder of images; those in its train/ (or all, without train/) give the BatchNorm statistics of the '
-                 'subnet if they were not saved')
-        command.add_argument(
-            '--bn-images', metavar='N', type=_count, default=2000,
-            help='number of images for these statistics (default: 2000)')
+        _add_images(command)
     for command in (extract, push):
         command.add_argument('--private', action='store_true', default=None, help='create a private repository')
         command.add_argument('--revision', metavar='BRANCH', help='branch of the repository (default: main)')
@@ -96,21 +141,58 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, push):
+    for command in (info, extract, evaluate, export, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
 
     convert = commands.add_parser('convert', help='convert a training checkpoint into a model directory')
     convert.add_argument(
-        'checkpoint', metavar='CHECKPOINT', type=Path,
+        'checkpoint', metavar='CHECKPOINT', type=_path,
         help="checkpoint of train.py, or of timm's own script with timm_shiftnas.patch")
-    convert.add_argument('output', metavar='OUT', type=Path, help='directory to write')
+    convert.add_argument('output', metavar='OUT', type=_path, help='directory to write')
     convert.add_argument('--no-ema', action='store_true', help='take the weights as trained, not their average')
+    convert.add_argument(
+        '--class-map', metavar='FILE',
+        help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (info, extract, evaluate, push, convert):
+    for command in (info, extract, evaluate, export, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that reads images; train.py has most of them, too."""
+    images = command.add_argument_group('images', 'For evaluation, and for BatchNorm statistics that were not saved.')
+    images.add_argument(
+        '--data-dir', metavar='DIR',
+        help='folder or tar of images, or folder of the files of --dataset')
+    images.add_argument(
+        '--dataset', metavar='NAME', default='', help="dataset as for train.py: 'sklearn/digits', 'glyphs', timm's")
+    images.add_argument('--batch-size', metavar='N', type=_count, default=64, help='images in a batch (default: 64)')
+    images.add_argument(
+        '--workers', metavar='N', type=partial(_count, least=0), default=0, help='data loading processes (default: 0)')
+    images.add_argument(
+        '--train-split', metavar='NAME',
+        help='split of the images for BatchNorm statistics (default: train, or all images where there are no splits)')
+    images.add_argument(
+        '--bn-images', metavar='N', type=_count, default=2000,
+        help='number of images for BatchNorm statistics (default: 2000)')
+    images.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: that of training)')
+    images.add_argument('--skip-broken-images', action='store_true', help='replace an unreadable image by the next one')
+    images.add_argument(
+        '--ignore-exif-orientation', action='store_true',
+        help='leave photographs as their pixels are stored, also if the model was trained on upright ones')
+    images.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ datasets')
+    images.add_argument(
+        '--dataset-trust-remote-code', action='store_true', help='allow hfds/ datasets to run their own code')
+    images.add_argument('--input-key', metavar='NAME', help='key of the image in hfds/ and wds/ datasets')
+    images.add_argument('--target-key', metavar='NAME', help='key of the target in hfds/ and wds/ datasets')
+    images.add_argument('--num-samples', metavar='N', type=_count, help='images of a streamed dataset (wds/)')
+    images.add_argument(
+        '--glyph-images', metavar='N', type=_count, default=12_000, help='images of glyphs (default: 12000)')
+    images.add_argument('--glyph-difficulty', metavar='P', type=float, default=.5, help='of glyphs (default: 0.5)')
+    images.add_argument('--glyph-pixels', metavar='N', type=_count, default=32, help='side of glyphs (default: 32)')
 
 
 def _json(text: str) -> Any:
@@ -120,14 +202,22 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of 1 or more')
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of {least} or more')
     return int(text)
 
 
+def _path(text: str) -> Path:
+    """A path; shells do not expand the '~' of `--output=~/x`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f'{text!r}: there is no such home directory') from None
+
+
 def _directory(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not _path(text).is_dir():
         raise argparse.ArgumentTypeError(
             f'{text} is not a directory; give one that save_pretrained or train.py wrote')
-    return Path(text)
+    return _path(text)

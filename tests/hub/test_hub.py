@@ -7,7 +7,11 @@ import os
 import re
 import shutil
 import time
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -18,15 +22,21 @@ from timm.utils import ModelEmaV3
 
 from timm_shiftnas import Arch, Subnet, extract, shiftformer_space
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.push import push_directory
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.method.config import ShiftNASConfig
+from timm_shiftnas.method.groups import BudgetGroups
+from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.models import static_counts
+from timm_shiftnas.training.checkpoints import load_checkpoint
 
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
+ARCH = dict(depth=4, embed_dim=32, num_heads=[1, 1, 2, 1], mlp_ratio=[1.0, 1.0, 2.0, 1.0])
 
 
 def row(name, budget, macs):
-    return dict(name=name, budget=budget, macs=macs, params=5000, top1=91.5, top5=99.25, arch={'depth': 4})
+    return dict(name=name, budget=budget, macs=macs, params=5000, top1=91.5, top5=99.25, arch=ARCH)
 
 
 def make_net(seed=0, **kwargs):
@@ -116,6 +126,25 @@ def accept(folder, name):
 
 
 # -- a supernet --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tilde_is_the_home_directory(net, generator, edges, tmp_path, monkeypatch):
+    """Python does not expand it; the folder of the test stays empty."""
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    save_pretrained('~/model', net, generator, groups=edges, probabilities=[.25] * 4)
+    save_pretrained(Path('~') / 'subnet', from_pretrained('~/model', arch=net.space.smallest))
+    assert load_supernet(Path('~/model'))[0].space == net.space
+    assert from_pretrained('~/subnet').arch == net.space.smallest
+    assert SavedModel('~/model', cache_dir='~/cache')._hub.cache_dir == str(tmp_path / 'home' / 'cache')
+    with pytest.raises(ValueError, match=str(tmp_path / 'home' / 'nothing')):
+        push_directory('~/nothing', 'owner/name')
+    with pytest.raises(ValueError, match="no home directory '~nosuchuser'"):
+        save_pretrained('~nosuchuser/model', net)
+    assert not list((tmp_path / 'here').iterdir()) and {path.name for path in (tmp_path / 'home').iterdir()} == {
+        'model', 'subnet'}
 
 
 def test_supernet_directory(saved, edges):
@@ -315,6 +344,29 @@ def test_impossible_requests(saved, kwargs, named):
         from_pretrained(saved, **kwargs)
 
 
+@pytest.mark.parametrize('budget', [
+    np.int64(2_000_000), np.float32(2e6), Decimal('2e6'), Fraction(2_000_000), torch.tensor(2_000_000),
+    torch.tensor(2e6), np.array(2e6),
+], ids=lambda budget: type(budget).__name__)
+def test_numbers_of_any_library_are_budgets(saved, budget):
+    assert from_pretrained(saved, flops=budget).arch == from_pretrained(saved, flops=2_000_000).arch
+
+
+@pytest.mark.parametrize('budget', [
+    10 ** 400, -10 ** 400, Decimal('1e400'), np.float64('nan'), True, np.bool_(True), torch.tensor(True), 1 + 2j,
+    torch.tensor([2e6]), torch.empty((), device='meta'), b'2', [2e6],
+], ids=lambda budget: type(budget).__name__)
+def test_other_values_are_no_budgets(saved, budget):
+    with pytest.raises(ValueError, match='flops='):
+        from_pretrained(saved, flops=budget)
+
+
+def test_budgets_are_named_as_they_were_typed(saved, saved_subnet):
+    for where, budget in ((saved, '9.9M'), (saved, '4.9k'), (saved_subnet, '100.5k')):
+        with pytest.raises(ValueError, match=budget):
+            from_pretrained(where, flops=budget)
+
+
 def test_a_mistyped_argument_is_not_ignored(saved):
     with pytest.raises(TypeError, match='flop'):
         from_pretrained(saved, flop='1M')
@@ -402,6 +454,8 @@ def test_invalid_arguments_save_nothing(tmp_path, net, generator, mixed, edges):
     other = make_net(space=shiftformer_space(embed_dim=(32, 64), depth=(2, 3), num_heads=(1, 2), mlp_ratio=(1.0, 2.0)))
     changed = copy.deepcopy(net)
     changed.norm = torch.nn.Identity()
+    foreign, broken = other.space.largest, copy.deepcopy(net)
+    broken.head.bias.data[3] = math.nan
     for args, kwargs, named in (
             ((timm.create_model('test_vit'),), {}, 'VisionTransformer'),
             ((type(net)(net.space, img_size=32, patch_size=8),), {}, 'pretrained_cfg'),
@@ -414,6 +468,13 @@ def test_invalid_arguments_save_nothing(tmp_path, net, generator, mixed, edges):
             ((net,), dict(groups=edges[::-1]), 'timm_shiftnas.groups'),
             ((net,), dict(groups=edges, probabilities=[.1, .2, .3, math.nan]), 'timm_shiftnas.probabilities'),
             ((net,), dict(results=[dict(name='x')]), 'timm_shiftnas.results'),
+            ((net,), dict(results=[dict(row('x', None, 1), arch=foreign.to_dict())]), 'timm_shiftnas.results'),
+            ((net,), dict(searched=[foreign]), 'timm_shiftnas.searched'),
+            ((net,), dict(bn_stats={foreign: {}}), 'depth=3'),
+            ((net,), dict(bn_stats={net.space.smallest: {}}), 'BatchNorm'),
+            ((extract(net, mixed),), dict(results=[dict(row('x', None, 1), arch=foreign.to_dict())]), 'results'),
+            ((broken,), {}, 'head.bias'),
+            ((copy.deepcopy(net).to(torch.float8_e4m3fn),), {}, 'float8_e4m3fn'),
             ((net,), dict(data_config=dict(input_size=(3, 64, 64))), '64')):
         with pytest.raises(ValueError, match=re.escape(named)):
             save_pretrained(tmp_path / 'new', *args, **kwargs)
@@ -619,6 +680,85 @@ def test_config_without_a_network(folder, change, named):
     refused(folder, named)
 
 
+@pytest.mark.parametrize('architecture, args', [
+    ('convnext_atto', dict(depths=[1_000_000, 1, 1, 1])), ('resnet18', {}), ('test_vit', {}),
+])
+def test_networks_of_others_are_not_built(folder, architecture, args):
+    """timm would build a million blocks."""
+    edit(folder, lambda config, ours: config.update(architecture=architecture, model_args=args))
+    started = time.process_time()
+    refused(folder, CONFIG, architecture)
+    assert time.process_time() - started < 1
+
+
+def test_a_network_is_bounded_whatever_the_names_of_its_arguments(folder):
+    """Layers of 700 blocks pass all checks of numbers; so would a third family with `layers=700`."""
+    edit(folder, lambda config, ours: config['model_args']['space'].update(depth=[700]))
+    started = time.process_time()
+    refused(folder, CONFIG, '10,000 modules')
+    assert time.process_time() - started < 15
+
+
+@pytest.mark.parametrize('space, named', [
+    (dict(depth=[999, 1000, 998]), '2,997'),
+    (dict(embed_dim=list(range(64, 264))), '200 values of embed_dim'),
+    (dict(depth=[300], num_heads=list(range(1, 101))), '602 choices of up to 100 values'),
+])
+def test_a_space_is_bounded(folder, space, named):
+    edit(folder, lambda config, ours: config['model_args']['space'].update(space))
+    refused(folder, CONFIG, named)
+
+
+def test_a_checkpoint_builds_only_networks_of_this_package(tmp_path, net, generator):
+    task = ShiftNASTask(
+        net, config=ShiftNASConfig(total_updates=1), generator=generator, groups=BudgetGroups.of_space(net.space))
+    state = dict(task.get_checkpoint_state(), args=None)
+    path = tmp_path / 'last.pth.tar'
+    torch.save(state, path)
+    loaded, again, _ = load_checkpoint(path)
+    assert loaded.space == net.space and torch.equal(loaded.head.weight, net.head.weight)
+    for architecture, args, named in (
+            ('hf-hub:some/model', {}, 'hf-hub:some/model'), (f'local-dir:{tmp_path}', {}, 'local-dir'),
+            ('resnet18', {}, 'resnet18'), ('unheard_of', {}, 'unheard_of'),
+            ('convnext_atto', dict(depths=[10 ** 6, 1, 1, 1]), 'convnext_atto'),
+            ('test_shiftformer_supernet', dict(checkpoint_path=str(path)), 'checkpoint_path'),
+            ('test_shiftformer_supernet', dict(pretrained=True), 'pretrained'),
+            ('test_shiftformer_supernet', dict(img_size=10 ** 9), 'img_size=1000000000'),
+            ('test_shiftformer_supernet', dict(num_classes=3), 'head.weight')):
+        state['task_state']['network'] = dict(architecture=architecture, model_args=args)
+        torch.save(state, path)
+        with pytest.raises(ValueError, match='last.pth.tar') as error:
+            load_checkpoint(path)
+        assert named in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('change, named', [
+    (lambda x: x.fill_(math.nan), 'NaN'), (lambda x: x.view(-1)[0].fill_(math.inf), 'infinite'),
+    (lambda x: x.half(), 'float16'), (lambda x: x.to(torch.float8_e4m3fn), 'float8_e4m3fn'),
+    (lambda x: x.to(torch.complex64), 'complex'),
+])
+@pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
+def test_weights_that_do_not_compute(folder, name, change, named):
+    tensors = safetensors.torch.load_file(folder / name)
+    first = list(tensors)[0]
+    changed = change(tensors[first])
+    tensors[first] = changed if changed.shape == tensors[first].shape else tensors[first]
+    safetensors.torch.save_file(tensors, folder / name)
+    accept(folder, name)
+    refused(folder, name, named, first)
+
+
+def test_a_large_config_is_not_read(folder):
+    with open(folder / CONFIG, 'ab') as file:
+        file.write(b' ' * 90_000_000)
+    before = peak_memory()
+    refused(folder, CONFIG, '90,0')
+    assert peak_memory() - before < 50e6
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).symlink_to('/dev/zero')  # without an end
+    refused(folder, CONFIG, '10,000,001 bytes')
+
+
 def test_kind_of_another_network(folder, saved_subnet):
     edit(folder, lambda config, ours: ours.update(kind='subnet'))
     with pytest.raises(ValueError, match='subnet.*test_shiftformer_supernet'):
@@ -688,6 +828,19 @@ def test_a_killed_save_leaves_the_old_model_whole(folder, net, generator):
     assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()), logits(net))
     save_pretrained(folder, make_net(seed=1), generator)
     assert sorted(os.listdir(folder)) == [CONFIG, GENERATOR, WEIGHTS]  # nothing of the killed process is left
+
+
+def test_a_link_in_the_place_of_a_file_is_not_written_through(folder, tmp_path, net, generator):
+    """Neither under the name of a file nor under that of a temporary one."""
+    mine = tmp_path / 'mine'
+    mine.write_text('years')
+    for name in (CONFIG, WEIGHTS, GENERATOR):
+        (folder / name).unlink()
+        for link in (folder / name, folder / f'.{name}.{os.getpid()}.tmp'):
+            link.symlink_to(mine)
+    save_pretrained(folder, net, generator)
+    assert mine.read_text() == 'years'
+    assert sorted(os.listdir(folder)) == [CONFIG, GENERATOR, WEIGHTS] and not (folder / WEIGHTS).is_symlink()
 
 
 def test_config_is_removed_first_and_written_last(folder, net, generator, monkeypatch):

@@ -274,6 +274,24 @@ result = train.main([*flags, '--experiment', 'a', '--push-to-hub', 'org/trained'
     assert resumed == 2 and hub.faults[0].times < 9 and (tmp_path / 'a' / 'model' / 'config.json').exists()
 
 
+def test_a_published_subnet_is_fine_tuned_and_published(hub, client, net, tmp_path):
+    tsn.save_pretrained(tmp_path / 'subnet', tsn.extract(net, net.space.smallest))
+    push(client, tmp_path / 'subnet', 'owner/subnet')
+    code = '''
+from timm_shiftnas.training import trainer
+result = trainer.main(['--dataset', 'sklearn/digits', '-j', '0', '-b', '128', '--epochs', '1', '--lr', '0',
+                       '--warmup-epochs', '0', '--model', 'hf-hub:owner/subnet', '--output', output,
+                       '--experiment', 'run', '--push-to-hub', 'owner/tuned'])
+'''
+    assert client(code, output=str(tmp_path)) == 0
+    tuned, saved = (tsn.from_pretrained(tmp_path / name) for name in ('run/model', 'subnet'))
+    assert tuned.arch == saved.arch == net.space.smallest
+    assert all(torch.equal(weight, other) for weight, other in zip(tuned.parameters(), saved.parameters(), strict=True))
+    assert '--model hf-hub:owner/subnet' in files_of(hub, 'owner/tuned')['README.md'].decode()
+    for name in files_of(hub, 'owner/tuned'):
+        assert str(tmp_path).encode() not in files_of(hub, 'owner/tuned')[name]
+
+
 def test_files_of_others_stay(hub, client, net, plain, tmp_path):
     client('''
 from huggingface_hub import HfApi
@@ -313,6 +331,16 @@ def test_nothing_but_checked_tensors_is_pushed(hub, client, plain, tmp_path):
     assert 'org/pickle' not in hub.repos and not hub.requests
 
 
+@pytest.mark.parametrize('link', ['shift.png', 'model/config.json', 'model/model.safetensors', 'model'])
+def test_what_links_lead_to_is_not_pushed(hub, client, directory, tmp_path, link):
+    run, secret = shutil.copytree(directory, tmp_path / 'run'), tmp_path / 'secret'
+    shutil.move(run / link, secret)  # so that the content is right
+    (run / link).symlink_to(secret)
+    with fails('ValueError', f'{run / link} is a link'):
+        push(client, run, 'org/linked')
+    assert 'org/linked' not in hub.repos and not hub.requests
+
+
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +363,8 @@ def test_the_card(hub, directory, published):
 
 def test_the_card_is_readable(net, tmp_path):
     """The numbers of a column line up, a long command breaks between flags, and the card of a subnet has no curve."""
-    values = dict(budget=3_970_000., macs=999_960, params=146_000, top1=60., top5=100., arch={})
+    values = dict(budget=3_970_000., macs=999_960, params=146_000, top1=60., top5=100.,
+                  arch=net.space.smallest.to_dict())
     flags = [f'--flag-{k} {k} {"value" * (k % 4 + 1)}' for k in range(12)]
     training = dict(dataset='image folder', command=f'python train.py {" ".join(flags)}')
     tsn.save_pretrained(
@@ -364,7 +393,7 @@ def test_load_by_budget(hub, client, published, expected, tmp_path):
     sha = hub.repos[published].branches['main']
     assert sorted(line.rpartition('/')[2] for line in gets) == sorted(FILES)
     assert sum(f'/resolve/{sha}/' in line for line in gets) >= 3
-    assert len(hub.requests) == 2 * len(gets)  # one HEAD for each
+    assert len(hub.requests) == 2 * len(gets) + 1  # one HEAD for each, and the first one for the branch
     hub.requests.clear()
     assert load(client, published, tmp_path) == expected
     assert hub.requests == [f'HEAD /{published}/resolve/main/config.json']
@@ -418,7 +447,7 @@ def test_no_network(directory, tmp_path):
     with Hub() as gone:
         pass  # its port is closed again
     client = Client(gone, tmp_path)
-    with fails('LocalEntryNotFoundError'):
+    with fails('ConnectionError', 'org/tiny'):
         load(client, 'org/tiny', tmp_path / 'cache')
     with fails('ConnectionError', 'org/tiny', 'no commit'):
         push(client, directory, 'org/tiny')
@@ -486,6 +515,43 @@ def test_a_lasting_fault(hub, client, published, tmp_path):
     hub.faults.append(Fault('GET .*/model.safetensors', '500', times=100))
     with fails('HfHubHTTPError', 'model.safetensors'):
         load(client, published, tmp_path)
+
+
+@pytest.mark.parametrize('pattern, kind, wait', [
+    ('HEAD', '500', None), ('HEAD', '429', 3600), ('GET .*/config', '429', 3600), ('GET .*/model', '503', 3600),
+    ('GET .*/model', '429', 12), ('HEAD .*/model', '500', None),
+])
+def test_a_busy_hub_is_waited_for_at_most_30_seconds(hub, client, published, tmp_path, pattern, kind, wait):
+    client('waits.clear()')
+    hub.faults.append(Fault(pattern, kind, times=100, wait=wait))
+    with fails('HfHubHTTPError', *([f'{wait} s', 'try again later'] if wait == 3600 else [])):
+        logged_load(client, published, tmp_path)
+    waited = client('result = waits')
+    assert sum(waited) <= 30 and (0 < len(waited) <= 2 or wait == 3600 and not waited), waited
+
+
+def test_a_wait_is_announced(hub, client, published, expected, tmp_path):
+    client('waits.clear()')
+    hub.faults.append(Fault('GET .*/model', '429', wait=7))
+    result, log = logged_load(client, published, tmp_path)
+    assert result == expected and client('result = waits') == [7]
+    assert f'{published}: the Hub answered with status 429; trying again in 7 s' in log
+
+
+@pytest.mark.parametrize('name, size, named', [
+    ('model.safetensors', 3_000_000, '3000000 bytes instead of'), ('model.safetensors', 10, '10 bytes instead of'),
+    ('generator.safetensors', 3_000_000, '3000000 bytes instead of'), ('config.json', 90_000_000, '90,000,000 bytes'),
+])
+def test_a_file_of_another_size_is_not_downloaded(hub, client, published, tmp_path, name, size, named):
+    repo = hub.repos[published]
+    good = repo.branches['main']
+    repo.commit('main', dict(repo.commits[good], **{name: bytes(size)}))
+    try:
+        with fails('ValueError', f'{published}/{name}', named):
+            load(client, published, tmp_path)
+    finally:
+        repo.branches['main'] = good
+    assert not any(line.startswith('GET') and line.endswith(name) for line in hub.requests)
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'bn_stats.safetensors', 'generator.safetensors'])
@@ -637,6 +703,20 @@ def test_a_lost_answer_to_a_commit(hub, client, directory):
     repo = hub.repos['org/lost']
     assert address.endswith(repo.branches['main']) and len(repo.commits) == 2
     assert sum('/commit/main' in line for line in hub.requests) == 1
+
+
+def test_a_commit_that_was_refused_for_now_is_sent_again(hub, client, directory):
+    hub.faults.append(Fault('POST .*/commit/main', '429', wait=2))
+    address = push(client, directory, 'org/later')
+    repo = hub.repos['org/later']
+    assert address.endswith(repo.branches['main']) and len(repo.commits) == 2
+    assert sum('/commit/main' in line for line in hub.requests) == 2
+    client('waits.clear()')
+    hub.faults.append(Fault('PUT /lfs/', '429', times=100, wait=3600))
+    hub.lfs.clear()
+    with fails('HfHubHTTPError', 'org/later', 'no commit', '3600 s'):
+        client('tsn.push_to_hub("org/later", timm.create_model("test_shiftformer_supernet"))')
+    assert client('result = waits') == []
 
 
 @pytest.mark.parametrize('after', ['no answer', 'another commit'])

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
 from support import stock_script
 from support.processes import call
 
-from timm_shiftnas import extract
+from timm_shiftnas import cli, extract
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
@@ -148,6 +149,14 @@ def test_extract(capsys, saved, net, generator, tmp_path, option, value):
         torch.testing.assert_close(loaded(x), net(x, arch), rtol=0, atol=1e-5)
 
 
+def test_the_tilde_is_the_home_directory(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, tmp_path / 'net')
+    assert main(['extract', '~/net', '--flops', '3M', '--output=~/subnet']) == 0
+    assert SavedModel(tmp_path / 'subnet').kind == 'subnet' and not (tmp_path / '~').exists()
+
+
 def test_extract_writes_over_nothing_but_models(capsys, saved, folder, tmp_path):
     def contents():
         return {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
@@ -232,9 +241,9 @@ def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     torch.save(dict(state_dict={}, epoch=3), tmp_path / 'other')
     torch.save([1, 2], tmp_path / 'list')
     convert(tmp_path / 'none', "none' does not exist")
-    convert(tmp_path, f"'{tmp_path}' does not exist")
+    convert(tmp_path, f"'{tmp_path}' is a directory")
     convert(tmp_path / 'text', "text' cannot be read")
-    convert(tmp_path / 'half', "half' cannot be read")
+    convert(tmp_path / 'half', "half' is corrupt")
     convert(tmp_path / 'bit', "bit' is corrupt")
     convert(tmp_path / 'other', "other' is not a checkpoint of ShiftNAS")
     convert(tmp_path / 'list', "list' is not a checkpoint of ShiftNAS")
@@ -243,6 +252,46 @@ def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     (tmp_path / 'full' / 'thesis.tex').write_text('years')
     refused(capsys, 'is not empty and holds no model', 'convert', checkpoint, tmp_path / 'full', '--overwrite')
     assert (tmp_path / 'full' / 'thesis.tex').read_text() == 'years'
+
+
+def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
+    """Intact files of another kind, and checkpoints of other programs: one line each."""
+    net = torch.nn.Linear(2, 2)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(checkpoint, weights_only=True)
+
+    def changed(**values):
+        return dict(state, task_state=dict(state['task_state'], **values))
+
+    def without(name):
+        return dict(state, task_state={key: value for key, value in state['task_state'].items() if key != name})
+
+    torch.save(net, tmp_path / 'object')
+    torch.save(dict(net=np.float64(1)), tmp_path / 'numpy')
+    torch.save(net.state_dict(), tmp_path / 'old', _use_new_zipfile_serialization=False)
+    np.savez(tmp_path / 'arrays.npz', a=np.ones(2))
+    (tmp_path / 'json').write_text('{}')
+    (tmp_path / 'empty').write_bytes(b'')
+    for name, content in dict(
+            foreign=dict(state_dict=timm.create_model('resnet18').state_dict(), arch='resnet18'),
+            resnet=changed(network=dict(architecture='resnet18', model_args={})), nothing=without('network'),
+            unknown=changed(network=dict(architecture='of_a_plugin', model_args={})),
+            size=changed(network=dict(state['task_state']['network'], model_args=dict(num_classes=7, img_size=32))),
+            history=changed(history=[]), shape=changed(edges='x'), generator=changed(generator=dict(a=torch.ones(1))),
+            weights={**state, 'state_dict': 3}, escape=changed(update='\x1b[2J')).items():
+        torch.save(content, tmp_path / name)
+    for path, message in {
+            saved / 'model.safetensors': 'is a safetensors file', tmp_path / 'object': 'torch.nn.modules.linear.Linear',
+            tmp_path / 'numpy': 'numpy.dtype', tmp_path / 'old': 'format of its past',
+            tmp_path / 'arrays.npz': 'cannot be read', tmp_path / 'json': 'cannot be read',
+            tmp_path / 'empty': 'cannot be read', saved: 'is a directory', tmp_path / 'foreign': 'not a checkpoint',
+            tmp_path / 'resnet': "'resnet18'", tmp_path / 'nothing': 'not a checkpoint',
+            tmp_path / 'unknown': "unknown architecture 'of_a_plugin'", tmp_path / 'size': 'head.weight',
+            tmp_path / 'history': 'not a checkpoint', tmp_path / 'shape': 'not a checkpoint',
+            tmp_path / 'generator': 'does not belong', tmp_path / 'weights': 'not a checkpoint',
+            tmp_path / 'escape': 'not a checkpoint'}.items():
+        refused(capsys, message, 'convert', path, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -303,6 +352,30 @@ def test_help_and_version(capsys):
         assert done.value.code == 0 and expected in capsys.readouterr().out
 
 
+def test_any_exception_is_one_line(capsys, folder, monkeypatch):
+    def fail(args):
+        raise KeyError('a\n\x1b[31mb')
+
+    monkeypatch.setitem(cli.COMMANDS, 'info', fail)
+    refused(capsys, r"error: KeyError (--traceback shows where): 'a\n\x1b[31mb'", 'info', folder)
+
+
+def test_terminal_escapes_of_a_config_are_not_printed(capsys, folder):
+    escape = '\x1b]0;owned\x07\x9b31m\u202e\nspace    1 archs'
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config['timm_shiftnas']['results'][0]['name'] = escape
+    path.write_text(json.dumps(config))
+    code, out, _ = run(capsys, 'info', folder)
+    assert code == 0 and r'\x1b]0;owned\x07\x9b31m\u202e\nspace    1 archs' in out
+    assert all(character.isprintable() or character == '\n' for character in out)
+    assert json.loads(run(capsys, 'info', folder, '--json')[1])['results'][0]['name'] == escape
+    config['model_args'][escape] = 1
+    path.write_text(json.dumps(config))
+    _, _, err = run(capsys, 'info', folder)
+    assert '\x1b' not in err and err.count('\n') == 1
+
+
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +415,28 @@ def test_console_script(saved, tmp_path):
         [script, 'extract', saved, '--flops', '2M', '--output', tmp_path / 'sub'], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '') and 'MACs' in done.stdout
     assert from_pretrained(tmp_path / 'sub', flops='2M')
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('argv', [['--version'], ['info', 'SAVED']])
+def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
+    """`timm-shiftnas info DIR | head -0`, with a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, '-m', 'timm_shiftnas', *(str(saved) if arg == 'SAVED' else arg for arg in argv)]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, '')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has a device that is always full')
+def test_output_to_a_full_disk_is_one_line():
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', 'import timm_shiftnas_cli; exit(timm_shiftnas_cli.main(["--version"]))'],
+            stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'No space left' in done.stderr
 
 
 def open_for_reader(fifo, child):

@@ -371,7 +371,7 @@ def test_the_state_of_another_run_raises(fitted, shift_batches, tmp_path):
     with pytest.raises(ValueError, match='grad_norm'):
         make_task(fitted, shift_batches, shift='grad_norm').load_task_state(state)
     other = timm.create_model('test_shiftformer_supernet', num_classes=7).space
-    torch.save(dict(task_state=state), tmp_path / 'a.pt')
+    torch.save(dict(task_state=state, state_dict={}), tmp_path / 'a.pt')
     check_checkpoint(tmp_path / 'a.pt', task.space)
     with pytest.raises(ValueError, match='num_classes is 10, here it is 7'):
         check_checkpoint(tmp_path / 'a.pt', other)

@@ -14,6 +14,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
 import timm_shiftnas as tsn
+from timm_shiftnas.models import ResizedInput
 from timm_shiftnas.space import BlockMasks, ShiftMobileNetMasks, arch_masks, block_table, space_from_dict
 
 NAMES = (
@@ -119,6 +120,18 @@ def test_bad_spaces(change, message):
     tsn.shiftmobilenet_space(**good)
     with pytest.raises(ValueError, match=message):
         tsn.shiftmobilenet_space(**{**good, **change})
+
+
+def test_images_that_are_not_square_are_refused_instead_of_squashed():
+    net = create().eval()
+    arch = net.space.smallest
+    side = arch.resolution
+    x = torch.randn(2, 3, side, 2 * side)
+    assert net(x).shape[0] == 2  # the network itself takes any shape
+    subnet = tsn.extract(net, arch)
+    for run in (lambda: net(x, arch), lambda: tsn.calibrate_bn(subnet, [x]), lambda: ResizedInput(subnet)(x)):
+        with pytest.raises(ValueError, match=f'{side} x {2 * side}'):
+            run()
 
 
 def test_the_total_stride_is_limited():

@@ -60,8 +60,13 @@ def fails(error_class, *named):
 
 def _serve(connection, environment):
     os.environ.update(environment)
-    full = time.sleep
-    time.sleep = lambda seconds: full(min(seconds, .02))  # between tries, of huggingface_hub and of ours
+    full, waits = time.sleep, []
+
+    def sleep(seconds):  # between tries, of huggingface_hub and of ours
+        waits.append(seconds)
+        full(min(seconds, .02))
+
+    time.sleep = sleep
     # imported again, with these variables: the server of processes has imported them before
     for name in list(sys.modules):
         if name.partition('.')[0] in ('timm', 'huggingface_hub'):
@@ -70,7 +75,7 @@ def _serve(connection, environment):
     import torch
 
     import timm_shiftnas as tsn
-    names = dict(timm=timm, torch=torch, tsn=tsn, os=os)
+    names = dict(timm=timm, torch=torch, tsn=tsn, os=os, waits=waits)
     while True:
         try:
             code, given = connection.recv()

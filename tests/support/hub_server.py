@@ -23,12 +23,13 @@ LFS_SUFFIXES = ('.safetensors', '.png')
 class Fault:
     """What happens to the next `times` requests whose 'METHOD path' matches.
 
-    Kinds: a status ('500', '401', ...); 'cut': half of the body is sent, then the connection closes; 'flip': one bit of
-    the body differs; 'lost': the request is carried out, but never answered.
+    Kinds: a status ('500', '401', ...), with `wait` in its Retry-After; 'cut': half of the body is sent, then the
+    connection closes; 'flip': one bit of the body differs; 'lost': the request is carried out, but never answered.
     """
     pattern: str
     kind: str
     times: int = 1
+    wait: int | None = None
 
 
 @dataclass
@@ -115,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
         self.fault = fault.kind if fault else ''
         if self.fault.isdecimal():
-            return self.answer(int(self.fault), dict(error=f'fault {self.fault}'))
+            return self.answer(int(self.fault), dict(error=f'fault {self.fault}'), headers=(
+                {} if fault.wait is None else {'Retry-After': str(fault.wait)}))
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ')
         if token and token not in hub.tokens:
             error = 'Invalid credentials in Authorization header'

@@ -12,11 +12,13 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.networks import tiny_supernet
 from support.processes import ranks
 from support.small_runs import FAST, ROOT, load, run_script
 from support.small_runs import train as script
 
-from timm_shiftnas.data import create_dataset
+import timm_shiftnas as tsn
+from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.config import ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
@@ -216,3 +218,23 @@ def test_two_processes_evaluate_like_one(tmp_path):
         assert code == 0, text
     assert table(tmp_path) == alone
     assert (tmp_path / 'run' / 'model' / 'bn_stats.safetensors').read_bytes() == stats
+
+
+def test_one_network_is_evaluated_with_the_mean_statistics_of_all_processes(tmp_path):
+    """The saved CNN subnet has the accuracy of the table, to whose images both processes have contributed."""
+    net = tiny_supernet('test_shiftmobilenet_supernet')
+    tsn.save_pretrained(tmp_path / 'subnet', tsn.extract(net, net.space.smallest))
+    argv = ['--dataset', 'sklearn/digits', '-j', '0', '-b', '64', '--epochs', '1', '--warmup-epochs', '0', '--lr',
+            '2e-2', '--model', str(tmp_path / 'subnet'), '--output', str(tmp_path), '--experiment', 'run']
+    for process in ranks(2, run_script, argv, folder=tmp_path):
+        code, err = process.wait()
+        assert code == 0, err
+    with (tmp_path / 'run' / 'budgets.csv').open() as file:
+        row, = csv.DictReader(file)
+    trained = tsn.from_pretrained(tmp_path / 'run' / 'model')
+    config = timm.data.resolve_data_config(model=trained)
+    dataset = create_dataset('sklearn/digits', None, 'validation')
+    images, targets = StepBatches(dataset, len(dataset), 0, **config).batch(0)
+    with torch.no_grad():
+        top1 = float((trained(images).argmax(1) == targets).float().mean()) * 100
+    assert float(row['top1']) == pytest.approx(top1, abs=.01)

@@ -1,5 +1,6 @@
 """train.py as users run it: output files, resuming, wrong flags, Ctrl-C."""
 import contextlib
+import copy
 import csv
 import fcntl
 import io
@@ -20,13 +21,19 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageOps
+from support.networks import rng, tiny_supernet
 from support.processes import Job
 from support.small_runs import FAST, ROOT, load, run_script, same, train
 from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
+from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.training.data import create_loaders, open_data
-from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas.training.setup import create_network, scaled_lr
+from timm_shiftnas_cli import main as cli
+
+# the flags of a run of one network
+ONE = ['--dataset', 'sklearn/digits', '-j', '0', '-b', '128', '--lr', '2e-3', '--warmup-epochs', '0']
 
 
 def run(tmp_path, *flags):
@@ -115,7 +122,6 @@ def test_the_model_directory_holds_the_evaluated_weights(finished):
     rows = list(csv.DictReader((output / 'budgets.csv').open()))
     row = rows[2]
     net = tsn.from_pretrained(output / 'model', flops=float(row['budget']))
-    from timm_shiftnas.data import StepBatches, create_dataset
     config = timm.data.resolve_data_config(model=net)
     dataset = create_dataset('sklearn/digits', None, 'validation')
     images, targets = StepBatches(dataset, len(dataset), 0, **config).batch(0)
@@ -214,6 +220,17 @@ def test_streamed_dataset(shards, tmp_path):
     same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
 
 
+def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
+    net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
+    tsn.save_pretrained(tmp_path, net)
+    arch = json.dumps(net.space.smallest.to_dict())
+    assert cli(['evaluate', str(tmp_path), '--arch', arch, '--dataset', 'wds/digits', '--data-dir', str(shards),
+                '--split', 'validation-{0000..0001}.tar', '--num-samples', '100', '--train-split',
+                'train-{0000..0001}.tar', '--bn-images', '64']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('100 images: top-1 ') and err == ''
+
+
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     line = one_line_error(
         capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
@@ -252,6 +269,191 @@ def test_a_teacher_and_a_device_module(tmp_path, capsys):
                '--archs-per-step', '3', '--sandwich', '--inplace-distillation', '--head-init-scale', '.1') == 0
     assert 'colorsys' in sys.modules
     assert 'cannot create the teacher' in one_line_error(capsys, *flags)  # it has no published weights
+
+
+# -- one network, frozen modules, other classes ------------------------------------------------------------------------
+
+
+def make_saved(folder, name='test_shiftformer_supernet', classes=10, seed=0):
+    """A saved supernet, and its smallest subnet in the folder beside it."""
+    net = tiny_supernet(name, seed=seed, num_classes=classes)
+    tsn.save_pretrained(folder / 'supernet', net)
+    tsn.save_pretrained(folder / 'subnet', tsn.extract(net, net.space.smallest))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    return make_saved(tmp_path_factory.mktemp('saved'))
+
+
+@pytest.fixture(scope='module')
+def saved_cnn(tmp_path_factory):
+    return make_saved(tmp_path_factory.mktemp('saved_cnn'), 'test_shiftmobilenet_supernet')
+
+
+@pytest.fixture(scope='module')
+def seven(tmp_path_factory):
+    return make_saved(tmp_path_factory.mktemp('seven'), classes=7)
+
+
+def trainer_of(tmp_path, *flags):
+    return train.Trainer(train.parse_args([*ONE, '--output', str(tmp_path), *map(str, flags)]))
+
+
+def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved, tmp_path, caplog):
+    """Flags of supernets are ignored, and named."""
+    flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--epochs', '2', '--val-interval', '2',
+             '--drop-path', '.3', '--reprob', '.5', '--model-ema', '--model-ema-decay', '.9', '--num-groups', '3',
+             '--shift', 'hypergradient', '--output', str(tmp_path), '--experiment']
+    before = tsn.from_pretrained(saved / 'subnet')
+    trainer = train.Trainer(train.parse_args([*flags, 'run']))
+    same(before.state_dict(), trainer.run.net.state_dict())  # it starts from the saved weights
+    assert 'ignored --shift, --num-groups' in caplog.text and trainer.run.loaders.held_out is None
+    left = iter([*[False] * 3, True, False])  # SIGTERM in the step of an update: one more update follows
+    trainer.run.optimizer.register_step_post_hook(lambda *_: trainer.interrupts.terminate() if next(left) else None)
+    with pytest.raises(train.Terminated):
+        trainer.train_epoch(0)
+    for name in ('run', 'whole'):
+        assert train.main([*flags, name, '--resume', 'auto']) == 0
+    whole, run = (load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'run'))
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'epoch'):
+        same(whole[key], run[key], key)
+    summary = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    row, = csv.DictReader((tmp_path / 'run' / 'budgets.csv').open())
+    assert summary[0]['eval_top1'] == '' and summary[1]['eval_top1'] == row['top1']
+    tuned = tsn.from_pretrained(tmp_path / 'run' / 'model')
+    assert tuned.arch == before.arch and json.loads(row['arch']) == tuned.arch.to_dict()
+    same(tuned.state_dict(), run['state_dict_ema'])
+    assert float(row['top1']) == pytest.approx(accuracy(tuned), abs=.01)
+    assert tsn.hub.load.SavedModel(tmp_path / 'run' / 'model').record.training['command'].startswith(
+        'python train.py -')  # without the place on this machine
+
+
+def accuracy(net):
+    """Top-1 on the validation digits, without our evaluation."""
+    config = timm.data.resolve_data_config(model=net)
+    dataset = create_dataset('sklearn/digits', None, 'validation')
+    images, targets = StepBatches(dataset, len(dataset), 0, **config).batch(0)
+    with torch.no_grad():
+        return float((net.eval()(images).argmax(1) == targets).float().mean()) * 100
+
+
+def test_a_cnn_subnet_is_evaluated_with_its_running_statistics(saved_cnn, tmp_path):
+    assert train.main([*ONE, '--model', f'local-dir:{saved_cnn / "subnet"}', '--epochs', '1', '--experiment', 'run',
+                       '--output', str(tmp_path)]) == 0
+    net = tsn.from_pretrained(tmp_path / 'run' / 'model')
+    row, = csv.DictReader((tmp_path / 'run' / 'budgets.csv').open())
+    assert float(row['top1']) == pytest.approx(accuracy(net), abs=.01)
+    assert not torch.equal(net.bn1.running_mean, tsn.from_pretrained(saved_cnn / 'subnet').bn1.running_mean)
+
+
+def test_a_subnet_from_scratch(tmp_path):
+    arch = tiny_supernet().space.smallest.to_dict()
+    trainer = trainer_of(
+        tmp_path, '--model', 'shiftformer_subnet', '--epochs', 1, '--img-size', 32, '--model-kwargs', f'arch={arch}',
+        'patch_size=8', 'max_relative_position=3')
+    assert trainer.run.net.arch.to_dict() == arch and trainer.run.net.num_classes == 10
+    before = copy.deepcopy(trainer.run.net.state_dict())
+    trainer.fit()
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.run.net.state_dict().items())
+    assert tsn.from_pretrained(trainer.run.output / 'model').arch.to_dict() == arch
+
+
+def test_a_teacher_of_one_network(saved, tmp_path):
+    """loss = 0 * task + 1 * divergence from itself is 0 without dropout."""
+    subnet = f'local-dir:{saved / "subnet"}'
+    trainer = trainer_of(
+        tmp_path, '--model', subnet, '--kd-model', subnet, '--task-loss-weight', 0,
+        '--distill-loss-weight', 1, '--epochs', 1)
+    images = torch.randn(4, 3, 32, 32, generator=rng())
+    assert float(trainer.task(images, torch.zeros(4, dtype=torch.long))['loss'].detach()) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_linear_probe_trains_the_classifier_alone(saved, tmp_path):
+    """A supernet with all of its archs; the optimizer holds nothing else."""
+    trainer = trainer_of(tmp_path, '--model', saved / 'supernet', '--freeze', 'backbone', '--epochs', 1,
+                         '--num-groups', 3, '--generator-fit-steps', 5, '--generator-interval', 5)
+    before = copy.deepcopy(trainer.run.net.state_dict())
+    trained = {id(weight) for group in trainer.run.optimizer.param_groups for weight in group['params']}
+    assert trained == {id(trainer.run.net.head.weight), id(trainer.run.net.head.bias)}
+    trainer.train_epoch(0)
+    changed = {name for name, value in trainer.run.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {'head.weight', 'head.bias'}
+
+
+def test_frozen_modules_of_a_cnn_keep_weights_and_statistics(saved_cnn, tmp_path):
+    trainer = trainer_of(tmp_path, '--model', f'local-dir:{saved_cnn / "subnet"}', '--freeze', 'conv_stem', 'bn1',
+                         'blocks.0', '--epochs', 1)
+    before = copy.deepcopy(trainer.run.net.state_dict())
+    trainer.train_epoch(0)
+    changed = {name for name, value in trainer.run.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith(('conv_stem.', 'bn1.', 'blocks.0.'))}
+
+
+def test_frozen_modules_are_part_of_what_resumes(saved, tmp_path, capsys):
+    flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--output', str(tmp_path), '--experiment', 'run',
+             '--val-interval', '9', '--epochs']
+    assert train.main([*flags, '1', '--freeze', 'backbone']) == 0
+    capsys.readouterr()
+    assert train.main([*flags, '2', '--resume', 'auto']) == 2
+    assert "--freeze ['backbone'] and not []" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('source', ['initial-checkpoint', 'pretrained-path', 'model', 'training'])
+def test_a_head_of_other_classes_is_left_out_and_said(seven, tmp_path, caplog, source):
+    """The data has ten classes and the weights seven."""
+    weights = seven / 'supernet' / 'model.safetensors'
+    flags = ['--model', 'test_shiftformer_supernet', f'--{source}', weights]
+    if source == 'training':  # a checkpoint of a training, of a CNN
+        weights = make_saved(tmp_path, 'test_shiftmobilenet_supernet', 7) / 'last.pth.tar'
+        torch.save(dict(state_dict=timm.create_model(
+            f'local-dir:{tmp_path / "supernet"}', pretrained=True).state_dict()), weights)
+        flags = ['--model', 'test_shiftmobilenet_supernet', '--initial-checkpoint', weights]
+    elif source == 'model':
+        weights, flags = seven / 'supernet', ['--model', f'local-dir:{seven / "supernet"}']
+    args = train.parse_args([*ONE, *map(str, flags)])
+    args.num_classes = 10
+    net = create_network(args, torch.device('cpu'))
+    assert f'{weights} has 7 classes and the data 10: its head is left out' in caplog.text
+    folder = (tmp_path if source == 'training' else seven) / 'supernet'
+    trained = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    own, head = net.state_dict(), net.pretrained_cfg['classifier']
+    assert len(own[f'{head}.bias']) == 10 and own.keys() == trained.state_dict().keys()
+    assert all(torch.equal(value, own[name]) for name, value in trained.state_dict().items()
+               if not name.startswith(f'{head}.'))
+
+
+def test_a_head_of_the_same_classes_is_kept_in_silence(saved, caplog):
+    for flags in (['--model', f'local-dir:{saved / "supernet"}'], ['--model', 'test_shiftformer_supernet',
+                  '--pretrained-path', f'{saved}/supernet/model.safetensors']):
+        args = train.parse_args([*ONE, *flags])
+        args.num_classes = 10
+        own = create_network(args, torch.device('cpu')).state_dict()
+        trained = timm.create_model(f'local-dir:{saved / "supernet"}', pretrained=True).state_dict()
+        same({name: own[name] for name in trained}, trained)
+    assert 'left out' not in caplog.text
+
+
+def test_a_saved_model_of_one_channel_gets_images_of_one_channel(tmp_path):
+    net = tiny_supernet(in_chans=1)
+    tsn.save_pretrained(tmp_path / 'subnet', tsn.extract(net, net.space.smallest))
+    trainer = trainer_of(tmp_path, '--model', tmp_path / 'subnet', '--mean', .5, '--std', .5)
+    assert next(iter(trainer.read_batches(0)))[0].shape[1] == trainer.run.net.in_chans == 1
+
+
+def test_networks_that_are_not_ours_or_do_not_fit(saved, seven, capsys, tmp_path, finished):
+    subnet = f'local-dir:{saved / "subnet"}'
+    (tmp_path / 'empty').mkdir()
+    for flags, words in (
+            (['--model', tmp_path / 'empty'], 'config.json is missing'),
+            (['--model', subnet, '--freeze', 'neck'], '--freeze neck: the model has no such module; give backbone, or'),
+            (['--model', subnet, '--freeze', 'backbone', 'head'], 'leaves nothing to train'),
+            (['--model', subnet, '--resume', finished[0] / 'last.pth.tar'], 'its embed_dim is'),
+            (['--model', subnet, '--initial-checkpoint', seven / 'supernet' / 'model.safetensors'],
+             'does not hold weights of this network')):
+        assert words in one_line_error(capsys, *map(str, flags), '--output', str(tmp_path / 'empty'))
+    assert not list((tmp_path / 'empty').iterdir())
 
 
 # -- wrong flags -------------------------------------------------------------------------------------------------------
@@ -305,6 +507,8 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model-kwargs', 'reg_tokens=2'], 'reg_tokens'),
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
     (['--in-chans', '5'], 'RGB have 3'),
+    (['--input-img-mode', 'P'], 'give one of L, LA, RGB'),
+    (['--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64'], '--input-size 3 64 64'),
     (['--opt-betas', '0.9'], '--opt adamw'),
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
@@ -332,7 +536,7 @@ def test_resume_of_another_space(capsys, finished, tmp_path):
 
 
 @pytest.mark.parametrize('content, words', [
-    ('modell: x\n', 'modell'), ('- a\n', 'flag: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
+    ('modell: x\n', 'modell'), ('- a\n', 'name: value'), ('a: [\n', 'config'), ('epochs: 2.5\n', '2.5'),
     ("amp: 'no'\n", 'true or false'), ('tau: 3\n', 'tau'), ('clip-mode: foo\n', 'foo'), ('search_samples: 0\n', '1'),
     ('initial-checkpoint: nowhere.pth\n', 'nowhere.pth'),
 ])
@@ -418,7 +622,7 @@ def warnings_of(caplog, *flags):
     """What is logged while the loaders are created."""
     args = train.parse_args([*FAST, *flags])
     args.num_classes = 10
-    net = create_supernet(args, torch.device('cpu'))
+    net = create_network(args, torch.device('cpu'))
     caplog.clear()
     create_loaders(
         args, open_data(args), timm.data.resolve_data_config(vars(args), model=net), torch.device('cpu'))

@@ -21,7 +21,7 @@ from timm_shiftnas.method import BudgetGroups
 from timm_shiftnas.models import BatchNormCalibration, ResizedInput, bn_statistics, static_counts
 from timm_shiftnas.training import trainer as train
 from timm_shiftnas.training.data import create_loaders, open_data
-from timm_shiftnas.training.setup import create_supernet, scaled_lr
+from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli
 
 ROOT = Path(__file__).parents[2]
@@ -133,11 +133,31 @@ def test_the_command_line_calibrates(finished, tmp_path, capsys):
     for directory, which in ((out, []), (finished / 'model', ['--flops', str(budget)])):
         data = ['--data-dir', str(tmp_path / 'images'), '--split', 'train']
         assert cli(['evaluate', str(directory), *which, *data]) == 0
-        assert re.fullmatch(r'12 images: top-1 \d+\.\d\d%, top-5 \d+\.\d\d%\n', capsys.readouterr().out)
+        assert re.fullmatch(
+            r'12 images of 2 of the 10 classes: top-1 \d+\.\d\d%, top-5 \d+\.\d\d%\n', capsys.readouterr().out)
     assert cli(['evaluate', str(finished / 'model'), '--data-dir', str(tmp_path / 'images')]) == 2
-    assert 'say which subnet' in capsys.readouterr().err
+    assert 'choose a subnet with --flops' in capsys.readouterr().err
     assert cli(['info', str(out)]) == 0 and 'resolution' in capsys.readouterr().out
     assert cli(['info', str(finished / 'model')]) == 0 and 'kernel_size' in capsys.readouterr().out
+
+
+def test_the_quickstarts_own_digits_are_evaluated(finished, tmp_path, capsys):
+    row = table(finished)[2]
+    which = ['evaluate', str(finished / 'model'), '--flops', row['budget'], '--dataset', 'sklearn/digits']
+    outputs = []
+    for flags in ([], ['--device', 'cpu', '--batch-size', '50', '--workers', '1']):
+        assert cli([*which, *flags]) == 0
+        outputs.append(capsys.readouterr())
+    assert outputs[0] == outputs[1]
+    assert outputs[0] == (f'360 images: top-1 {float(row["top1"]):.2f}%, top-5 {float(row["top5"]):.2f}%\n', '')
+    assert cli([*which, '--amp', '--amp-dtype', 'bfloat16']) == 0
+    assert float(re.search(r'top-1 ([\d.]+)', capsys.readouterr().out)[1]) == pytest.approx(float(row['top1']), abs=5)
+    # the digits give the statistics of another budget, too
+    out, budget = str(tmp_path / 'out'), str(.6 * float(table(finished)[-1]['macs']))
+    extract = ['extract', str(finished / 'model'), '--flops', budget, '--dataset', 'sklearn/digits', '--output', out]
+    assert cli(extract) == 0 and capsys.readouterr().err == ''
+    assert cli(['evaluate', out, '--dataset', 'sklearn/digits']) == 0
+    assert capsys.readouterr().out.startswith('360 images: ')
 
 
 def test_broken_statistics_are_refused(finished, tmp_path):
@@ -169,7 +189,7 @@ def test_the_imagenet_config_is_bignas_recipe():
     assert args.sandwich and args.archs_per_step == 4 and args.shift == 'none'
     args.num_classes = 10
     with torch.device('meta'):
-        net = create_supernet(args, torch.device('meta'))
+        net = create_network(args, torch.device('meta'))
     assert net.pretrained_cfg['input_size'] == (3, 320, 320) and net.drop_rate == .2
     assert net.blocks[-1][1].drop_path.drop_prob == pytest.approx(.2 * 25 / 26)
 

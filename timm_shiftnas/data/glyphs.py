@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..utils.files import atomic_write
 from .in_memory import PixelImages, is_training_split
@@ -122,9 +122,9 @@ def _cached(files: list[Path], training: bool, per_class: int, difficulty: float
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as temporary:
-            save_file(dict(images=torch.from_numpy(images)), temporary)
+            temporary.write_bytes(save(dict(images=torch.from_numpy(images))))
     except OSError:
-        pass  # with a read-only home, images are rendered each time
+        pass  # with a read-only home or a full disk, images are rendered each time
     return images
 
 

@@ -107,7 +107,9 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
         budget = f"flops='{format_count(budgets[len(budgets) // 2])}'"
         which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
         lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
-    return '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
+    code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
+    mode = saved.record.image_mode
+    return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
 
 
 def _training(training: Training) -> str:

@@ -1,10 +1,11 @@
-"""Retries and error hints for the Hugging Face Hub."""
+"""Requests to the Hugging Face Hub: sizes before downloads, short waits, and hints in errors."""
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import validate_repo_id
+import huggingface_hub as hf
+from huggingface_hub import errors
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from ..utils.paths import expand_home
 from .format import CONFIG, KEY
 
-__all__ = ['HubOptions', 'check_repo_id', 'download', 'is_transient', 'retry', 'with_hints']
+__all__ = ['HubOptions', 'Retry', 'check_repo_id', 'download', 'with_hints']
 
 _logger = logging.getLogger(__name__)
 Result = TypeVar('Result')
+MOST_WAIT = 30  # seconds between the tries of a load or a push, in all
+TIMEOUT = 8  # seconds for a first answer: three tries without one take less than 30, too
 
 
 @dataclass
@@ -32,6 +37,9 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     force_download: bool = False
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        self.cache_dir = None if self.cache_dir is None else expand_home(self.cache_dir)
 
 
 def check_repo_id(name: str | os.PathLike) -> None:
@@ -45,38 +53,50 @@ def check_repo_id(name: str | os.PathLike) -> None:
         raise ValueError(f"{str(name)!r} is neither a directory nor a repository 'owner/name' on the Hugging Face Hub")
 
 
-def download(repo_id: str, name: str, options: HubOptions) -> Path:
-    """`hf_hub_download` with retries and hints, and with a warning where the cache may hold an older commit."""
-    with with_hints(repo_id, name):
-        return Path(_cached(repo_id, name, options) or retry(
-            hf_hub_download, repo_id, name, library_name=KEY, **vars(options)))
+def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[[int], None]) -> Path:
+    """A file in the cache, after `hf_hub_download` if need be.
 
+    huggingface_hub falls back to its cache silently, so that the user may get an older commit of a branch than
+    expected. Here the first request asks for the commit of the branch, and a warning says what was not answered.
 
-def _cached(repo_id: str, name: str, options: HubOptions) -> str | None:
-    """A file of a branch from the cache, if the branch has not moved or the Hub does not answer.
-
-    huggingface_hub falls back to its cache too, but silently, so that the user may get an older commit than expected.
-    The HEAD request here replaces that of huggingface_hub; a second one follows only if the branch has moved.
+    Args:
+        retry: For the repository.
+        name: Name of the file.
+        options: Where, and which commit.
+        check_size: Called with the size of the file before it is downloaded; raises an error to prevent that.
     """
-    if options.force_download or options.local_files_only or is_commit(options.revision):
-        return None
-    path = try_to_load_from_cache(repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
-    if not isinstance(path, str):
-        return None
-    commit = Path(path).parent.name
-    try:
-        found = get_hf_file_metadata(
-            hf_hub_url(repo_id, name, revision=options.revision), token=options.token, library_name=KEY)
-        return path if found.commit_hash == commit else None
-    except (errors.OfflineModeIsEnabled, errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError):
-        return None  # offline on purpose, or not there: hf_hub_download knows
-    except Exception as error:
-        if not isinstance(error, errors.HfHubHTTPError) and not _from_http_library(error):
-            raise
-        _logger.warning(
-            f'{repo_id}: loading commit {commit} from the cache, but {options.revision or "main"!r} may have a newer '
-            f'one: the Hub did not answer ({type(error).__name__}). {_hint(error, name)}')
-        return path
+    repo_id, branch = retry.repo_id, options.revision or 'main'
+    with with_hints(repo_id, name):
+        cached = None if options.force_download else hf.try_to_load_from_cache(
+            repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
+        path = Path(cached) if isinstance(cached, str) else None
+        if path and (is_commit(branch) or options.local_files_only):
+            return path
+        if name == CONFIG and not options.local_files_only:
+            try:
+                found = retry(
+                    lambda _: hf.get_hf_file_metadata(
+                        hf.hf_hub_url(repo_id, name, revision=branch), token=options.token, library_name=KEY,
+                        timeout=TIMEOUT),
+                    tries=1 if path else 3, check_size=check_size)
+                if path and found.commit_hash == path.parent.name:
+                    return path
+            except errors.OfflineModeIsEnabled:
+                pass  # hf_hub_download reads the cache
+            except Exception as error:
+                if not path or not _unanswered(error):
+                    raise
+                _logger.warning(
+                    f'{repo_id}: loading commit {path.parent.name} from the cache, but {branch!r} may have a newer '
+                    f'one: the Hub did not answer ({type(error).__name__}). {_hint(error, name)}')
+                return path
+        return Path(retry(hf.hf_hub_download, name, library_name=KEY, check_size=check_size, **vars(options)))
+
+
+def _unanswered(error: Exception) -> bool:
+    """Whether an error leaves open what the repository holds."""
+    missing = isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError))
+    return not missing and (isinstance(error, errors.HfHubHTTPError) or _from_http_library(error))
 
 
 def is_commit(revision: str | None) -> bool:
@@ -95,28 +115,75 @@ def matches_etag(path: Path, content: bytes) -> bool:
     return not re.fullmatch('[0-9a-f]{64}', etag) or etag == hashlib.sha256(content).hexdigest()
 
 
-def retry(call: Callable[..., Result], repo_id: str, *args: Any, unless: Callable[[Exception], bool] | None = None,
-          **kwargs: Any) -> Result:
-    """`call(repo_id, *args, **kwargs)`, with two more tries after transient errors, `unless` another could do harm."""
-    for wait in (1, 3):
-        try:
-            return call(repo_id, *args, **kwargs)
-        except Exception as error:
-            if not is_transient(error) or unless is not None and unless(error):
-                raise
-            _logger.warning(f'{repo_id}: {type(error).__name__}; trying again in {wait} s')
-            time.sleep(wait)
-    return call(repo_id, *args, **kwargs)
+class Retry:
+    """`retry(call, ...)` is `call(repo_id, ...)`, tried again after transient errors, for at most 30 seconds in all.
+
+    huggingface_hub itself waits for minutes, or for as long as a busy server asks. A hook on its HTTP client raises the
+    server's error before it does, and sees the sizes of files before they are downloaded.
+    """
+
+    def __init__(self, repo_id: str) -> None:
+        self.repo_id, self.left = repo_id, float(MOST_WAIT)
+
+    def __call__(self, call: Callable[..., Result], *args: Any, tries: int = 3,
+                 unless: Callable[[Exception], bool] = lambda error: False,
+                 check_size: Callable[[int], None] | None = None, **kwargs: Any) -> Result:
+        """Call; do not try again `unless(error)`: if another try could do harm."""
+        for attempt in range(1, tries + 1):
+            try:
+                with _responses(check_size):
+                    return call(self.repo_id, *args, **kwargs)
+            except Exception as error:
+                wait = max(3 ** (attempt - 1), _asked_wait(error))
+                if attempt == tries or wait > self.left or not is_transient(error) or unless(error):
+                    raise
+                self.left -= wait
+                status = status_of(_cause(error))
+                reason = f'the Hub answered with status {status}' if status else type(error).__name__
+                _logger.warning(f'{self.repo_id}: {reason}; trying again in {wait} s')
+                time.sleep(wait)
+        raise AssertionError('a try returns or raises')
+
+
+@contextmanager
+def _responses(check_size: Callable[[int], None] | None) -> Iterator[None]:
+    """Check every answer of the Hub to this thread, and to threads that it starts, before huggingface_hub sees it."""
+    others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+
+    def check(response: Any) -> None:
+        if threading.get_ident() in others:
+            return
+        if _busy(response.status_code):
+            response.read()
+            hf_raise_for_status(response)
+        size = response.headers.get('X-Linked-Size') or (
+            None if response.is_redirect else response.headers.get('Content-Length'))
+        if check_size and size and response.request.method == 'HEAD' and response.status_code < 400:
+            check_size(int(size))
+
+    hooks = hf.get_session().event_hooks['response']
+    hooks.append(check)
+    try:
+        yield
+    finally:
+        hooks.remove(check)
+
+
+def _busy(status: int) -> bool:
+    return status == 429 or status >= 500
+
+
+def _asked_wait(error: Exception) -> int:
+    """The seconds that a busy server asks to wait."""
+    headers = getattr(getattr(_cause(error), 'response', None), 'headers', {})
+    asked = headers.get('Retry-After', '') if headers else ''
+    return int(asked) if asked.isdecimal() else 0
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether another try may succeed: the server had a fault, or the connection was cut."""
     error = _cause(error)
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        return False  # without a connection, huggingface_hub has tried for long enough
-    if isinstance(error, errors.HfHubHTTPError):
-        return status_of(error) == 429 or status_of(error) >= 500
-    return _from_http_library(error) or isinstance(error, OSError) and 'Consistency check failed' in str(error)
+    return _busy(status_of(error)) or _from_http_library(error) or 'Consistency check failed' in str(error)
 
 
 def status_of(error: BaseException) -> int:
@@ -125,9 +192,9 @@ def status_of(error: BaseException) -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The server's error, where huggingface_hub reports a missing cache entry instead."""
-    hidden = isinstance(error, errors.LocalEntryNotFoundError) or 'Force download failed' in str(error)
-    return error.__cause__ if hidden and isinstance(error.__cause__, errors.HfHubHTTPError) else error
+    """The server's error, where huggingface_hub reports a missing cache entry or a failed upload instead."""
+    answered = getattr(error, 'response', None) is not None
+    return error.__cause__ if not answered and isinstance(error.__cause__, errors.HfHubHTTPError) else error
 
 
 def _from_http_library(error: BaseException) -> bool:
@@ -165,4 +232,6 @@ def _hint(error: BaseException, file: str) -> str:
                 else f'{file} was removed from the repository; give a revision= that has it')
     if isinstance(error, errors.RepositoryNotFoundError) or status_of(error) in (401, 403):
         return 'check the name and the access; give another token=, or log in again (hf auth login)'
+    if _asked_wait(error) > MOST_WAIT:
+        return f'the Hub asks to wait for {_asked_wait(error)} s, and at most {MOST_WAIT} s are waited: try again later'
     return 'the connection failed: try again' if _from_http_library(error) else ''

@@ -2,42 +2,52 @@
 
 A directory holds timm's `config.json`, `model.safetensors` and, for a supernet, `generator.safetensors` and
 `bn_stats.safetensors`. A config may come from anyone, so it is checked before a network is built from it. The type
-annotations below are these checks: `_fits` compares JSON data with them.
+annotations below are these checks: `fits` compares JSON data with them.
 """
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from reprlib import repr as short
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from timm.models import build_model_with_cfg, create_model, is_model
+from timm.data.dataset_info import CustomDatasetInfo
+from timm.models import build_model_with_cfg, create_model, is_model, model_entrypoint
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..space import is_supernet
+from ..data.modes import MODES, default_mode
+from ..space import families, is_supernet
+from ..space.core import Arch, SearchSpace
 from ..utils.text import one_line
 
-__all__ = ['ModelRecord', 'build_network', 'check_tensors']
+__all__ = ['ModelRecord', 'build_network', 'check_tensors', 'fits', 'read_archs', 'saved_class_names']
 
 KEY, FORMAT = 'timm_shiftnas', 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
 BN_STATS = 'bn_stats.safetensors'
 FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; files with other names are neither read nor published
 
-# Bounds far above any network in use: of widths, image sizes and classes; of depths and lengths; of the generator.
-MAX_SIZE, MAX_DEPTH, MAX_HIDDEN = 1_000_000, 1_000, 1024
+# Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
+# modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
+MAX_SIZE, MAX_DEPTH, MAX_MODULES, MAX_VALUES, MAX_TABLE = 1_000_000, 1_000, 10_000, 100, 50_000
+MAX_HIDDEN, MAX_CONFIG = 1024, 10_000_000
 
 Count = Annotated[int, lambda value: value >= 0]
 Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
+
+Mode = Annotated[str, MODES.__contains__]
 
 
 class SavedFile(TypedDict):
@@ -79,6 +89,8 @@ class ModelRecord:
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
     bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
+    image_mode: Mode | None = None  # of the PIL images, if it is not timm's default
+    upright: bool | None = None  # False: photographs are left as their pixels are stored
     files: Files
 
     @classmethod
@@ -107,17 +119,27 @@ def _problems(config: Any) -> Iterator[str]:
                'upgrade it: pip install -U timm_shiftnas')
     for name in sorted(set(ours) - set(types)):
         yield f'has an unknown entry {KEY}.{name}; this timm_shiftnas writes no such entry'
-    for name in [name for name, kind in types.items() if not _fits(ours.get(name), kind)] or _contradictions(**ours):
+    for name in [name for name, kind in types.items() if not fits(ours.get(name), kind)] or _contradictions(**ours):
         yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
-    if not isinstance(config.get('architecture'), str) or not is_model(config['architecture']):
-        yield f'names an unknown architecture {short(config.get("architecture"))}'
-    for name in ('model_args', 'pretrained_cfg'):
-        if not isinstance(config.get(name), dict):
-            yield f'has an unusable entry {name}: {short(config.get(name))}'
+    yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
+
+
+def _network_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """The faults of the entries that a network is built from."""
+    name = config.get('architecture')
+    if not isinstance(name, str) or not is_model(name):
+        yield f'names an unknown architecture {short(name)}; import the module that registers it, if it is yours'
+    registered = [model for family in families() for model in (family.supernet, family.subnet) if is_model(model)]
+    if model_entrypoint(name).__module__ not in {model_entrypoint(model).__module__ for model in registered}:
+        yield (f'names the architecture {name!r}, which is not of timm_shiftnas or of the module of a registered '
+               'Family; load it with timm.create_model')
+    for entry in ('model_args', 'pretrained_cfg'):
+        if not isinstance(config.get(entry, {}), dict):
+            yield f'has an unusable entry {entry}: {short(config[entry])}'
     yield from _oversized({name: config.get(name) for name in ('model_args', 'pretrained_cfg', 'num_classes')})
     # arguments of timm's factory could fetch other weights than those that are checked
     factory = {*inspect.signature(create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
-    for name in sorted(factory & set(config['model_args'])):
+    for name in sorted(factory & set(config.get('model_args', {}))):
         yield f'has model_args.{name}, which is not an argument of a network'
 
 
@@ -132,18 +154,24 @@ def _contradictions(files: Files, groups=None, probabilities=None, generator=Non
 
 def _oversized(config: Mapping[str, Any]) -> Iterator[str]:
     """Numbers and lists that are larger than any network needs."""
-    pending = list(config.items())
+    pending, layers = [(name, value, MAX_DEPTH) for name, value in config.items()], 0
     while pending:
-        name, value = pending.pop()
-        if isinstance(value, dict):
-            pending += value.items()
-        elif isinstance(value, list):
-            pending += [(name, item) for item in value]
-            if len(value) > MAX_DEPTH:
-                yield f'has {len(value):,} values of {name}; at most {MAX_DEPTH:,} are loaded'
-        limit = MAX_DEPTH if name == 'depth' else MAX_SIZE
-        if isinstance(value, (int, float)) and not abs(value) <= limit:  # 'not': NaN compares false
-            yield f'asks for {name}={short(value)}; at most {limit:,} is loaded'
+        name, value, longest = pending.pop()
+        is_depth = str(name).startswith('depth')
+        limit = MAX_DEPTH if is_depth else MAX_SIZE
+        if isinstance(value, Mapping):
+            longest = MAX_VALUES if name == 'space' else longest
+            pending += [(*item, longest) for item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(name, item, longest) for item in value]
+            if len(value) > longest:
+                yield f'has {len(value):,} values of {name}; at most {longest:,} are loaded'
+        elif isinstance(value, (int, float)):
+            if not abs(value) <= limit:  # 'not': NaN compares false
+                yield f'asks for {name}={short(value)}; at most {limit:,} is loaded'
+            layers += value if is_depth else 0
+    if layers > 2 * MAX_DEPTH:
+        yield f'asks for depths that add up to {layers:,}; at most {2 * MAX_DEPTH:,} are loaded'
 
 
 @cache
@@ -151,51 +179,134 @@ def _types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether JSON data fits a type annotation. Numbers have to be finite; a TypedDict may have further keys."""
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if origin is Annotated:
-        return _fits(value, args[0]) and all(check(value) for check in args[1:])
+        return fits(value, args[0]) and all(check(value) for check in args[1:])
     if origin is Literal:
         return any(type(value) is type(arg) and value == arg for arg in args)
     if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
+        return any(fits(value, arg) for arg in args)
     if origin in (list, dict):
         return isinstance(value, origin) and all(
-            _fits(item, args[-1]) for item in (value.values() if origin is dict else value))
+            fits(item, args[-1]) for item in (value.values() if origin is dict else value))
     if is_typeddict(kind):
         return isinstance(value, dict) and kind.__required_keys__ <= set(value) and all(
-            _fits(value[name], each) for name, each in _types(kind).items() if name in value)
+            fits(value[name], each) for name, each in _types(kind).items() if name in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 
 def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
-    """The network of a checked config, on the meta device: it needs no memory, even with absurd shapes."""
-    labels = {name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
-    try:
-        net = create_model(
-            config['architecture'], pretrained_cfg=dict(config['pretrained_cfg'], **labels), device='meta',
-            **config['model_args'])
-    except Exception as error:  # timm raises many types; the config is always the cause
-        raise ValueError(f'{where} does not describe a network ({type(error).__name__}: {one_line(error)})') from error
-    kind = config[KEY]['kind']
-    if not (is_supernet(net) if kind == 'supernet' else hasattr(net, 'arch')):
-        raise ValueError(f'{where} has the kind {kind}, but {config["architecture"]!r} is not a {kind}')
+    """The network of a config, on the meta device: it needs no memory, even with absurd shapes.
+
+    Args:
+        config: `architecture`, `model_args` and, if known, the other entries of a `config.json`.
+        where: Name of the file in error messages.
+
+    Raises:
+        ValueError: If the network is not one of this package or of a registered family, or far too large.
+    """
+    problem = next(_network_problems(config), None)
+    if problem is None:
+        labels = {
+            name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
+        cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
+        try:
+            with _few_modules():
+                net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
+            problem = next(_contents_problems(net, config), None)
+        except Exception as error:  # timm raises many types; the config is always the cause
+            problem = f'does not describe a network ({type(error).__name__}: {one_line(error)})'
+    if problem:
+        raise ValueError(f'{where} {problem}')
+    record = config.get(KEY, {})
+    net.image_mode = record.get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
+    net.upright = record.get('upright') is not False
     return net
 
 
-def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise a `ValueError` unless `tensors` have the names, shapes and number types of the `expected` ones."""
-    def kinds(state: Mapping[str, Tensor]) -> dict[str, tuple]:
-        return {name: ('float' if x.is_floating_point() else 'int', *x.shape) for name, x in state.items()}
+def _contents_problems(net: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
+    """The faults of a network that was built."""
+    found = 'supernet' if is_supernet(net) else 'subnet'
+    kind = config[KEY]['kind'] if KEY in config else found
+    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
+        yield f'has the kind {kind}, but {config["architecture"]!r} is not a {kind}'
+    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
+    if len(values) * max(values) > MAX_TABLE:
+        yield f'describes {len(values):,} choices of up to {max(values):,} values: too many'
 
-    own, given = kinds(expected), kinds(tensors)
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Refuse to build a network of more than `MAX_MODULES` modules, whatever the name of the argument that asks so."""
+    count = itertools.count(1)
+
+    def refuse(*_: Any) -> None:
+        if next(count) > MAX_MODULES:
+            raise ValueError(f'it has more than {MAX_MODULES:,} modules')
+
+    handle = register_module_module_registration_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def read_archs(archs: Any, space: SearchSpace, name: str, where: str = 'save_pretrained') -> list[Arch]:
+    """The archs of an entry; raises a `ValueError` unless all are in the space."""
+    try:
+        return [space.from_dict(arch) for arch in archs or ()]
+    except ValueError as error:
+        raise ValueError(f'{where} has an unusable entry {KEY}.{name}: {error}') from None
+
+
+def saved_class_names(config: Mapping[str, Any], num_classes: int, where: str) -> dict[int, str]:
+    """Names of the classes of a saved network, by index; empty if it was saved without them.
+
+    Raises:
+        ValueError: If timm cannot use the names, or a class does not exist.
+    """
+    names = config.get('label_names') or config['pretrained_cfg'].get('label_names')
+    if not names:
+        return {}
+    try:
+        info = CustomDatasetInfo(names)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{where} has an unusable entry label_names: {one_line(error)}') from None
+    named = {index: info.index_to_label_name(index) for index in info.label_indices()}
+    if max(named) >= num_classes:
+        raise ValueError(f'{where} names the class {max(named)}, but the network has {num_classes} classes, from 0')
+    return named
+
+
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise a `ValueError` unless `tensors` can be computed with and fit the `expected` ones.
+
+    They need the same names, shapes and kinds of numbers. All that are not integers have one type, of 16 bits or more,
+    and are finite.
+    """
+    if problem := next(_misfits(expected, tensors), None):
+        raise ValueError(f'{where} {problem}')
+
+
+def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    own, given = ({
+        name: ('float' if x.is_floating_point() else 'complex' if x.is_complex() else 'int', *x.shape)
+        for name, x in state.items()} for state in (expected, tensors))
     for name in own | given:
         if own.get(name) != given.get(name):
-            raise ValueError(
-                f'{where} does not belong to the network in {CONFIG}: {name} is {given.get(name, "missing")} in the '
-                f'file and {own.get(name, "missing")} in the network')
+            yield (f'does not belong to the network in {CONFIG}: {name} is {given.get(name, "missing")} in the file '
+                   f'and {own.get(name, "missing")} in the network')
+    floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
+    types = {x.dtype: name for name, x in floats.items()}
+    if len(types) > 1 or any(dtype.itemsize < 2 for dtype in types):
+        found = ', '.join(f'{name} is {str(dtype).removeprefix("torch.")}' for dtype, name in types.items())
+        yield f'has weights that do not compute together: {found}; save them all as float32'
+    for name, x in floats.items():
+        if not x.isfinite().all():
+            yield f'has values of {name} that are NaN or infinite; save weights that trained well'

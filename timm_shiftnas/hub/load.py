@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,21 @@ from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
 from ..models.subnet import extract
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
-from ..utils.units import format_count, parse_count
-from .download import HubOptions, check_repo_id, download, is_commit, matches_etag
-from .format import BN_STATS, CONFIG, GENERATOR, KEY, MAX_SIZE, WEIGHTS, ModelRecord, build_network, check_tensors
+from ..utils.paths import expand_home
+from ..utils.units import parse_count
+from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
+from .format import (
+    BN_STATS,
+    CONFIG,
+    GENERATOR,
+    MAX_CONFIG,
+    MAX_SIZE,
+    WEIGHTS,
+    ModelRecord,
+    build_network,
+    check_tensors,
+    read_archs,
+)
 
 __all__ = ['SavedModel', 'from_pretrained', 'load_supernet']
 
@@ -73,7 +85,9 @@ def from_pretrained(
     given = {name: value for name, value in dict(flops=flops, params=params, arch=arch).items() if value is not None}
     if len(given) > 1:
         raise ValueError(f'give one of flops, params and arch, not {" and ".join(given)}')
-    limits = {name: parse_count(value, name) for name, value in given.items() if name != 'arch'}
+    limits = {name: value for name, value in given.items() if name != 'arch'}
+    for name, value in limits.items():
+        parse_count(value, name)  # before anything is downloaded
     wanted = arch.to_dict() if isinstance(arch, Arch) else arch
     saved = SavedModel(
         directory_or_repo, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
@@ -145,10 +159,11 @@ class SavedModel:
     """
 
     def __init__(self, directory_or_repo: str | os.PathLike, **hub: Any) -> None:
-        self.name, self._hub = os.fspath(directory_or_repo), HubOptions(**hub)
+        self.name, self._hub = expand_home(directory_or_repo), HubOptions(**hub)
         self._is_local = bool(self.name) and Path(self.name).is_dir()
         if not self._is_local:
-            check_repo_id(directory_or_repo)
+            check_repo_id(self.name)
+        self._retry = Retry(self.name)
         self.config = self._read_config()
         self.record = ModelRecord.of_config(self.config, self.where(CONFIG))
         self.info, self.kind = self.record.to_dict(), self.record.kind
@@ -164,19 +179,27 @@ class SavedModel:
         remedy = 'copy or save the model again' if self._is_local else 'force_download=True fetches it again'
         return ValueError(f'{self.where(name)} {what}; {remedy}')
 
-    def _path(self, name: str) -> Path:
-        path = Path(self.name, name) if self._is_local else download(self.name, name, self._hub)
+    def _content(self, name: str, most: int, check_size: Callable[[int], None]) -> bytes:
+        """The first bytes of a file, `most` or less, if its size is right; `check_size` raises otherwise."""
+        path = Path(self.name, name) if self._is_local else download(self._retry, name, self._hub, check_size)
         if not path.exists():
             raise self._damage(name, 'is missing: this is not a model directory, or saving was interrupted')
         if is_commit(path.parent.name):
             self._hub.revision = path.parent.name  # of all further files, even if the branch moves on
-        return path
+        check_size(path.stat().st_size)
+        with open(path, 'rb') as file:
+            content = file.read(most + 1)
+        if name == CONFIG and not self._is_local and not matches_etag(path, content):
+            raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
+        return content
 
     def _read_config(self) -> Any:
-        path = self._path(CONFIG)
-        content = path.read_bytes()
-        if not self._is_local and not matches_etag(path, content):
-            raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
+        def check_size(size: int) -> None:
+            if size > MAX_CONFIG:
+                raise self._damage(CONFIG, f'has {size:,} bytes, and at most {MAX_CONFIG:,} are read')
+
+        content = self._content(CONFIG, MAX_CONFIG, check_size)
+        check_size(len(content))
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -188,11 +211,14 @@ class SavedModel:
         Raises:
             ValueError: If the file is not the one that was saved.
         """
-        expected, path = self.record.files[name], self._path(name)
-        if (size := path.stat().st_size) != expected['size']:
-            raise self._damage(
-                name, f'is not the file that was saved: it has {size} bytes instead of {expected["size"]}')
-        content = path.read_bytes()
+        expected = self.record.files[name]
+
+        def check_size(size: int) -> None:
+            if size != expected['size']:
+                raise self._damage(
+                    name, f'is not the file that was saved: it has {size} bytes instead of {expected["size"]}')
+
+        content = self._content(name, expected['size'], check_size)
         if hashlib.sha256(content).hexdigest() != expected['sha256']:
             raise self._damage(name, 'is not the file that was saved: its sha256 differs')
         return content
@@ -235,10 +261,7 @@ class SavedModel:
 
     def archs(self, name: str, space: SearchSpace) -> list[Arch]:
         """A saved list of archs: 'searched', or 'bn_archs' (those whose BatchNorm statistics were saved)."""
-        try:
-            return [space.from_dict(arch) for arch in getattr(self.record, name) or ()]
-        except ValueError as error:
-            raise ValueError(f'{self.where(CONFIG)} has an unusable entry {KEY}.{name}: {error}') from None
+        return read_archs(getattr(self.record, name), space, name, self.where(CONFIG))
 
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The saved BatchNorm statistics of an extracted subnet; empty if none were saved."""
@@ -253,27 +276,28 @@ class SavedModel:
         return stored
 
 
-def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: float = math.inf, params: float = math.inf) -> Arch:
+def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: Any = None, params: Any = None) -> Arch:
     """Choose the arch of a saved supernet for a budget: the largest searched one that fits, or the generator's."""
-    fitting = [
-        arch for arch in saved.archs('searched', net.space) if net.macs(arch) <= flops and net.params(arch) <= params]
+    most_macs, most_params = (math.inf if limit is None else parse_count(limit) for limit in (flops, params))
+    fitting = [arch for arch in saved.archs('searched', net.space)
+               if net.macs(arch) <= most_macs and net.params(arch) <= most_params]
     generator = saved.generator(net.space)
     # even if a searched arch fits: the generator refuses a budget that is out of range
-    proposed = generator.propose(flops) if params == math.inf else generator.propose_for_params(params)
+    proposed = generator.propose(flops) if params is None else generator.propose_for_params(params)
     if fitting:
         return max(fitting, key=net.macs)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
-    stored = [arch for arch in saved.archs('bn_archs', net.space) if .99 * flops <= net.macs(arch) <= flops]
+    stored = [arch for arch in saved.archs('bn_archs', net.space) if .99 * most_macs <= net.macs(arch) <= most_macs]
     return proposed if not stored or proposed in stored else max(stored, key=net.macs)
 
 
-def _check_subnet(net: nn.Module, limits: Mapping[str, float], arch: Any) -> None:
+def _check_subnet(net: nn.Module, limits: Mapping[str, Any], arch: Any) -> None:
     """Raise a `ValueError` unless a saved subnet is within the limits and has the arch, if one is given."""
     counts = dict(zip(('flops', 'params'), static_counts(net), strict=True)) if limits else {}
     for name, limit in limits.items():
-        if counts[name] > limit:
-            raise ValueError(f'this saved subnet has {counts[name]:,} {name}, more than the budget of '
-                             f'{format_count(limit)}; load a smaller one from its supernet')
+        if counts[name] > parse_count(limit):
+            raise ValueError(f'this saved subnet has {counts[name]:,} {name}, more than the budget of {limit}; '
+                             'load a smaller one from its supernet')
     same = arch is None
     with suppress(ValueError):  # an arch outside its space
         same = same or static_space(net).from_dict(arch) == net.arch

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,9 @@ from torch import nn
 from ..evaluation.plots import plot_accuracy
 from ..evaluation.tables import write_budgets_csv
 from ..method.generator import ArchitectureGenerator
+from ..utils.paths import expand_home
 from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, model_card
-from .download import append_line, check_repo_id, is_commit, retry, status_of, with_hints
+from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY
 from .load import SavedModel
 from .save import save_pretrained
@@ -95,111 +97,120 @@ def push_directory(
         raise ValueError(f'revision={revision!r} is a commit, which cannot be pushed to; give a branch')
     if create_pr and revision not in (None, 'main'):
         raise ValueError(f"a pull request goes to 'main'; omit revision={revision!r} or create_pr")
-    directory = Path(directory).resolve()
+    directory = Path(expand_home(directory)).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
     model = directory if (directory / CONFIG).exists() else directory / 'model'
     trained = model.name == 'model' and (model.parent / 'summary.csv').exists()
     saved = SavedModel(model)
     files = published_files(saved, repo_id, model.parent if trained else None, license)
-    api = HfApi(token=token, library_name=KEY)
+    api, retry = HfApi(token=token, library_name=KEY), Retry(repo_id)
     parent: str | None = None
     created: list[str] = []
     try:
         with with_hints(repo_id):
-            info = _ensure_repo(api, repo_id, revision, private, create_pr, created)
+            info = _ensure_repo(api, retry, revision, private, create_pr, created)
             present = {file.rfilename for file in info.siblings or ()}
-            if CARD in present and MARK not in _content(api, info, CARD):
+            if CARD in present and MARK not in _content(api, retry, info, CARD):
                 _logger.warning(f'{repo_id} has its own {CARD}, which stays')
                 del files[CARD]
             operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
-            operations += [CommitOperationDelete(name) for name in _stale_files(api, info, present, files)]
+            operations += [CommitOperationDelete(name) for name in _stale_files(api, retry, info, present, files)]
             # on top of this commit alone: two pushes at once must not mix their files
-            repo_id, parent = info.id, info.sha
+            retry.repo_id, parent = info.id, info.sha
             commit = retry(
-                api.create_commit, repo_id, operations, revision=revision, create_pr=create_pr, parent_commit=parent,
-                commit_message=commit_message or f'{saved.config["architecture"]} by {KEY}', unless=_was_sent)
+                api.create_commit, operations, revision=revision, create_pr=create_pr, parent_commit=parent,
+                commit_message=commit_message or f'{saved.config["architecture"]} by {KEY}', unless=_may_exist)
             return commit.pr_url or commit.commit_url
     except Exception as error:
-        outcome = 'no commit and no pull request was created' if create_pr else 'no commit was created'
-        outcome = '; '.join([outcome, *created]) if created else f'it is unchanged: {outcome}'
-        if parent and status_of(error) == 412:
-            outcome += '; another commit came first: push again'
-        elif parent and (status_of(error) or 500) >= 500 and _was_sent(error):  # the answer is missing
-            address = None if create_pr else _find_commit(api, repo_id, revision, parent, files)
-            if address:
-                _logger.warning(
-                    f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
-                return address
-            if address is None:
-                outcome = f'whether the {"pull request" if create_pr else "commit"} exists is unknown: see its page'
-        append_line(error, f'{repo_id}: {outcome}')
-        raise
+        in_doubt = _may_be_lost(error, parent)
+        address = _find_commit(api, retry, revision, parent, files) if in_doubt and not create_pr else ''
+        if not address:
+            first = '; another commit came first: push again' if status_of(error) == 412 else ''
+            outcome = _outcome(created, create_pr, unknown=in_doubt and (create_pr or address is None))
+            append_line(error, f'{repo_id}: {outcome}{first}')
+            raise
+        _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
+        return address
 
 
-def _ensure_repo(api: HfApi, repo_id: str, revision: str | None, private: bool | None, create_pr: bool,
+def _may_be_lost(error: Exception, parent: str | None) -> bool:
+    """Whether the Hub may have created the commit of a failed push: the request was sent, and not refused."""
+    return parent is not None and status_of(error) != 412 and _may_exist(error)
+
+
+def _outcome(created: list[str], create_pr: bool, unknown: bool) -> str:
+    """What a push that failed has left behind."""
+    if unknown:
+        return f'whether the {"pull request" if create_pr else "commit"} exists is unknown: see its page'
+    outcome = 'no commit and no pull request was created' if create_pr else 'no commit was created'
+    return '; '.join([outcome, *created]) if created else f'it is unchanged: {outcome}'
+
+
+def _ensure_repo(api: HfApi, retry: Retry, revision: str | None, private: bool | None, create_pr: bool,
                  created: list[str]) -> ModelInfo:
     """Return the repository state to commit on.
 
     Creates the repository and branch if missing, and lists them in `created`.
     """
     try:
-        info = retry(api.repo_info, repo_id)
+        info = retry(api.repo_info, timeout=TIMEOUT)
     except errors.RepositoryNotFoundError as error:
         if create_pr or isinstance(error, errors.GatedRepoError):
             raise
-        retry(api.create_repo, repo_id, private=private, exist_ok=True)
+        retry(api.create_repo, private=private, exist_ok=True)
         created.append('the repository is new and empty: push again, or delete it')
         try:
-            info = retry(api.repo_info, repo_id)
+            info = retry(api.repo_info, timeout=TIMEOUT)
         except errors.RepositoryNotFoundError:  # it existed, but is hidden from this token
             created.clear()
             raise
     if private and not info.private:
-        raise ValueError(f'{repo_id} is public already: make it private on its page, or publish without private')
+        raise ValueError(f'{retry.repo_id} is public already: make it private on its page, or publish without private')
     if revision in (None, 'main'):
         return info
     try:
-        return retry(api.repo_info, repo_id, revision=revision)
+        return retry(api.repo_info, revision=revision, timeout=TIMEOUT)
     except errors.RevisionNotFoundError:
         if revision.startswith('refs/'):
             raise
-        retry(api.create_branch, repo_id, branch=revision, exist_ok=True)
+        retry(api.create_branch, branch=revision, exist_ok=True)
         created.append(f'its branch {revision!r} is new, with the content of main')
-        return retry(api.repo_info, repo_id, revision=revision)
+        return retry(api.repo_info, revision=revision, timeout=TIMEOUT)
 
 
-def _content(api: HfApi, info: ModelInfo, name: str) -> str:
-    path = retry(api.hf_hub_download, info.id, name, revision=info.sha)
+def _content(api: HfApi, retry: Retry, info: ModelInfo, name: str) -> str:
+    path = retry(api.hf_hub_download, name, revision=info.sha)
     return Path(path).read_text(encoding='utf-8', errors='replace')
 
 
-def _stale_files(api: HfApi, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
+def _stale_files(
+        api: HfApi, retry: Retry, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
     """Files to delete: those of an earlier model of this package that the new one lacks."""
-    ours = CONFIG in present and f'"{KEY}"' in _content(api, info, CONFIG)
+    ours = CONFIG in present and f'"{KEY}"' in _content(api, retry, info, CONFIG)
     return sorted({GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} & set(present) - set(files)) if ours else []
 
 
-def _was_sent(error: Exception) -> bool:
-    """Whether a commit may exist after an error: not if the error is that of an earlier request."""
+def _may_exist(error: Exception) -> bool:
+    """Whether the commit may exist after an error: not if the Hub refused it, or an earlier request failed."""
+    if 0 < status_of(error) < 500:
+        return False
     for found in (error, error.__cause__):
-        try:
+        with suppress(AttributeError, RuntimeError):  # its request is not known
             return '/commit/' in found.request.url.path
-        except (AttributeError, RuntimeError):  # its request is not known
-            pass
     return True
 
 
-def _find_commit(api: HfApi, repo_id: str, revision: str | None, parent: str, files: dict[str, bytes]) -> str | None:
+def _find_commit(api: HfApi, retry: Retry, revision: str | None, parent: str, files: dict[str, bytes]) -> str | None:
     """After a push without an answer: the address of its commit, '' if there is none, `None` if unknown."""
     try:
-        head = retry(api.repo_info, repo_id, revision=revision, files_metadata=True)
+        head = retry(api.repo_info, revision=revision, files_metadata=True, timeout=TIMEOUT)
     except Exception:  # the error of the push is raised instead
         return None
     found = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in head.siblings or ()}
     same = all(
         found.get(name) in (git_hash(content), hashlib.sha256(content).hexdigest()) for name, content in files.items())
-    return '' if head.sha == parent else f'{api.endpoint}/{repo_id}/commit/{head.sha}' if same else None
+    return '' if head.sha == parent else f'{api.endpoint}/{retry.repo_id}/commit/{head.sha}' if same else None
 
 
 def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
@@ -207,17 +218,20 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
 
     `run` is the directory of the training, if there is one; `repo_id` and `license` are for the card.
     """
+    model, pictures = Path(saved.name), [] if run is None else [run / SHIFT]
+    for path in (model, *(model / name for name in (CONFIG, *saved.record.files)), *pictures):
+        if path.is_symlink():  # it could lead to any file of the user
+            raise ValueError(f'{path} is a link, and what it leads to is not published; copy it to its place')
     files = {name: saved.read(name) for name in saved.record.files}
     for name in files:
         saved.tensors(name)  # raises if it is not a safetensors file
-    files[CONFIG] = Path(saved.name, CONFIG).read_bytes()
+    files[CONFIG] = (model / CONFIG).read_bytes()
     if results := saved.record.results:
         with TemporaryDirectory() as folder:
             write_budgets_csv(Path(folder, TABLE), results)
             if saved.kind == 'supernet':
                 plot_accuracy(Path(folder, ACCURACY), results)
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    if run is not None and (run / SHIFT).is_file():
-        files[SHIFT] = (run / SHIFT).read_bytes()
+    files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}
     files[CARD] = str(model_card(saved, repo_id, set(files), license)).encode()
     return files

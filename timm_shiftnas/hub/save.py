@@ -15,13 +15,29 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
-from ..models import present_args, stock_description
+from ..models import plain_state_dict, present_args, static_space, stock_description
 from ..models.calibration import bn_statistics
+from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
 from ..utils.files import atomic_write
-from .format import BN_STATS, CONFIG, FILES, GENERATOR, KEY, WEIGHTS, ModelRecord, build_network, check_tensors
+from ..utils.paths import expand_home
+from .format import (
+    BN_STATS,
+    CONFIG,
+    FILES,
+    GENERATOR,
+    KEY,
+    MAX_CONFIG,
+    WEIGHTS,
+    ModelRecord,
+    build_network,
+    check_tensors,
+    read_archs,
+    saved_class_names,
+)
 
 __all__ = ['save_pretrained']
 
@@ -46,7 +62,7 @@ def save_pretrained(
     whole, or nothing can be loaded from the directory.
 
     Args:
-        directory: Where to save; created if missing, with its parents.
+        directory: Where to save, '~' is the home directory; created if missing, with its parents.
         net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`).
         generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
         groups: The K + 1 edges of the budget groups, in MACs.
@@ -64,6 +80,7 @@ def save_pretrained(
         ValueError: If `net` is neither a supernet nor a subnet, if an argument does not belong to it, or if the
             directory could not be loaded again.
     """
+    directory = Path(expand_home(directory))
     net, bn_stats = unwrap_model(net), dict(bn_stats or {})
     kind = 'supernet' if is_supernet(net) else 'subnet'
     if kind == 'subnet' and not isinstance(getattr(net, 'arch', None), Arch):
@@ -77,15 +94,19 @@ def save_pretrained(
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
 
     for arch, stats in bn_stats.items():
-        check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, f'bn_stats[{arch}]')
+        expected = bn_statistics(net.build_subnet(arch, device='meta'))
+        if not expected:
+            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
+        check_tensors(expected, stats, f'bn_stats[{arch}]')
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
-    tensors = {WEIGHTS: _cpu_copies({**net.state_dict(), **largest})}
+    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(net), **largest})}
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:
         tensors[BN_STATS] = _cpu_copies({
             f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
     files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
+    mode = getattr(net, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
@@ -96,12 +117,22 @@ def save_pretrained(
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(net) if kind == 'subnet' else None,
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
+        image_mode=None if mode == default_mode(getattr(net, 'in_chans', 3)) else mode,
+        upright=None if getattr(net, 'upright', True) else False,
         files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
-    ModelRecord.of_config(config, CONFIG)
+    record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
+    read_archs(record.searched, space, 'searched')
+    read_archs([row['arch'] for row in record.results or ()], space, 'results')
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
-    _write(Path(directory), {CONFIG: json.dumps(config, indent=2).encode(), **files})
+    saved_class_names(config, net.num_classes, CONFIG)
+    check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
+    content = json.dumps(config, indent=2).encode()
+    if len(content) > MAX_CONFIG:
+        raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
+                         'give shorter results, training or model_config')
+    _write(directory, {CONFIG: content, **files})
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +158,11 @@ def _timm_config(
     with TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save_config_for_hf(net, path, model_config=model_config, model_args=args, data_config=data_config)
-        return json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_text(encoding='utf-8'))
+    for name in LABELS:  # inference scripts and the Hub read them beside `pretrained_cfg`
+        if label := config['pretrained_cfg'].pop(name, None):
+            config.setdefault(name, label)
+    return config
 
 
 def _json_data(value: Any) -> Any:

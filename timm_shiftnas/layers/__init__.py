@@ -9,6 +9,7 @@ from .conv import (
     ElasticInvertedResidual,
     ElasticProjection,
     ElasticSqueezeExcite,
+    ElasticStem,
     IdentityShortcut,
     NoShortcut,
     ProjectedDepthwiseSeparableConv,
@@ -16,7 +17,9 @@ from .conv import (
     Projection,
     WidthShortcut,
     elastic_kernel,
+    keep_activations,
     make_elastic,
+    normalize,
     resize,
 )
 from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table
@@ -36,7 +39,8 @@ __all__ = [
     'BlockWidths', 'ConvWidths', 'ElasticAttention', 'ElasticBatchNorm', 'ElasticBlock', 'ElasticConv2d',
     'ElasticConvBnAct', 'ElasticDepthwiseConv2d', 'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual',
     'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp', 'ElasticPatchEmbed', 'ElasticProjection', 'ElasticQKV',
-    'ElasticSqueezeExcite', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv',
+    'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv',
     'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock', 'RelativeIndex',
-    'RelativePosition2d', 'WidthShortcut', 'elastic_kernel', 'extend_table', 'make_elastic', 'masked', 'resize',
+    'RelativePosition2d', 'WidthShortcut', 'elastic_kernel', 'extend_table', 'keep_activations', 'make_elastic',
+    'masked', 'normalize', 'resize',
 ]

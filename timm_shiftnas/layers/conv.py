@@ -8,7 +8,8 @@ evaluation. Running statistics are not updated: an average over different subnet
 full network, without widths, updates them.
 
 Networks are built by timm and made elastic in place: `make_elastic` changes the class of a module, so that names,
-shapes and initial weights are timm's by construction.
+shapes and initial weights are timm's by construction. Tools may later replace each BatchNorm by another module of the
+same kind (timm's `freeze`, `convert_sync_batchnorm` of timm and of torch, ...): `normalize` runs them all.
 """
 from __future__ import annotations
 
@@ -18,17 +19,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import BatchNormAct2d, DropPath, SyncBatchNormAct
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .widths import Width, masked, prefix
+from .widths import Width, check_channels, masked, prefix
 
 __all__ = [
     'ConvWidths', 'ElasticBatchNorm', 'ElasticConv2d', 'ElasticConvBnAct', 'ElasticDepthwiseConv2d',
     'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual', 'ElasticProjection', 'ElasticSqueezeExcite',
-    'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection',
-    'WidthShortcut', 'elastic_kernel', 'make_elastic', 'resize',
+    'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual',
+    'Projection', 'WidthShortcut', 'elastic_kernel', 'keep_activations', 'make_elastic', 'normalize', 'resize',
 ]
 
 
@@ -62,8 +65,13 @@ FULL = ConvWidths(elastic=False)
 
 def resize(x: Tensor, resolution: int) -> Tensor:
     """Images [B, C, H, W] as squares of another size: bicubic, without antialiasing, as AttentiveNAS does it."""
-    if x.shape[-2:] == (resolution, resolution):
+    height, width = x.shape[-2:]
+    if height == width == resolution:
         return x
+    if height != width:
+        raise ValueError(
+            f'images of {height} x {width} pixels are not square, but a subnet of resolution {resolution} takes '
+            f'squares; crop or resize them to {max(height, width)} x {max(height, width)} before')
     return F.interpolate(x, size=(resolution, resolution), mode='bicubic', align_corners=False)
 
 
@@ -77,6 +85,14 @@ class ElasticConv2d(nn.Conv2d):
         out = prefix(out)
         bias = None if self.bias is None else self.bias[:out]
         return F.conv2d(x, self.weight[:out, :x.shape[1]], bias, self.stride, self.padding)
+
+
+class ElasticStem(ElasticConv2d):
+    """`ElasticConv2d` on images, whose channels are not elastic."""
+
+    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
+        check_channels(x, self.in_channels)
+        return super().forward(x, out=out)
 
 
 class ElasticDepthwiseConv2d(nn.Conv2d):
@@ -138,6 +154,29 @@ class ElasticBatchNorm(BatchNormAct2d):
         return self.act(self.drop(x))
 
 
+def normalize(norm: nn.Module, x: Tensor, elastic: bool) -> Tensor:
+    """Normalise and activate the first `x.shape[1]` channels, by a BatchNorm or by what has replaced it.
+
+    Another module than `ElasticBatchNorm` runs with slices of its weights and statistics. It may update the statistics
+    of the full network; at an arch it gets copies.
+
+    Raises:
+        ValueError: If `norm` is not a kind of BatchNorm: extracted subnets have BatchNorms.
+    """
+    if isinstance(norm, ElasticBatchNorm):
+        return norm(x, elastic=elastic)
+    if not elastic:
+        return norm(x)
+    if getattr(norm, 'running_mean', None) is None or isinstance(norm, _InstanceNorm):
+        raise ValueError(
+            f'{type(norm).__name__} cannot take the place of a BatchNorm in a supernet, because it has no running '
+            'statistics per channel; use a kind of BatchNorm: frozen, synchronised or split')
+    state = {name: weight[:x.shape[1]] for name, weight in norm.named_parameters()}
+    state |= {name: buffer[:x.shape[1]].clone() if buffer.dim() else buffer.clone()
+              for name, buffer in norm.named_buffers()}
+    return functional_call(norm, state, (x,))
+
+
 class ElasticSqueezeExcite(SqueezeExcite):
     """timm's squeeze-and-excitation of the first `x.shape[1]` channels."""
 
@@ -150,7 +189,7 @@ class ElasticConvBnAct(ConvBnAct):
     """timm's convolution with BatchNorm and activation, computing its first `out` channels."""
 
     def forward(self, x: Tensor, *, out: Width = None, elastic: bool = False) -> Tensor:
-        return self.bn1(self.conv(x, out=out), elastic=elastic)
+        return normalize(self.bn1, self.conv(x, out=out), elastic)
 
 
 # -- shortcuts ---------------------------------------------------------------------------------------------------------
@@ -175,7 +214,8 @@ class Projection(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:
             return x
-        return F.avg_pool2d(x, 2, 2, padding=(x.shape[-2] % 2, x.shape[-1] % 2))
+        # int(): tracers record sizes as tensors, and exporters know no padding that is a tensor
+        return F.avg_pool2d(x, 2, 2, padding=(int(x.shape[-2]) % 2, int(x.shape[-1]) % 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.pool(x))
@@ -302,23 +342,23 @@ class ElasticDepthwiseSeparableConv(_ElasticBlock, DepthwiseSeparableConv):
         return x  # channels do not mix before the mask of `hidden`, which is the same: masks multiply once
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return self.bn1(self.conv_dw(x, size=widths.kernel_size), elastic=widths.elastic)
+        return normalize(self.bn1, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
 
     def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return self.bn2(self.conv_pw(x, out=widths.width_out), elastic=widths.elastic)
+        return normalize(self.bn2, self.conv_pw(x, out=widths.width_out), widths.elastic)
 
 
 class ElasticInvertedResidual(_ElasticBlock, InvertedResidual):
     """timm's inverted residual block at the given widths; without widths, the full block."""
 
     def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
-        return self.bn1(self.conv_pw(read, out=widths.hidden), elastic=widths.elastic)
+        return normalize(self.bn1, self.conv_pw(read, out=widths.hidden), widths.elastic)
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return self.bn2(self.conv_dw(x, size=widths.kernel_size), elastic=widths.elastic)
+        return normalize(self.bn2, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
 
     def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return self.bn3(self.conv_pwl(x, out=widths.width_out), elastic=widths.elastic)
+        return normalize(self.bn3, self.conv_pwl(x, out=widths.width_out), widths.elastic)
 
 
 # -- from timm's modules -----------------------------------------------------------------------------------------------
@@ -345,6 +385,16 @@ def make_elastic(module: nn.Module) -> None:
             child.__class__ = _ELASTIC[type(child)]
             if isinstance(child, _ElasticBlock):
                 child.projection = IdentityShortcut() if child.has_skip else NoShortcut()
+
+
+def keep_activations(module: nn.Module) -> None:
+    """Keep the activations of norms that torch's `SyncBatchNorm.convert_sync_batchnorm` has replaced, in place.
+
+    It moves the activation of timm's norms into a module whose forward does not call it.
+    """
+    for child in module.modules():
+        if type(child) is nn.SyncBatchNorm and hasattr(child, 'act'):
+            child.__class__ = SyncBatchNormAct
 
 
 def elastic_kernel(conv: ElasticDepthwiseConv2d, sizes: Sequence[int], transform: bool) -> None:

@@ -27,11 +27,13 @@ def relative_index(grid_size: tuple[int, int], num_prefix: int, max_distance: in
     """Constants for `num_prefix` (0 or 1) class tokens followed by the grid, with the dtype and device of `like`."""
     rows, cols = grid_size
     row, col = torch.arange(rows, device=like.device), torch.arange(cols, device=like.device)
-    columns = torch.zeros(num_prefix + rows * cols, fused_columns(grid_size), device=like.device, dtype=like.dtype)
-    patches = columns[num_prefix:].view(rows, cols, -1)
-    patches[:, :, :rows] = torch.eye(rows, device=like.device, dtype=like.dtype)[:, None]
-    patches[:, :, rows:rows + cols] = torch.eye(cols, device=like.device, dtype=like.dtype)
-    columns[:num_prefix, rows + cols] = 1
+    one_hot_rows = torch.eye(rows, device=like.device, dtype=like.dtype)[:, None].expand(-1, cols, -1).flatten(0, 1)
+    one_hot_cols = torch.eye(cols, device=like.device, dtype=like.dtype).repeat(rows, 1)
+    rest = fused_columns(grid_size) - rows - cols
+    columns = F.pad(torch.cat([one_hot_rows, one_hot_cols], dim=1), [0, rest])
+    if num_prefix > 0:
+        flag = torch.ones(num_prefix, 1, device=like.device, dtype=like.dtype)
+        columns = torch.cat([F.pad(flag, [rows + cols, rest - 1]), columns])
     return RelativeIndex(
         (row - row[:, None]).clamp(-max_distance, max_distance) + max_distance + 1,
         (col - col[:, None]).clamp(-max_distance, max_distance) + max_distance + 1,
@@ -135,7 +137,7 @@ class RelativePosition2d(nn.Module):
         by_pair = _read_pairs(self.k_rows, self.k_cols, index, self.num_prefix)
         logits = (q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, by_pair)) * self.scale
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))
-        attention = F.dropout(logits.softmax(dim=-1), dropout)
+        attention = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0)
         by_pair = _read_pairs(self.v_rows, self.v_cols, index, self.num_prefix)
         return attention @ v + torch.einsum('bhqk,qkd->bhqd', attention, by_pair)
 
@@ -164,7 +166,8 @@ class RelativeAttention(Attention):
     def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                index: RelativeIndex | None = None) -> Tensor:
         """[B, tokens, 3 * 64 * heads] -> [B, heads, tokens, 64]."""
-        q, k, v = qkv.unflatten(-1, [3, -1, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, tokens, _ = qkv.shape
+        q, k, v = qkv.reshape(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.
         if self.rel_pos is not None:
@@ -178,7 +181,7 @@ class RelativeAttention(Attention):
                 q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
         logits = q * self.scale @ k.transpose(-2, -1)
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))
-        return F.dropout(logits.softmax(dim=-1), dropout) @ v
+        return F.dropout(logits.softmax(dim=-1), dropout, self.training) @ v
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None) -> Tensor:

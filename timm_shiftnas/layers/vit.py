@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..space.shiftformer import HEAD_DIM
 from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex
-from .widths import Width, masked, prefix
+from .widths import Width, check_channels, masked, prefix
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
@@ -114,6 +114,7 @@ class ElasticPatchEmbed(PatchEmbed):
     """timm's patch embedding, computing its first `out` channels: [B, C, H, W] -> [B, patches, out]."""
 
     def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
+        check_channels(x, self.proj.in_channels)
         if x.shape[-2:] != tuple(self.img_size):
             raise ValueError(
                 f'input of size {tuple(x.shape[-2:])} for a network of {tuple(self.img_size)}; '

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ['Width', 'masked', 'prefix']
+__all__ = ['Width', 'check_channels', 'masked', 'prefix']
 
 Width = int | Tensor | None
 
@@ -23,3 +23,11 @@ def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
 def prefix(width: Width) -> int | None:
     """How many channels to compute, as a slice bound: masks compute all."""
     return None if isinstance(width, Tensor) else width
+
+
+def check_channels(images: Tensor, channels: int) -> None:
+    """Raise a `ValueError` unless images [B, C, H, W] have as many channels as a network reads."""
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f'a batch of shape {list(images.shape)} for a network that takes [batch, {channels}, height, width]; '
+            'convert the images, or create the network with in_chans=')

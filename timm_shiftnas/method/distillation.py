@@ -10,8 +10,9 @@ from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
 from ..utils.text import one_line
+from .config import ShiftNASConfig
 
-__all__ = ['Teacher', 'divergence']
+__all__ = ['Teacher', 'distilled', 'divergence']
 
 
 class Teacher:
@@ -35,9 +36,10 @@ class Teacher:
                 model, num_classes=net.num_classes, in_chans=net.in_chans, pretrained_path=path, device=device)
         except Exception as error:  # unknown names, files without weights, ...: torch and timm raise many types
             what = f'{model!r}' if path is None else f'{model!r} with the weights in {path!r}'
+            reason = one_line(error, 300).partition('; ')[0]
             raise ValueError(
-                f'cannot create the teacher {what} ({one_line(error, 300)}); give a model of '
-                'timm.list_models(pretrained=True), or a file with its weights') from None
+                f'cannot create the teacher {what} ({reason}); give a model of timm.list_models(pretrained=True), or a '
+                f'file with its weights for {net.num_classes} classes') from None
         self.teacher.to(device).requires_grad_(False)
         self.mean, self.std = (
             torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
@@ -61,3 +63,15 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tens
         (logits.float() / temperature).log_softmax(-1), (teacher.float() / temperature).log_softmax(-1),
         reduction='batchmean', log_target=True)
     return loss * temperature ** 2
+
+
+def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, config: ShiftNASConfig) -> Tensor:
+    """Loss with a teacher: `task_weight * loss + distill_weight * divergence`.
+
+    Args:
+        loss: Loss on the targets.
+        logits, teacher: As for `divergence`.
+        config: The weights and the temperature.
+    """
+    task_weight, distill_weight = config.loss_weights
+    return task_weight * loss + distill_weight * divergence(logits, teacher, config.temperature)

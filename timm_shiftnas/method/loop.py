@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ import yaml
 from timm.loss import JsdCrossEntropy
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..space import is_supernet
-from ..utils.text import one_line
 from ..utils.units import parse_count
+from ..utils.yaml_files import read_yaml
 from .config import RunConfig, ShiftNASConfig, settings_of
 from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
@@ -29,6 +29,11 @@ from .task import Batch, ShiftNASTask
 __all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings']
 
 PREFIX = 'SHIFTNAS_'
+
+# Part of the images of each update for running statistics, which costs a forward of the full network, and the share of
+# these images in the moving average. So few updates follow the weights.
+STATISTICS_IMAGES = .25
+STATISTICS_MOMENTUM = .25
 
 # Fields of ShiftNASConfig that are no settings here: the task counts micro-batches itself, and there is no teacher.
 DERIVED_FIELDS = ('accum_steps', 'task_loss_weight', 'distill_loss_weight', 'temperature')
@@ -101,7 +106,10 @@ def read_environment(environment: Mapping[str, str] | None = None) -> tuple[Shif
     """
     environment = os.environ if environment is None else environment
     path = environment.get(f'{PREFIX}CONFIG')
-    given = _read_file(path) if path else {}
+    try:
+        given = read_yaml(path) if path else {}
+    except ValueError as error:
+        raise ValueError(f'{PREFIX}CONFIG: {error}') from None
     for name, text in environment.items():
         if name.startswith(PREFIX) and name != f'{PREFIX}CONFIG' and text:
             try:
@@ -110,17 +118,6 @@ def read_environment(environment: Mapping[str, str] | None = None) -> tuple[Shif
                 raise ValueError(
                     f'{name}={text!r} cannot be read; give one YAML value: none, 0.5, true, [1, 0.3]') from None
     return read_settings(given)
-
-
-def _read_file(path: str) -> dict[Any, Any]:
-    """The settings of a YAML file."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f'{PREFIX}CONFIG: cannot read {path!r}: {one_line(error)}') from None
-    if not isinstance(settings, dict | None):
-        raise ValueError(f'{PREFIX}CONFIG: {path!r} must hold "name: value" lines, such as "shift: none"')
-    return settings or {}
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -134,12 +131,40 @@ class ShiftImages:
         return self.batches
 
 
+@torch.no_grad()
+def update_running_statistics(net: nn.Module, images: Tensor) -> None:
+    """Update the running statistics of the BatchNorms in training mode by those of the full network for some images.
+
+    They are the mean over the first calls, and then a moving average. Dropout and drop path are off, so that nothing
+    random is drawn.
+    """
+    modes = [(module, module.training) for module in net.modules()]
+    norms = [(module, module.momentum) for module, training in modes if training and isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    try:
+        net.eval()
+        for norm, _ in norms:
+            count = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+            norm.training, norm.momentum = True, max(STATISTICS_MOMENTUM, 1 / (count + 1))
+        net(images)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, momentum in norms:
+            norm.momentum = momentum
+
+
 class StockTask(ShiftNASTask):
     """ShiftNAS for a loop that only calls the task, runs backward and steps its optimizer.
 
     An update ends with the optimizer's step, after any number of micro-batches. A shift takes its images from the batch
     of its update: the images it holds out are not trained on in that step. They are mixed and augmented like all
     images of the loop, and are trained on in other epochs; `train.py` of this project holds a part of the data out.
+
+    Such a loop validates the full network, `model(x)`, and may choose its best checkpoint by that. With BatchNorm, a
+    part of the images of each update therefore also updates the running statistics of the full network, without
+    gradients.
 
     Args:
         model: A supernet. Arguments that are not listed are those of timm's `ClassificationTask`.
@@ -203,6 +228,9 @@ class StockTask(ShiftNASTask):
             self.generator.fit(steps=self.run.generator_fit_steps, seed=self.config.seed, progress=self.verbose)
             self._fitted = True
             self._broadcast_generator()
+        if self._micro == 0:
+            part = input[:max(2, int(STATISTICS_IMAGES * len(input)))]
+            update_running_statistics(unwrap_model(self.trainable_module), part)
         if self._shift_is_due:
             input, target = self._hold_out(input, target)
         return super().forward(input, target)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -34,13 +34,13 @@ class CandidateGenerator(Protocol):
         """Indices [B, candidates, n] and log-probabilities [B, candidates] of archs for each budget."""
 
 
-def propose(generator: CandidateGenerator, flops: float | str) -> Arch:
+def propose(generator: CandidateGenerator, flops: SupportsFloat | str) -> Arch:
     """The arch for a budget; see `ArchitectureGenerator.propose`."""
     return propose_many(generator, [flops])[0]
 
 
 @torch.no_grad()
-def propose_many(generator: CandidateGenerator, budgets: Sequence[float | str]) -> list[Arch]:
+def propose_many(generator: CandidateGenerator, budgets: Sequence[SupportsFloat | str]) -> list[Arch]:
     """`propose` for several budgets at once, with the same results and errors."""
     limits = [_parse_limit('flops', budget, generator.macs_min, generator.macs_max, 'MACs') for budget in budgets]
     archs = []
@@ -105,7 +105,7 @@ def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor) -> Tensor:
         macs = torch.where(grows, highest, macs)
 
 
-def propose_for_params(generator: CandidateGenerator, params: float | str) -> Arch:
+def propose_for_params(generator: CandidateGenerator, params: SupportsFloat | str) -> Arch:
     """The proposal of most MACs within a number of parameters; see `ArchitectureGenerator.propose_for_params`."""
     space = generator.space
     low, high = (cast(int, complexity.params(space, arch)) for arch in (space.smallest, space.largest))
@@ -118,7 +118,7 @@ def propose_for_params(generator: CandidateGenerator, params: float | str) -> Ar
     return archs[best]
 
 
-def _parse_limit(name: str, value: float | str, low: int, high: int, unit: str) -> float:
+def _parse_limit(name: str, value: SupportsFloat | str, low: int, high: int, unit: str) -> float:
     """Read a budget, and lower it to that of the largest arch.
 
     Raises:
@@ -129,6 +129,6 @@ def _parse_limit(name: str, value: float | str, low: int, high: int, unit: str) 
         problem, hint = ('too small a budget', f'{low} or more') if limit < low else (
             'more than any arch uses', f'{high} for the largest')
         raise ValueError(
-            f'{name}={value!r} is {problem}: the archs of this space have {format_count(low)} to {format_count(high)} '
-            f'{unit}; give {name}={hint}')
+            f'{name}={str(value)[:40]} is {problem}: the archs of this space have {format_count(low)} to '
+            f'{format_count(high)} {unit}; give {name}={hint}')
     return min(limit, high)

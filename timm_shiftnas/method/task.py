@@ -30,14 +30,14 @@ from ..space.matrix_mapping import arch_masks
 from ..utils.distributed import Ranks
 from ..utils.streams import stream
 from .config import ShiftNASConfig
-from .distillation import divergence
+from .distillation import distilled, divergence
 from .generator import ArchitectureGenerator, generator_loss
 from .groups import BudgetGroups
 from .shift import ProbabilityShift
 from .signals import create_signal, frozen, full_precision
 
 __all__ = [
-    'ClassificationEvaluator', 'ShiftNASTask', 'check_same_space', 'evaluation_sample_limit',
+    'ClassificationEvaluator', 'ClassificationTask', 'ShiftNASTask', 'check_same_space', 'evaluation_sample_limit',
     'load_task_ema_checkpoint', 'resume_task_checkpoint',
 ]
 
@@ -108,9 +108,10 @@ class ShiftNASTask(ClassificationTask):
         self._shift_batches = cast(ShiftBatches, shift_batches)
         self._generator = [generator]  # in a list, so that `.parameters()` and `.to(device)` of the task leave it out
         self._teacher = teacher
-        self.network = dict(  # arguments of `create_model`, for readers of a checkpoint
+        self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
             architecture=net.pretrained_cfg['architecture'],
-            model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
+            model_args=dict(net.model_args, space=self.space.unbind().to_dict()),
+            label_names=net.pretrained_cfg.get('label_names'))
         self._one_call = False  # whether one forward call runs all archs of a step
         self.ranks = Ranks()
         self.loop_state: dict[str, Any] = {}
@@ -210,8 +211,7 @@ class ShiftNASTask(ClassificationTask):
                 continue
             loss = self.criterion(output, target)
             if logits is not None:
-                task_weight, distill_weight = config.loss_weights
-                loss = task_weight * loss + distill_weight * divergence(output, logits, config.temperature)
+                loss = distilled(loss, output, logits, config)
             losses.append(loss)
         return losses
 

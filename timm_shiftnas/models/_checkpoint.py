@@ -5,7 +5,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ['check_fits', 'weights_of']
+__all__ = ['OtherClasses', 'check_fits', 'weights_of']
+
+
+class OtherClasses(ValueError):
+    """A checkpoint has another number of classes than the network.
+
+    Attributes:
+        classes: Number of classes of the checkpoint.
+    """
+
+    def __init__(self, message: str, classes: int) -> None:
+        super().__init__(message)
+        self.classes = classes
 
 
 def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -26,6 +38,7 @@ def check_fits(state_dict: Mapping[str, Tensor], model: nn.Module, *, first_conv
         first_conv, classifier: Names of these modules.
 
     Raises:
+        OtherClasses: If only the number of classes differs.
         ValueError: If the weights do not fit.
     """
     own = model.state_dict()
@@ -46,6 +59,6 @@ def check_fits(state_dict: Mapping[str, Tensor], model: nn.Module, *, first_conv
     bias = state_dict.get(f'{classifier}.bias')
     classes = model.num_classes if bias is None else bias.shape[0]
     if classes != model.num_classes and getattr(model, 'pretrained_cfg', {}).get('num_classes') == model.num_classes:
-        raise ValueError(
+        raise OtherClasses(
             f'the checkpoint has {classes} classes, not {model.num_classes}; type '
-            f'pretrained_cfg_overlay=dict(num_classes={classes}), and its head is left out')
+            f'pretrained_cfg_overlay=dict(num_classes={classes}), and its head is left out', classes)

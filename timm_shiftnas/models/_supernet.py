@@ -4,13 +4,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from timm.layers import FrozenBatchNormAct2d
 from timm.models import create_model
 from torch import Tensor, nn
 
 from ..space import SearchSpace, Supernet, family_of
 from ..space.core import Arch
+from .subnet import LABELS
 
-__all__ = ['TimmSupernet']
+__all__ = ['TimmSupernet', 'plain_state_dict']
 
 # entries of timm's configuration that say where the weights of a supernet come from, or hold for its size only
 _OF_THE_SUPERNET = (
@@ -52,12 +55,25 @@ class TimmSupernet(Supernet):
     def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
         """timm's configuration of the static network."""
         cfg = getattr(self, 'pretrained_cfg', None) or self.untrained_cfg
-        cfg = {name: value for name, value in cfg.items() if name not in _OF_THE_SUPERNET}
+        dropped = _OF_THE_SUPERNET if cfg.get('num_classes') == self.num_classes else (*_OF_THE_SUPERNET, *LABELS)
+        cfg = {name: value for name, value in cfg.items() if name not in dropped}
         return dict(cfg, architecture=family_of(self.unbound_space).subnet, num_classes=self.num_classes)
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch, with the names and shapes of its static network: leading slices."""
-        shared = self.state_dict()
+        shared = plain_state_dict(self)
         return {
             name: shared[name][tuple(slice(size) for size in weight.shape)]
             for name, weight in subnet.state_dict().items()}
+
+
+def plain_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a network as it was created, whatever kind of BatchNorm has replaced its own since.
+
+    Frozen ones do not count batches, and split ones have further statistics that only training uses.
+    """
+    state = net.state_dict()
+    for prefix, module in net.named_modules():
+        if isinstance(module, FrozenBatchNormAct2d):
+            state[f'{prefix}.num_batches_tracked'] = torch.tensor(0, device=module.running_mean.device)
+    return {name: weight for name, weight in state.items() if '.aux_bn.' not in name}

@@ -142,6 +142,7 @@ class ShiftFormer(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
         index = self._relative_index(x)
+        is_causal = bool(is_causal)  # the TorchScript-based exporter of ONNX gives a tensor
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, attn_mask, is_causal, index)
@@ -332,7 +333,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     published = is_autoformer(state_dict)
     if published:
         state_dict = convert_autoformer(state_dict, model)
-    grid = _checkpoint_grid(state_dict, model)
+    grid = _trained_grid(state_dict, model)
     state_dict = vit_filter_fn(state_dict, model)
     for name, table in state_dict.items():
         if '.rel_pos.' in name:
@@ -344,7 +345,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ShiftFormer) -> d
     return state_dict
 
 
-def _checkpoint_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
+def _trained_grid(state_dict: Mapping[str, Tensor], model: ShiftFormer) -> tuple[int, int]:
     """The token grid that a checkpoint was trained on, found as timm does when it resamples the positions."""
     grid, patches = model.patch_embed.grid_size, state_dict.get('patch_embed.proj.weight')
     if 'pos_embed' not in state_dict:

@@ -29,12 +29,15 @@ from torch import Tensor, nn
 from ..layers.conv import (
     ConvWidths,
     ElasticDepthwiseConv2d,
+    ElasticStem,
     ProjectedDepthwiseSeparableConv,
     ProjectedInvertedResidual,
     Projection,
     WidthShortcut,
     elastic_kernel,
+    keep_activations,
     make_elastic,
+    normalize,
     resize,
 )
 from ..layers.widths import Width, masked
@@ -207,6 +210,7 @@ class ShiftMobileNetSupernet(TimmSupernet):
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate, drop_archs=drop_archs)
         make_elastic(self)
+        self.conv_stem.__class__ = ElasticStem
         self._make_blocks_elastic(zero_init_last, device, dtype)
         rows = block_table(self.unbound_space).blocks
         _set_drop_path(
@@ -228,6 +232,11 @@ class ShiftMobileNetSupernet(TimmSupernet):
             if zero_init_last and (block.has_skip or isinstance(block.projection, Projection)):
                 nn.init.zeros_((block.bn3 if row.expands else block.bn2).weight)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch; tools that replace modules call this for the children, too."""
+        super().add_module(name, module)
+        keep_activations(self)
+
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, arch: Arch | ShiftMobileNetMasks | None = None) -> Tensor:
@@ -244,14 +253,14 @@ class ShiftMobileNetSupernet(TimmSupernet):
         if arch is None:
             return super().forward_features(x)
         blocks, ends = self._block_widths(arch, x), self._end_widths(arch, x)
-        x = self.bn1(self.conv_stem(resize(x, arch.resolution), out=ends.stem), elastic=True)
+        x = normalize(self.bn1, self.conv_stem(resize(x, arch.resolution), out=ends.stem), True)
         for block, widths in blocks:
             run = partial(block, widths=widths)
             x = checkpoint(run, x) if self.grad_checkpointing else run(x)
         x = masked(x, ends.stage)
         if self._efficient_head:
             return masked(self.blocks[-1][0](x, out=ends.expanded, elastic=True), ends.expanded)
-        return self.bn2(self.conv_head(x, out=ends.last), elastic=True)
+        return normalize(self.bn2, self.conv_head(x, out=ends.last), True)
 
     def forward_head(
             self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftMobileNetMasks | None = None) -> Tensor:

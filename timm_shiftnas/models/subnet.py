@@ -1,6 +1,7 @@
 """Subnets of a supernet: views that share its weights, and extracted networks that own a copy."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch import nn
 from ..space import Family, SearchSpace, families, family_of, is_supernet, macs
 from ..space.core import Arch
 
-__all__ = ['Subnet', 'extract', 'present_args', 'static_counts', 'static_space', 'stock_description']
+__all__ = [
+    'Subnet', 'bound_space', 'describe_images', 'extract', 'present_args', 'static_counts', 'static_space',
+    'stock_description',
+]
+
+LABELS = ('label_names', 'label_descriptions')  # entries of timm's configuration about the classes
 
 
 class Subnet(nn.Module):
@@ -50,7 +56,35 @@ def extract(net: nn.Module, arch: Arch) -> nn.Module:
     with torch.inference_mode(False):  # so that the weights can be trained even if extracted in inference mode
         state = {name: tensor.detach().clone() for name, tensor in net.subnet_state_dict(arch, subnet).items()}
     subnet.load_state_dict(state, strict=True, assign=True)
+    for name in {'image_mode', 'upright'} & {*vars(net)}:
+        setattr(subnet, name, getattr(net, name))
     return subnet.requires_grad_(True).train(net.training)
+
+
+def describe_images(
+        net: nn.Module,
+        class_names: Mapping[int, str] | Sequence[str] | None,
+        mode: str | None = None,
+        upright: bool | None = None,
+) -> None:
+    """Record which images a network is trained on; its copies, subnets and saved models keep the record.
+
+    Args:
+        net: A supernet or a subnet.
+        class_names: Names of the classes by index. They become the `label_names` of timm's configuration: a list, or a
+            dict if there are gaps.
+        mode: Mode of the PIL images, such as 'RGB'; it becomes the attribute `image_mode`.
+        upright: Whether photographs are turned by their EXIF orientation; it becomes the attribute `upright`.
+    """
+    if isinstance(class_names, Mapping):
+        ordered = dict(sorted(class_names.items()))
+        class_names = list(ordered.values()) if list(ordered) == list(range(len(ordered))) else ordered
+    cfg = {name: value for name, value in net.pretrained_cfg.items() if name not in LABELS}
+    net.pretrained_cfg = cfg | dict(num_classes=net.num_classes, label_names=class_names or None)
+    if mode:
+        net.image_mode = mode
+    if upright is not None:
+        net.upright = upright
 
 
 def present_args(net: nn.Module) -> dict[str, Any]:
@@ -62,13 +96,17 @@ def present_args(net: nn.Module) -> dict[str, Any]:
 
 def static_counts(net: nn.Module) -> tuple[int, int]:
     """MACs and parameters of an extracted subnet."""
-    space = static_space(net).bind(**_family(net).geometry(net))
-    return macs(space, net.arch), sum(weight.numel() for weight in net.parameters())
+    return macs(bound_space(net), net.arch), sum(weight.numel() for weight in net.parameters())
 
 
 def static_space(net: nn.Module) -> SearchSpace:
     """The unbound space of an extracted subnet's own values."""
     return net.static_space
+
+
+def bound_space(net: nn.Module) -> SearchSpace:
+    """The space of an extracted subnet's own values, bound to its present geometry."""
+    return static_space(net).bind(**_family(net).geometry(net))
 
 
 def stock_description(net: nn.Module) -> dict[str, Any] | None:

@@ -134,7 +134,8 @@ def shiftmobilenet_space(
         head=_fixed('head', head, 1, ('plain', 'efficient'))[0],
         shortcut=_fixed('shortcut', shortcut, 1, ('identity', 'projection'))[0],
         kernel=_fixed('kernel', kernel, 1, ('crop', 'transform'))[0])
-    _check_values(values, structure)
+    if problem := next(_problems(values, structure), None):
+        raise ValueError(problem)
     return SearchSpace('shiftmobilenet', tuple(values.items()), tuple(_choices(values, structure)), structure)
 
 
@@ -194,33 +195,34 @@ def _fixed(name: str, value: Any, count: int, allowed: Sequence[Any]) -> tuple[A
     return value
 
 
-def _check_values(values: dict[str, Any], structure: Structure) -> None:
+def _problems(values: dict[str, Any], structure: Structure) -> Iterator[str]:
+    """What is wrong with a space."""
     for name, wanted, fits in (
             ('width', 'a multiple of 8', lambda v: v % 8 == 0), ('kernel_size', 'odd', lambda v: v % 2 == 1)):
         if wrong := [v for options in values[name] for v in options if not fits(v)]:
-            raise ValueError(f'{name}={wrong[0]} must be {wanted}')
+            yield f'{name}={wrong[0]} must be {wanted}'
     if wrong := [v for v in values['expand_ratio'] if v[0] < 1 or v[0] == 1 < len(v)]:
-        raise ValueError(f'expand_ratio={wrong[0]}: ratios are above 1, or 1 alone (no expanding convolution)')
+        yield f'expand_ratio={wrong[0]}: ratios are above 1, or 1 alone (no expanding convolution)'
     if structure.act[0] != structure.act[-1]:
-        raise ValueError(f'act={structure.act}: the stem and the last convolution must have the same activation')
+        yield f'act={structure.act}: the stem and the last convolution must have the same activation'
     total = structure.total_stride
     if total > 32:
-        raise ValueError(f'stride={structure.stride}: the total stride is {total}; it may be at most 32')
+        yield f'stride={structure.stride}: the total stride is {total}; it may be at most 32'
     if wrong := [r for r in values['resolution'] if r % 4 or r < total]:
         nearest = max(round(wrong[0] / 4) * 4, -(-total // 4) * 4)
-        raise ValueError(
+        yield (
             f'resolution={wrong[0]} cannot be divided by the strides of this network: give a multiple of 4, and at '
             f'least {total}, such as {nearest}')
     # far above any network in use: a downloaded config may ask for anything
     if values['resolution'][-1] > 4096:
-        raise ValueError(f'resolution={values["resolution"][-1]} may be at most 4096')
+        yield f'resolution={values["resolution"][-1]} may be at most 4096'
     if (blocks := sum(depths[-1] for depths in values['depth'])) > 256:
-        raise ValueError(f'depth={values["depth"]} gives {blocks:,} blocks; there may be at most 256')
+        yield f'depth={values["depth"]} gives {blocks:,} blocks; there may be at most 256'
     for stage, ratios in enumerate(values['expand_ratio'], 1 + structure.stem_block):
         for channels in {*values['width'][stage - 1], *values['width'][stage]}:
             inner = [_expanded_width(channels, ratio) for ratio in ratios]
             if len(set(inner)) < len(inner):
-                raise ValueError(
+                yield (
                     f'expand_ratio={ratios} gives the widths {inner} at {channels} channels; they must differ: choose '
                     'ratios further apart')
 

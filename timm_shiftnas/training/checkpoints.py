@@ -1,42 +1,51 @@
 """Checkpoints of a run, which survive kills, full disks and corrupt files.
 
-timm's `CheckpointSaver` writes them. This module adds writes that may fail, the search for the newest intact
-checkpoint, and resuming from the middle of an epoch.
+timm's `CheckpointSaver` decides which ones are kept. This module adds writes that may fail, the search for the newest
+intact checkpoint, and resuming from the middle of an epoch.
 """
 from __future__ import annotations
 
 import logging
 import os
-import pickle
+import re
+import reprlib
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
-from timm.models import clean_state_dict, create_model
+from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
-from torch import nn
+from torch import Tensor, nn
 
+from ..hub.format import build_network, check_tensors, fits
 from ..method.generator import ArchitectureGenerator
+from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
+from ..models.subnet import describe_images
 from ..space.core import SearchSpace
 from ..utils.distributed import Ranks
-from ..utils.files import zip_is_intact
+from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
+from ..utils.paths import expand_home
 from ..utils.text import one_line
+from .folder import RunFolder
 
 __all__ = [
-    'Checkpoints', 'Position', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
+    'Checkpoints', 'Position', 'Saver', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
     'newest_checkpoint', 'resume',
 ]
 
 _logger = logging.getLogger('train')
 SUFFIX = '.pth.tar'
+ONLY_TRAIN = 'give a file that train.py wrote, such as output/NAME/last.pth.tar'
+WEIGHTS_ONLY = 'to start from its weights, type --initial-checkpoint FILE in train.py'
 # With other values, held-out images would be images that the weights were trained on.
 SAME_DATA = ('seed', 'held_out', 'group_weights', 'glyph_images', 'glyph_difficulty', 'glyph_pixels')
-SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay')  # with other values, its state has another form
+SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay', 'freeze')  # with other values, its state has another form
 
 
 class Position(NamedTuple):
@@ -47,22 +56,49 @@ class Position(NamedTuple):
         batch: Batches of this epoch that are done, in each process.
         loss: Sum of the losses of their images.
         count: Number of these images.
+        seconds: Time that they took.
     """
     epoch: int
     batch: int = 0
     loss: float = 0.
     count: int = 0
+    seconds: float = 0.
 
     @property
     def mean_loss(self) -> float:
         return self.loss / max(self.count, 1)
 
-    def after(self, batches: int, losses: list[float], batch_size: int) -> Position:
+    @classmethod
+    def of_loop(cls, loop: dict[str, Any]) -> Position:
+        """The position in the `loop_state` of a checkpoint; old ones have no seconds."""
+        return cls(**{name: loop[name] for name in cls._fields if name in loop})
+
+    def after(self, batches: int, losses: list[float], batch_size: int, seconds: float) -> Position:
         """The position after some more batches, with the losses of those that count."""
         total = self.loss
         for loss in losses:
             total += loss * batch_size
-        return Position(self.epoch, self.batch + batches, total, self.count + len(losses) * batch_size)
+        return Position(self.epoch, self.batch + batches, total, self.count + len(losses) * batch_size, seconds)
+
+
+class Saver(CheckpointSaver):
+    """timm's saver, which writes with `atomic_write`.
+
+    torch itself would keep a file that it could not write open as long as there is a traceback, and a deleted file
+    occupies the disk until it is closed.
+    """
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        with atomic_write(save_path) as temporary, open(temporary, 'wb') as file:
+            super()._save(file, epoch, metric)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        Path(dst).unlink(missing_ok=True)
+        try:
+            os.link(src, dst)
+        except (OSError, NotImplementedError):  # a file system without hard links
+            with atomic_write(dst) as temporary:
+                shutil.copyfile(src, temporary)
 
 
 class Checkpoints:
@@ -70,20 +106,19 @@ class Checkpoints:
 
     Args:
         saver: timm's saver for this folder.
+        folder: The folder.
         since: When the run started (`time.time()`); older files are another run's. `None` for a resumed run.
 
     Attributes:
-        failure: The error of the last write, if it failed.
+        failure: The error of the last write, if it failed: its text, because the error itself holds what was written.
     """
 
-    def __init__(self, saver: CheckpointSaver, since: float | None = None) -> None:
-        self.saver, self.since = saver, since
-        self.folder = Path(saver.checkpoint_dir)
-        self.failure: Exception | None = None
-        found = sorted(self.folder.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
+    def __init__(self, saver: CheckpointSaver, folder: RunFolder, since: float | None = None) -> None:
+        self.saver, self.folder, self.since = saver, folder, since
+        self.failure = ''
+        found = sorted(folder.path.glob(f'{saver.recovery_prefix}-*{SUFFIX}'), key=os.path.getmtime)
         saver.prev_recovery_file, saver.curr_recovery_file = ['', '', *map(str, found)][-2:]
-        self._temporaries = [self.folder / f'{name}{SUFFIX}' for name in ('tmp', 'recovery_tmp')]
-        self._remove_temporaries()  # a run that was killed may have left some
+        folder.remove_temporaries(f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}')
 
     def save(self, epoch: int, metric: float | None) -> None:
         """Write a checkpoint at the end of an epoch; `metric` ranks it."""
@@ -97,7 +132,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest intact checkpoint of this run."""
-        return newest_checkpoint(self.folder, self.since)
+        return newest_checkpoint(self.folder.path, self.since)
 
     def finish(self) -> None:
         """Remove the recovery files at the end of the run.
@@ -105,10 +140,10 @@ class Checkpoints:
         Raises:
             OSError: If the last checkpoint could not be written.
         """
-        if self.failure is not None:
+        if self.failure:
             raise OSError(
-                f'training is finished, but its last checkpoint could not be written ({self.failure}); make room in '
-                f'{self.folder} and run the same command with --resume auto')
+                f'training is finished, but its last checkpoint could not be written ({self.failure}); once there is '
+                f'room in {self.folder.path}, run the same command with --resume auto')
         for path in (self.saver.prev_recovery_file, self.saver.curr_recovery_file):
             if path:
                 Path(path).unlink(missing_ok=True)
@@ -117,20 +152,17 @@ class Checkpoints:
     def _tolerate_errors(self) -> Iterator[None]:
         """Log a failed write; the disk may have room for the next checkpoint."""
         try:
-            yield
-            self.failure = None
+            with name_disk_errors(self.folder.path):
+                self.folder.restore()
+                yield
+            self.failure = ''
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-            self.failure = error
-            self._remove_temporaries()
+            self.failure = one_line(error, 300)
+        if self.failure:
             newest = self.newest()
             kept = f'{newest} is kept' if newest else 'there is no other yet'
             _logger.error(
-                f'cannot write a checkpoint ({one_line(error, 200)}); {kept}. Training continues; make room in '
-                f'{self.folder}')
-
-    def _remove_temporaries(self) -> None:
-        for path in self._temporaries:
-            path.unlink(missing_ok=True)
+                f'cannot write a checkpoint ({self.failure}); {kept}. Training continues, and the next one is tried')
 
 
 # -- finding and resuming ----------------------------------------------------------------------------------------------
@@ -156,12 +188,13 @@ def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> 
     for path in Path(folder).glob(f'*{SUFFIX}'):
         if path.name in (f'tmp{SUFFIX}', f'recovery_tmp{SUFFIX}'):
             continue
-        if since is not None and path.stat().st_mtime < since:
-            continue
         try:
+            if since is not None and path.stat().st_mtime < since:
+                continue
             # by time first: the folder may hold a longer, older run
             position = saved_position(load_checkpoint_metadata(str(path)))
-            found.append((path.stat().st_mtime, position.epoch, position.batch, path))
+            last = path.name == f'last{SUFFIX}'  # the best one may be the same file
+            found.append((path.stat().st_mtime, position.epoch, position.batch, last, path))
         except Exception as error:  # corrupt files make torch raise RuntimeError, EOFError, KeyError, ...
             _logger.warning(f'cannot read the checkpoint {path} ({one_line(error, 120)})')
     for *_, path in sorted(found, reverse=True):
@@ -175,7 +208,7 @@ def saved_position(checkpoint: dict[str, Any]) -> Position:
     """Where to resume. Checkpoints of other training loops are saved at the end of an epoch."""
     loop = (checkpoint.get('task_state') or {}).get('loop') or {}
     if 'epoch' in loop:
-        return Position(*(loop[name] for name in Position._fields))
+        return Position.of_loop(loop)
     return Position(checkpoint.get('epoch', -1) + 1)
 
 
@@ -191,7 +224,7 @@ def loop_state(position: Position, args: Namespace, ranks: Ranks) -> dict[str, A
 
 def resume(
         args: Namespace,
-        task: ShiftNASTask,
+        task: ShiftNASTask | NetworkTask,
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
         ranks: Ranks,
@@ -213,12 +246,17 @@ def resume(
             raise ValueError(
                 f'the checkpoint was trained with --{name.replace("_", "-")} {before} and not {now}; resume with '
                 f'the flags of its run: -c {Path(args.resume).with_name("args.yaml")}')
+    before, now = saved['label_names'], task.network['label_names']
+    if before and now and before != now:
+        raise ValueError(
+            f'the checkpoint was trained on the classes {reprlib.repr(before)}, and the data has {reprlib.repr(now)}; '
+            'resume with the same class folders, or start from its weights with --initial-checkpoint')
     if args.no_resume_opt:
         optimizer = scaler = None
     epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=scaler)
     if not task.loop_state:
         return Position(epoch or 0)
-    position = Position(*(task.loop_state[name] for name in Position._fields))
+    position = Position.of_loop(task.loop_state)
     for name, value in batch_layout(args, ranks).items():
         if position.batch and task.loop_state[name] != value:
             raise ValueError(
@@ -230,41 +268,51 @@ def resume(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator, dict[str, Any]]:
-    """Load a supernet from a checkpoint of this package, or of timm's own script with `timm_shiftnas.patch`.
+def load_checkpoint(
+        path: str | Path, use_ema: bool = True) -> tuple[nn.Module, ArchitectureGenerator | None, dict[str, Any]]:
+    """Load a network from a checkpoint of this package, or of timm's own script with `timm_shiftnas.patch`.
 
     Args:
         path: A checkpoint.
         use_ema: Load the averaged weights, if there are any.
 
     Returns:
-        The supernet in eval mode, its generator, and the state of the task with the flags under 'args'.
+        The network in eval mode, the generator of a supernet, and the state of the task with the flags under 'args'.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or not a checkpoint of a supernet.
+        ValueError: If the file is missing or corrupt, or not a checkpoint of this package.
     """
     checkpoint = read_checkpoint(path)
-    state = checkpoint['task_state']
-    net = create_model(state['network']['architecture'], **state['network']['model_args'])
-    generator = ArchitectureGenerator(net.space)
-    generator.load_state_dict(state['generator'])
+    state, where = checkpoint['task_state'], f'the checkpoint {str(path)!r}'
+    net = build_network(state['network'], where)
     averaged = use_ema and checkpoint.get('state_dict_ema')
-    net.load_state_dict(clean_state_dict(averaged or checkpoint['state_dict']))
-    return net.eval(), generator, dict(state, args=saved_flags(checkpoint))
+    weights = clean_state_dict(averaged or checkpoint['state_dict'])
+    check_tensors(net.state_dict(), weights, where)
+    net.load_state_dict({name: x.clone() for name, x in weights.items()}, assign=True)  # not mapped from the file
+    flags = saved_flags(checkpoint)
+    # checkpoints without this flag were trained by timm's own script or an older version, which turn no photographs
+    upright = not flags.get('ignore_exif_orientation', True)
+    describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
+    generator = None
+    if 'generator' in state:
+        generator = ArchitectureGenerator(net.space)
+        check_tensors(generator.state_dict(), state['generator'], where)
+        generator.load_state_dict(state['generator'])
+    return net.eval(), generator, dict(state, args=flags)
 
 
 def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:
     """Check that a run can resume from a file, before anything is loaded into a model.
 
     Returns:
-        The flags of the run that wrote it; nothing if it holds none.
+        The flags of the run that wrote it, if it holds them, and the `label_names` of its network.
 
     Raises:
         ValueError: If the file is missing or corrupt, not a checkpoint of this task, or of another search space.
     """
     checkpoint = read_checkpoint(path)
     check_same_space(checkpoint['task_state'], space)
-    return saved_flags(checkpoint)
+    return saved_flags(checkpoint) | dict(label_names=checkpoint['task_state']['network'].get('label_names'))
 
 
 def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -272,23 +320,60 @@ def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return dict(vars(flags) if isinstance(flags, Namespace) else flags)
 
 
+class Network(TypedDict):
+    """Arguments of `create_model`."""
+    architecture: str
+    model_args: dict[str, Any]
+
+
+class NetworkState(TypedDict):
+    """What is read of the state of any task, besides what only resuming needs."""
+    network: Network
+    space: dict[str, Any]
+
+
+class TaskState(NetworkState, total=False):
+    """The same of a task that trains a supernet."""
+    edges: list[float]
+    generator: dict[str, Tensor]
+    history: Annotated[list[Any], lambda history: bool(history)]
+    update: int
+    micro_step: int
+
+
+class Checkpoint(TypedDict):
+    task_state: TaskState
+    state_dict: dict[str, Tensor]
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this task, with its tensors mapped from the file.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or something else.
+        ValueError: If the file is missing or corrupt, or something else; the message says what.
     """
     problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
-        checkpoint = load_checkpoint_metadata(str(path))
-        if not isinstance(checkpoint, dict) or 'micro_step' not in (checkpoint.get('task_state') or {}):
-            problem, hint = 'is not a checkpoint of ShiftNAS', 'start from its weights with --initial-checkpoint'
+        path = expand_home(path)
+        with open(path, 'rb') as file:
+            start = file.read(9)
+        if start[8:] == b'{':  # after the length of its header
+            problem, hint = 'is a safetensors file: it holds weights, and not the state of a training', WEIGHTS_ONLY
+        elif start[:4] != b'PK\x03\x04':
+            problem, hint = 'cannot be read: torch.save did not write it, or in a format of its past', ONLY_TRAIN
         elif not zip_is_intact(path):
-            problem = 'is corrupt: the checksum of a part differs'
-    except (FileNotFoundError, IsADirectoryError):
-        problem, hint = 'does not exist', 'give a file such as output/NAME/last.pth.tar'
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        problem = f'cannot be read ({str(error).splitlines()[0]})'
+            problem = 'is corrupt: its end is missing, or the checksum of a part differs'
+        elif not fits(checkpoint := load_checkpoint_metadata(str(path)), Checkpoint):
+            problem, hint = 'is not a checkpoint of ShiftNAS', WEIGHTS_ONLY
+    except FileNotFoundError:
+        problem, hint = 'does not exist', ONLY_TRAIN
+    except IsADirectoryError:
+        problem, hint = 'is a directory', ONLY_TRAIN
+    except Exception as error:  # the reader of pickles raises any type
+        blocked = re.search(r'(?i)globals?:? (?:GLOBAL )?((?:\w+(?:\.\w+)+(?:, )?)+)', str(error))
+        problem, hint = f'cannot be read ({one_line(error, 100)})', ONLY_TRAIN
+        if blocked:
+            problem = f'holds Python objects ({blocked[1]}), which are not loaded, because they can run any code'
     if problem:
         raise ValueError(f'the checkpoint {str(path)!r} {problem}; {hint}')
     return checkpoint

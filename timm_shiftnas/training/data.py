@@ -20,8 +20,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.datasets import create_dataset
+from ..data.datasets import ImageFiles, class_names, create_dataset
 from ..data.loader import TrainLoader
+from ..data.modes import choose_mode
 from ..data.shift_batches import StepBatches, preprocessing
 from ..data.views import DatasetView, split_held_out
 from ..utils.distributed import Ranks
@@ -48,12 +49,14 @@ class Data:
         validation: Images for the reported accuracy.
         calibration: Training images without augmentation, for BatchNorm statistics.
         num_classes: Number of classes, if the training data tells.
+        class_names: Their names, by index, as far as the training data tells.
     """
     train: Dataset
     held_out: DatasetView | None
     validation: Dataset
     calibration: Dataset
     num_classes: int | None
+    class_names: dict[int, str]
 
 
 def open_data(args: argparse.Namespace) -> Data:
@@ -66,14 +69,20 @@ def open_data(args: argparse.Namespace) -> Data:
     open_split = partial(
         create_dataset, args.dataset, args.data_dir, class_map=args.class_map, download=args.dataset_download,
         batch_size=args.batch_size, seed=args.seed, input_img_mode=image_mode(args),
-        skip_broken=args.skip_broken_images, trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
+        skip_broken=args.skip_broken_images, upright=not args.ignore_exif_orientation,
+        trust_remote_code=args.dataset_trust_remote_code, glyphs=dict(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **keys)
     train = open_split(
         split=args.train_split, is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
     validation = open_split(split=args.val_split, is_training=False, num_samples=args.val_num_samples)
-    classes = [getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) for dataset in (train, validation)]
-    if None not in classes and classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
+    if isinstance(train, ImageFiles) and isinstance(validation, ImageFiles):
+        validation.decoder.ranges.update(train.decoder.ranges)
+        if (len(train), train.filename(0, absolute=True)) == (len(validation), validation.filename(0, absolute=True)):
+            _logger.warning(
+                f'the splits {args.train_split!r} and {args.val_split!r} hold the same images: accuracies are those of '
+                'training images')
+    names, others = class_names(train), class_names(validation)
+    if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
     if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
@@ -89,7 +98,7 @@ def open_data(args: argparse.Namespace) -> Data:
         times = f' in each of {processes} processes' if processes > 1 else ''
         raise ValueError(
             f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
-    return Data(train, held_out, validation, calibration, num_classes)
+    return Data(train, held_out, validation, calibration, num_classes, names)
 
 
 def image_mode(args: argparse.Namespace) -> str:
@@ -99,23 +108,14 @@ def image_mode(args: argparse.Namespace) -> str:
         ValueError: If images of this mode have another number of channels than the model.
     """
     flag = '--input-size' if args.input_size else '--in-chans'
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
-    if (bands := len(Image.new(mode, (1, 1)).getbands())) != channels:
-        raise ValueError(
-            f'{flag} asks for {channels} channels, but images of mode {mode} have {bands}; change it, or give a '
-            'matching --input-img-mode: L (1), RGB (3), RGBA (4)')
-    return mode
+    return choose_mode(
+        args.input_img_mode, args.input_size[0] if args.input_size else args.in_chans or 3, f'{flag} asks for')
 
 
 def count_classes(dataset: Dataset) -> int | None:
-    """Number of classes, if the dataset tells."""
-    reader = getattr(dataset, 'reader', None)
-    classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
-    targets = getattr(dataset, 'targets', None)
-    if classes:
-        return len(classes)
-    return max(targets) + 1 if isinstance(targets, list) and targets else None
+    """Number of classes, if the dataset tells: 1 more than the largest index, since a class map may have gaps."""
+    indices = class_names(dataset) or getattr(dataset, 'targets', None)
+    return max(indices) + 1 if isinstance(indices, (dict, list)) and indices else None
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------

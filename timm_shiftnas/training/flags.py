@@ -2,27 +2,32 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
-import yaml
 
 from .. import __version__
 from ..hub.download import check_repo_id
 from ..method.config import RunConfig, Setting, ShiftNASConfig, find_conflict, settings_of
 from ..utils.text import one_line
-from .timm_flags import FLAGS, convert
+from ..utils.yaml_files import read_yaml
+from .timm_flags import FLAGS, TIMM_ONLY, Keywords, OnlyDefault, convert, path
 
-__all__ = ['as_flag', 'build_parser', 'dest_of', 'parse_args', 'settings_table', 'training_facts']
+__all__ = [
+    'as_flag', 'build_parser', 'dest_of', 'parse_args', 'reset_supernet_flags', 'settings_table', 'training_facts']
+
+_logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
+NOT_TYPED = object()  # stands for a flag that is not on the command line
 # What a model card leaves out: files and names of this machine, and what the command on the card does not need.
 PRIVATE = {
     'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'num_classes', 'lr', 'traceback', 'push_to_hub',
@@ -33,13 +38,21 @@ PRIVATE = {
 # -- parser ------------------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage, which fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n')
+
+
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """A parser with timm's flags, which keep timm's names and meanings, and those of ShiftNAS."""
-    parser = argparse.ArgumentParser(
-        prog, description="Train a supernet with ShiftNAS, with the flags of timm's training script.",
+    parser = Parser(
+        prog, description="Train a supernet with ShiftNAS, or one network, with the flags of timm's training script.",
         allow_abbrev=False)
     parser.add_argument(
-        '-c', '--config', metavar='FILE', help='YAML file of defaults for these flags; flags on the command line win')
+        '-c', '--config', type=path, metavar='FILE',
+        help='YAML file of defaults for these flags; flags on the command line win')
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
     for title, rows in FLAGS.items():
@@ -49,6 +62,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
                     add_setting(groups['distillation' if setting.name in OF_A_TEACHER else title], setting)
         for names, kind, default, help in rows:
             groups[title].add_argument(*names.split(), **kind, default=default, help=help.replace('%', '%%'))
+    for name, only in TIMM_ONLY.items():
+        flag = name if name == 'local_rank' else name.replace('_', '-')  # as torch's launchers spell it
+        parser.add_argument(f'--{flag}', action=OnlyDefault, only=only)
     return parser
 
 
@@ -103,14 +119,18 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     """
     parser = build_parser(prog)
     argv = sys.argv[1:] if argv is None else argv
-    typed, _ = parser.parse_known_args(argv)
-    if typed.config:
-        argv = [*_read_config(parser, typed.config), f'--config={typed.config}', *argv]
+    typed, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(_dests(parser), NOT_TYPED)))
+    if typed.config is not NOT_TYPED:
+        try:
+            argv = [*_read_config(parser, typed), *argv]
+        except ValueError as error:
+            parser.error(f'--config: {error}')
     args = parser.parse_args(argv)
     no_folder = args.dataset.startswith('sklearn/')
-    if args.data and (typed.data_dir or no_folder):  # probably one value too many for the flag before it
-        parser.error(f'unexpected value {args.data!r}: the data is {typed.data_dir or args.dataset!r} already')
-    args.data_dir = args.data or args.data_dir
+    if args.data and (typed.data_dir is not NOT_TYPED or no_folder):  # one value too many for the flag before it
+        data = args.dataset if no_folder else args.data_dir
+        parser.error(f'unexpected value {args.data!r}: the data is {data!r} already')
+    args.data_dir = args.data or args.data_dir or None
     for mistake in find_mistakes(args):
         parser.error(mistake)
     return args
@@ -147,45 +167,76 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f'--push-to-hub: {error}'
 
 
-def _read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """Read a YAML file of `flag: value` lines as command-line arguments, so that its values get the same checks."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f'cannot read the config file: {one_line(error)}')
-    if not isinstance(values, dict):
-        parser.error(f'{path}: it must hold "flag: value" lines; see python train.py --help')
-    actions = {action.dest: action for action in parser._actions}
-    for action in parser._actions:
-        actions.update({option.lstrip('-').replace('-', '_'): action for option in action.option_strings})
-    names = {name: {'data': 'data_dir'}.get(name, str(name).replace('-', '_')) for name in values}
-    # files of timm's script may hold flags that do not exist here, if they are off
-    unknown = [name for name in values if names[name] not in actions and values[name] not in (None, False, '')]
+def reset_supernet_flags(args: argparse.Namespace) -> None:
+    """Reset the flags that mean nothing to a single network to their defaults, and say so."""
+    defaults = {dest_of(each): each.default for each in SETTINGS
+                if each.flag is not None and each.name not in OF_A_TEACHER}
+    defaults.update({names.lstrip('-').replace('-', '_'): default for names, _, default, _ in FLAGS['ShiftNAS']})
+    defaults.update(eval_metric='top1')
+    ignored = []
+    for name, default in defaults.items():
+        default = list(default) if isinstance(default, tuple) else default
+        if getattr(args, name, default) != default:
+            ignored.append(f'--{name.replace("_", "-")}')
+            setattr(args, name, default)
+    if ignored:
+        _logger.warning(f'one network is trained, not a supernet: ignored {", ".join(ignored)}')
+
+
+def _dests(parser: argparse.ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
+
+
+def _read_config(parser: argparse.ArgumentParser, typed: argparse.Namespace) -> list[str]:
+    """Read the YAML file of --config as command-line arguments, so that its values get the same checks.
+
+    Args:
+        parser: The parser of the flags.
+        typed: The flags of the command line, `NOT_TYPED` where there is none; they replace those of the file.
+
+    Raises:
+        ValueError: If the file is not one of `flag: value` lines.
+    """
+    file, values = typed.config, {name: value for name, value in read_yaml(typed.config).items() if value is not None}
+    actions = {option.lstrip('-').replace('-', '_'): each for each in parser._actions for option in each.option_strings}
+    actions.update({each.dest: each for each in parser._actions if each.option_strings}, data=actions['data_dir'])
+    found = {name: actions.get(str(name).replace('-', '_')) for name in values}
+    # files of other releases may hold flags that do not exist here, if they are off
+    unknown = [name for name, action in found.items() if action is None and values[name] not in (False, '')]
     if unknown:
-        parser.error(
-            f"{path}: there is no flag {', '.join(map(repr, unknown))} (docs/training.md lists timm's flags that are "
+        raise ValueError(
+            f"{file}: there is no flag {', '.join(map(repr, unknown))} (docs/training.md lists timm's flags that are "
             'not supported, and why); remove the lines')
-    argv = []
-    for name, value in values.items():
-        if names[name] not in actions:
+    argv, names = [], {}
+    for name, action in found.items():
+        if action is None or action.dest == 'config' or getattr(typed, action.dest, NOT_TYPED) is not NOT_TYPED:
             continue
-        dest = actions[names[name]].dest
-        flag = '--' + dest.replace('_', '-')
-        if isinstance(actions[dest], argparse._StoreTrueAction):
-            if not isinstance(value, bool):
-                parser.error(f'{path}: {name} must be true or false, not {value!r}')
-            argv += [flag] * value
-        elif isinstance(value, bool) and actions[dest].nargs == '?':
-            argv += [flag] * value
-        elif isinstance(value, list) and actions[dest].nargs is None:
-            parser.error(f'{path}: {name} must be one value, not {value}')
-        elif isinstance(value, dict):
-            argv += [flag, *(f'{k}={v}' for k, v in value.items())]
-        elif isinstance(value, (list, tuple)):
-            argv += [flag, *map(str, value)] if value else []
-        elif value is not None and dest != 'config':
-            argv.append(f'{flag}={value}')
+        if action in names:
+            raise ValueError(f'{file}: {names[action]} and {name} are the same flag; remove one of them')
+        names[action] = name
+        argv += _as_arguments(action, values[name], f'{file}: {name}')
     return argv
+
+
+def _as_arguments(action: argparse.Action, value: Any, where: str) -> list[str]:
+    """A value of a YAML file as command-line arguments.
+
+    Raises:
+        ValueError: If a value of this kind cannot be one of the flag.
+    """
+    flag, switch, keywords = max(action.option_strings, key=len), action.nargs == 0, isinstance(action, Keywords)
+    fits = {bool: switch or action.nargs == '?', dict: keywords, list: not switch and action.nargs and not keywords}
+    if not fits.get(type(value), not switch and not keywords):
+        wanted = 'true or false' if switch else 'NAME: VALUE pairs' if keywords else 'a value' if action.nargs else (
+            'one value, in quotes if YAML takes it for another')
+        raise ValueError(f'{where} must be {wanted}, not {value!r}')
+    if isinstance(value, bool):
+        return [flag] * value
+    if isinstance(value, dict):
+        return [flag, *(f'{name}={each!r}' for name, each in value.items())]
+    if isinstance(value, list):
+        return [flag, *map(str, value)] if value else []
+    return [f'{flag}={value}']
 
 
 # -- model cards -------------------------------------------------------------------------------------------------------
@@ -216,4 +267,5 @@ def training_facts(args: argparse.Namespace, processes: int = 1) -> dict[str, An
 
 def _is_path(value: Any) -> bool:
     """Whether the value of a flag is a path or an address."""
-    return isinstance(value, str) and (value.startswith(('/', '~', '.')) or '//' in value or '\\' in value)
+    return isinstance(value, str) and (
+        value.startswith(('/', '~', '.', 'local-dir:')) or '//' in value or '\\' in value)

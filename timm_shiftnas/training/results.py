@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torchvision
-from timm.utils import update_summary
 from torch import Tensor, nn
 
 from ..evaluation.accuracy import evaluate_budgets
@@ -19,8 +22,10 @@ from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
 from ..space.complexity import macs
 from ..space.core import Arch
+from ..utils.files import atomic_write, name_disk_errors
 from ..utils.streams import stream
 from .flags import training_facts
+from .folder import RunFolder
 from .interrupts import Interrupts
 from .setup import Run
 
@@ -35,46 +40,68 @@ class Results:
     Args:
         run: The run.
         interrupts: SIGTERM stops an evaluation at once.
-    """
+        folder: The folder of the run; only the first process has it.
 
-    def __init__(self, run: Run, interrupts: Interrupts) -> None:
-        self.run, self.interrupts = run, interrupts
+    Attributes:
+        metrics: Names of what `evaluate` returns, the columns of summary.csv.
+    """
+    metrics: tuple[str, ...] = ('top1', 'top1_smallest', 'top1_largest')
+
+    def __init__(self, run: Run, interrupts: Interrupts, folder: RunFolder | None) -> None:
+        self.run, self.interrupts, self.folder = run, interrupts, folder
         self.args, self.task, self.loaders, self.output = run.args, run.task, run.loaders, run.output
 
     def evaluate(self, last: bool) -> dict[str, float]:
-        """Evaluate the ends of the range and one subnet per budget group, and write what belongs to them.
+        """Evaluate, and write what belongs to it.
 
         Args:
             last: Whether this is the last evaluation, whose files must not be missing.
 
         Returns:
-            Top-1 in percent: the mean over groups, the smallest subnet, the largest.
+            Accuracies in percent, by `metrics`.
         """
-        run, args, task = self.run, self.args, self.task
-        net = self.evaluated_net()
-        options: dict[str, Any] = dict(
-            device=run.device, autocast=run.autocast(), channels_last=args.channels_last, ranks=run.ranks)
+        run, net = self.run, self.evaluated_net()
+        with self.interrupts.immediate():
+            rows, found = self.measure(
+                net, device=run.device, autocast=run.autocast(), channels_last=self.args.channels_last, ranks=run.ranks)
+        if run.ranks.primary:
+            with self.tolerate_errors('the table', 'standard output'):  # the reader of a pipe may have ended
+                print(format_table(rows), flush=True)
+            with self.tolerate_errors('the results', unless=last):
+                self.write(net, rows, **found)
+        return self.summary(rows)
+
+    def measure(self, net: nn.Module, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Evaluate the ends of the range and one subnet per budget group.
+
+        Args:
+            net: The evaluated network.
+            **options: As for `evaluate_budgets`.
+
+        Returns:
+            The budget table, and what else `write` needs.
+        """
+        args, task = self.args, self.task
         if self.loaders.calibration is not None:
             options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
         searched = None
-        with self.interrupts.immediate():
-            if args.sampler == 'uniform':
-                searched = archs = search_archs(
-                    net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
-                    seed=args.seed, **options)
-            else:
-                archs = task.generator.propose_many(task.groups.budgets)
-            rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
-        if run.ranks.primary:
-            print(format_table(rows), flush=True)
-            try:
-                self.write(net, rows, searched, options.get('calibration'))
-            except OSError as error:
-                if last:
-                    raise
-                _logger.error(f'cannot write the results ({error}); training continues')
+        if args.sampler == 'uniform':
+            searched = archs = search_archs(
+                net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
+                seed=args.seed, **options)
+        else:
+            archs = task.generator.propose_many(task.groups.budgets)
+        rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
+        return rows, dict(searched=searched, calibration=options.get('calibration'))
+
+    def summary(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Top-1 in percent: the mean over groups, the smallest subnet, the largest."""
         groups = [row['top1'] for row in rows[1:-1]]
         return dict(top1=sum(groups) / len(groups), top1_smallest=rows[0]['top1'], top1_largest=rows[-1]['top1'])
+
+    def shares(self) -> dict[str, float]:
+        """P, by the name of its value in trackers."""
+        return {f'P/group {k + 1}': float(p) for k, p in enumerate(self.task.shift.probabilities)}
 
     def evaluated_net(self) -> nn.Module:
         """The averaged weights if there are any, on the device."""
@@ -108,11 +135,15 @@ class Results:
         plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)
         in_table = dict.fromkeys(space.from_dict(row['arch']) for row in rows)
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
+        self.save(
+            net, rows, generator=task.generator, groups=task.groups.edges,
+            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics)
+
+    def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
+        """Write the model directory; `more` is as for `save_pretrained`."""
         save_pretrained(
-            self.output / 'model', net, task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), results=rows, searched=searched,
-            training=training_facts(self.args, self.run.ranks.size), data_config=self.run.data_config,
-            bn_stats=statistics)
+            self.output / 'model', net, results=rows, training=training_facts(self.args, self.run.ranks.size),
+            data_config=self.run.data_config, **more)
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
@@ -123,17 +154,28 @@ class Results:
             results: As `evaluate` returns them; nothing without an evaluation.
             lr: Learning rate.
         """
-        path = self.output / 'summary.csv'
-        columns = {name: results.get(name, '') for name in ('top1', 'top1_smallest', 'top1_largest')}
-        try:
-            update_summary(epoch, metrics, columns, str(path), lr=lr)
-        except OSError as error:
-            _logger.error(f'cannot write {path} ({error.strerror}); training continues')
+        row = {'epoch': epoch, **{f'train_{name}': value for name, value in metrics.items()}}
+        row |= {f'eval_{name}': results.get(name, '') for name in self.metrics}
+        with self.tolerate_errors('summary.csv'):
+            append_epoch(self.output / 'summary.csv', {**row, 'lr': lr})
 
     def save_images(self, images: Tensor, epoch: int, batch: int) -> None:
         """Save the images of a batch as a picture."""
-        torchvision.utils.save_image(
-            images, self.output / f'train-batch-{epoch}-{batch}.jpg', padding=0, normalize=True)
+        path = self.output / f'train-batch-{epoch}-{batch}.jpg'
+        with self.tolerate_errors(path.name), atomic_write(path) as temporary:
+            torchvision.utils.save_image(images, temporary, format='JPEG', padding=0, normalize=True)
+
+    @contextmanager
+    def tolerate_errors(self, what: str, place: str = '', unless: bool = False) -> Iterator[None]:
+        """Log a failed write to a place (default: the folder of the run) and go on, unless it must not be missing."""
+        try:
+            with name_disk_errors(place or self.output):
+                self.folder.restore()
+                yield
+        except OSError as error:
+            if unless:
+                raise
+            _logger.error(f'cannot write {what} ({error}); training continues')
 
     def publish(self) -> None:
         """Push the model directory to --push-to-hub."""
@@ -149,3 +191,16 @@ class Results:
                 f'{shlex.quote(str(self.output))} {args.push_to_hub}{flags}')
             raise
         _logger.info(f'published: {address}')
+
+
+def append_epoch(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, and drop rows of the same and of later epochs, which another run has left."""
+    rows = []
+    with suppress(FileNotFoundError), path.open(newline='', encoding='utf-8', errors='replace') as file:
+        for before in csv.DictReader(file):
+            if (before.get('epoch') or '').isdecimal() and int(before['epoch']) < row['epoch']:
+                rows.append(before)
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(row), extrasaction='ignore', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows([*rows, row])

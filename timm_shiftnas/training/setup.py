@@ -17,27 +17,36 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_input_data_config
+from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.utils import random_seed
+from timm.utils import distribute_bn, random_seed
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..hub.load import SavedModel
 from ..method.config import ShiftNASConfig, settings_of
 from ..method.distillation import Teacher
 from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
+from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, load_task_ema_checkpoint
+from ..models import bound_space, static_counts
+from ..models._checkpoint import OtherClasses
 from ..models.calibration import has_batch_norm
+from ..models.subnet import describe_images
 from ..space import is_supernet
 from ..utils.distributed import Ranks
+from ..utils.paths import expand_home
 from ..utils.text import one_line
 from ..utils.units import format_count, parse_count
 from .checkpoints import Position, find_checkpoint, resume
-from .data import Data, Loaders, create_loaders, open_data, uses_mixup
-from .flags import dest_of
+from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
+from .flags import dest_of, reset_supernet_flags
 from .schedule import Schedule
+from .timm_flags import BACKBONE, names_subnet, saved_at
 
-__all__ = ['LossScaler', 'Run', 'create_run', 'create_supernet', 'scaled_lr']
+__all__ = ['LossScaler', 'Run', 'create_network', 'create_run', 'scaled_lr']
 
 _logger = logging.getLogger('train')
 
@@ -54,6 +63,8 @@ class Run:
     Args:
         args: The flags, with what they leave open: number of classes, learning rate, checkpoint to resume from.
         output: Folder of the run.
+        supernet: Whether a supernet is trained, or one network.
+        held_norms: BatchNorms whose running statistics stay as they are.
         start: Where training starts, after the checkpoint was loaded.
     """
     args: argparse.Namespace
@@ -61,14 +72,29 @@ class Run:
     device: torch.device
     ranks: Ranks
     net: nn.Module
+    supernet: bool
+    held_norms: list[nn.Module]
     data_config: dict[str, Any]
     loaders: Loaders
-    task: ShiftNASTask
+    task: ShiftNASTask | NetworkTask
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], Any]
     scaler: LossScaler | None
     schedule: Schedule
     start: Position
+
+    def train_mode(self) -> None:
+        """Put the network in training mode, without the statistics of frozen modules."""
+        self.task.get_trainable_module().train()
+        for norm in self.held_norms:
+            norm.eval()
+
+    def share_statistics(self) -> None:
+        """Give all processes the mean of their running BatchNorm statistics, with which one network is evaluated."""
+        if not self.supernet and self.ranks.size > 1:
+            for module in (self.net, self.task.get_trainable_module(ema=True)):
+                if module is not None:
+                    distribute_bn(module, self.ranks.size, reduce=True)
 
 
 def create_run(flags: argparse.Namespace) -> Run:
@@ -79,12 +105,18 @@ def create_run(flags: argparse.Namespace) -> Run:
     """
     args = argparse.Namespace(**vars(flags))  # a copy, completed below
     device, ranks = init_process(args)
+    saved = open_saved_model(args)
+    supernet = not names_subnet(args.model) if saved is None else saved.kind == 'supernet'
+    if not supernet:
+        reset_supernet_flags(args)
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
-    net = create_supernet(args, device)
+    net = create_network(args, device)
+    describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
+    held_norms = freeze(args, net)
     args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
     config = create_data_config(args, net)
-    loaders = create_loaders(args, data, config, device, ranks, calibrated=has_batch_norm(net))
+    loaders = create_loaders(args, data, config, device, ranks, calibrated=supernet and has_batch_norm(net))
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     task = create_task(args, net, loaders, updates, config, device)
     optimizer = create_optimizer(args, net)
@@ -99,7 +131,9 @@ def create_run(flags: argparse.Namespace) -> Run:
     prepare_task(args, task, device, ranks)
     schedule = Schedule(args, optimizer, updates)
     schedule.step(start.epoch, start.batch // args.grad_accum_steps if args.sched_on_updates else 0)
-    return Run(args, output, device, ranks, net, config, loaders, task, optimizer, autocast, scaler, schedule, start)
+    return Run(
+        args, output, device, ranks, net, supernet, held_norms, config, loaders, task, optimizer, autocast, scaler,
+        schedule, start)
 
 
 def init_process(args: argparse.Namespace) -> tuple[torch.device, Ranks]:
@@ -124,7 +158,9 @@ def output_dir(args: argparse.Namespace) -> str:
     """Folder of the run: a resumed run stays in the folder of its checkpoint."""
     if args.resume not in ('', 'auto') and not args.experiment:
         return str(Path(args.resume).resolve().parent)
-    name = args.experiment or '-'.join([time.strftime('%Y%m%d-%H%M%S'), args.model.replace('/', '_')])
+    model = Path(saved_at(args.model) or args.model).resolve()
+    model = model.parent if model.name == 'model' else model  # which train.py has written in the folder of a run
+    name = args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{model.name}'
     return str(Path(args.output, name))
 
 
@@ -143,31 +179,57 @@ def choose_num_classes(args: argparse.Namespace, data: Data) -> int | None:
     return args.num_classes or data.num_classes
 
 
-def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The supernet of --model, with its initial weights, on a device.
+def open_saved_model(args: argparse.Namespace) -> SavedModel | None:
+    """The saved model of --model, if it is one; its image channels are the default of --in-chans.
+
+    Raises:
+        ValueError: If this package has not saved it.
+    """
+    place = saved_at(args.model)
+    if place is None:
+        return None
+    local = args.model.startswith('local-dir:')
+    repo, _, revision = (place, '', '') if local else place.partition('@')
+    saved = SavedModel(repo, revision=revision or None)
+    channels = saved.config['pretrained_cfg'].get('input_size', (3,))[0]
+    if args.in_chans is None and args.input_size is None and channels != 3:
+        args.in_chans = channels
+    return saved
+
+
+def create_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network of --model on a device, with the weights that training starts from.
+
+    Weights of another number of classes are loaded without their head.
 
     Raises:
         ValueError: If it cannot be created from the flags.
     """
-    overlay = dict(file=args.pretrained_path, num_classes=args.num_classes) if args.pretrained_path else {}
-    overlay.update(args.pretrained_cfg_overlay)
+    overlay = dict(args.pretrained_cfg_overlay)
+    if overlay.get('file'):
+        overlay['file'] = expand_home(overlay['file'])
+    if args.pretrained_path:
+        classes = dict(num_classes=args.num_classes) if args.num_classes else {}
+        overlay = dict(file=args.pretrained_path, source='', **classes) | overlay
     model_args = dict(
         num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans,
         img_size=args.input_size[1:] if args.input_size else args.img_size,
         global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    pretrained = args.pretrained or bool(args.pretrained_path) or saved_at(args.model) is not None
+    create = partial(timm.create_model, args.model, pretrained=pretrained, **dict(model_args, **args.model_kwargs))
     try:
-        net = timm.create_model(
-            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
-            pretrained_cfg_overlay=overlay or None, checkpoint_path=args.initial_checkpoint or None,
-            **dict(model_args, **args.model_kwargs))
-    except (ValueError, OSError):
-        raise
+        try:
+            net = create(pretrained_cfg_overlay=overlay or None)
+        except OtherClasses as error:
+            net = create(pretrained_cfg_overlay=dict(overlay, num_classes=error.classes))
     except Exception as error:  # unknown arguments, or files that hold other weights
         raise ValueError(
             f'cannot create --model {args.model} ({one_line(error, 300)}); look at --model-kwargs, '
-            '--pretrained-cfg-overlay, --pretrained-path and --initial-checkpoint') from error
-    if not is_supernet(net):  # of the Hub, or of a directory
-        raise ValueError(f'--model {args.model} is not a supernet; give one such as shiftformer_tiny_supernet')
+            '--pretrained-cfg-overlay and --pretrained-path') from error
+    if pretrained:
+        report_head(args.pretrained_path or args.model, net.pretrained_cfg['num_classes'], net.num_classes)
+    if args.initial_checkpoint:
+        load_weights(net, args.initial_checkpoint)
     with torch.no_grad():
         if args.head_init_scale is not None:
             net.get_classifier().weight.mul_(args.head_init_scale)
@@ -178,11 +240,76 @@ def create_supernet(args: argparse.Namespace, device: torch.device) -> nn.Module
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
 
+def load_weights(net: nn.Module, file: str) -> None:
+    """Load the weights of a checkpoint, without its head if that has another number of classes.
+
+    Raises:
+        ValueError: If the file does not hold weights of this network.
+    """
+    own, head = net.state_dict(), f'{net.pretrained_cfg["classifier"]}.'
+    try:
+        weights = load_state_dict(file)
+        if report_head(file, len(weights.get(f'{head}bias', own[f'{head}bias'])), net.num_classes):
+            weights.update({name: tensor for name, tensor in own.items() if name.startswith(head)})
+        net.load_state_dict(weights)
+    except Exception as error:  # a file may hold anything
+        raise ValueError(
+            f'--initial-checkpoint {file} does not hold weights of this network ({one_line(error, 200)})') from error
+
+
+def report_head(source: str, classes: int, wanted: int) -> bool:
+    """Whether the head of some weights is left out because of its number of classes; says so."""
+    if classes != wanted:
+        _logger.warning(
+            f'{source} has {classes} classes and the data {wanted}: its head is left out, and a new one is trained')
+    return classes != wanted
+
+
+def freeze(args: argparse.Namespace, net: nn.Module) -> list[nn.Module]:
+    """Take the modules of --freeze out of the training.
+
+    Returns:
+        Their BatchNorms, whose running statistics stay as they are. A supernet has no use for running statistics.
+
+    Raises:
+        ValueError: If there is no such module, or nothing is left to train.
+    """
+    def is_in(name: str, module: str) -> bool:
+        if module == BACKBONE:
+            return not name.startswith(f'{net.pretrained_cfg["classifier"]}.')
+        return name == module or name.startswith(f'{module}.')
+
+    names = [name for name, _ in net.named_parameters()]
+    for module in args.freeze:
+        if not any(is_in(name, module) for name in names):
+            known = dict.fromkeys(name.partition('.')[0] for name in names)
+            raise ValueError(
+                f'--freeze {module}: the model has no such module; give {BACKBONE}, or some of {", ".join(known)} and '
+                'what is in them')
+    for name, parameter in net.named_parameters():
+        if any(is_in(name, module) for module in args.freeze):
+            parameter.requires_grad = False
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    if not trained:
+        raise ValueError(f'--freeze {" ".join(args.freeze)} leaves nothing to train; leave some of it out')
+    if args.freeze:
+        _logger.info(f'{format_count(trained)} parameters are trained, all outside {", ".join(args.freeze)}')
+    return [] if is_supernet(net) else [
+        norm for name, norm in net.named_modules()
+        if isinstance(norm, _BatchNorm) and any(is_in(f'{name}.', module) for module in args.freeze)]
+
+
 def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """timm's data config: size, mean, std, interpolation and crop of the images."""
     config = resolve_input_data_config(net, vars(args))
-    if has_batch_norm(net):
+    if is_supernet(net) and has_batch_norm(net):
         resolution = net.space.largest.resolution
+        channels, height, width = config['input_size']
+        if height != width:
+            side = max(height, width)
+            raise ValueError(
+                f'--input-size {channels} {height} {width} is not square, but the subnets of {args.model} take squares '
+                f'only; give --input-size {channels} {side} {side}, or a shiftformer model, which takes any shape')
         if min(config['input_size'][1:]) < resolution:
             _logger.warning(
                 f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest '
@@ -197,20 +324,26 @@ def create_task(
         updates_per_epoch: int,
         data_config: dict[str, Any],
         device: torch.device,
-) -> ShiftNASTask:
-    """The task that trains a supernet with ShiftNAS."""
+) -> ShiftNASTask | NetworkTask:
+    """The task that trains a supernet with ShiftNAS, or one network."""
+    teacher = None if args.kd_model is None else Teacher(
+        args.kd_model, net, mean=data_config['mean'], std=data_config['std'], path=args.kd_model_path, device=device)
+    common: dict[str, Any] = dict(
+        criterion_kwargs=criterion_kwargs(args), config=task_config(args, updates_per_epoch), teacher=teacher,
+        device=device)
+    if not is_supernet(net):
+        macs, params = map(format_count, static_counts(net))
+        _logger.info(f'{args.model}: one network, {macs} MACs, {params} params')
+        return NetworkTask(net, space=bound_space(net), **common)
     width = None if args.group_width is None else parse_count(args.group_width, '--group-width')
     groups = BudgetGroups.of_space(net.space, width=width, count=args.num_groups)
     low, high = groups.edges[0], groups.edges[-1]
     _logger.info(
         f'{args.model}: {net.space.size:,} subnets, {format_count(low)} to {format_count(high)} MACs, '
         f'{len(groups)} groups')
-    teacher = None if args.kd_model is None else Teacher(
-        args.kd_model, net, mean=data_config['mean'], std=data_config['std'], path=args.kd_model_path, device=device)
     return ShiftNASTask(
-        net, criterion_kwargs=criterion_kwargs(args), config=task_config(args, updates_per_epoch),
-        generator=ArchitectureGenerator(net.space, seed=args.seed), groups=groups, shift_batches=loaders.shift,
-        teacher=teacher, device=device)
+        net, generator=ArchitectureGenerator(net.space, seed=args.seed), groups=groups, shift_batches=loaders.shift,
+        **common)
 
 
 def task_config(args: argparse.Namespace, updates_per_epoch: int) -> ShiftNASConfig:
@@ -235,7 +368,8 @@ def criterion_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return kwargs
 
 
-def prepare_task(args: argparse.Namespace, task: ShiftNASTask, device: torch.device, ranks: Ranks) -> None:
+def prepare_task(
+        args: argparse.Namespace, task: ShiftNASTask | NetworkTask, device: torch.device, ranks: Ranks) -> None:
     """Averaged weights, compilation and DDP, around weights that are loaded already."""
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None

@@ -1,26 +1,32 @@
 """The flags of timm's training script that `train.py` has, and a few of its own, as a table.
 
-A row is (names, kind, default, help). A kind holds the arguments of `ArgumentParser.add_argument` that say what a value
-is: its type, its range, how many there are.
+Those that it does not have are in `TIMM_ONLY`. A row is (names, kind, default, help). A kind holds the arguments of
+`ArgumentParser.add_argument` that say what a value is: its type, its range, how many there are.
 """
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform
 from timm.optim import list_optimizers
-from timm.utils import ParseKwargs
 
+from ..data.modes import MODES
 from ..method.config import Setting, setting
+from ..space import families
+from ..utils.paths import expand_home
 
-__all__ = ['FLAGS', 'convert']
+__all__ = ['BACKBONE', 'FLAGS', 'Keywords', 'OnlyDefault', 'TIMM_ONLY', 'convert', 'names_subnet', 'path', 'saved_at']
+
+BACKBONE = 'backbone'  # what --freeze calls everything but the classifier
 
 Kind = dict[str, Any]
 
@@ -50,6 +56,10 @@ def text(metavar: str) -> Kind:
     return dict(metavar=metavar)
 
 
+def keywords(example: str) -> Kind:
+    return dict(nargs='*', action=Keywords, metavar=example)
+
+
 def one_of(*choices: str) -> Kind:
     return dict(choices=choices)
 
@@ -63,12 +73,50 @@ def known(check: Callable[[str], str], metavar: str) -> Kind:
     return dict(type=check, metavar=metavar)
 
 
-def supernet(name: str) -> str:
-    """A supernet of this package, or a model of the Hub or of a directory, such as 'hf-hub:owner/name'."""
-    supernets = timm.list_models('*supernet')
-    if name.partition('.')[0] not in supernets and ':' not in name:
-        raise argparse.ArgumentTypeError(f'{name!r} is not a supernet; choose one of {", ".join(supernets)}')
-    return name
+def path(name: str) -> str:
+    """A file or folder; `~` is the home directory."""
+    try:
+        return expand_home(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output(name: str) -> str:
+    """The folder of all runs; as in timm's script, '' is the default."""
+    return path(name) or OUTPUT
+
+
+def network(name: str) -> str:
+    """A supernet or subnet of this package, or a saved one: 'local-dir:DIR', 'hf-hub:owner/name'."""
+    known = [*timm.list_models('*supernet'), *subnets()]
+    if name.partition('.')[0] in known or name.startswith(('hf-hub:', 'hf_hub:')):
+        return name
+    folder = path(name.removeprefix('local-dir:'))
+    if not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{name!r} is not a network of timm_shiftnas; choose one of {", ".join(known)}, local-dir:DIR with the '
+            'directory of a saved model, or hf-hub:OWNER/NAME')
+    return f'local-dir:{folder}'
+
+
+def teacher(name: str) -> str:
+    source, colon, place = name.partition(':')
+    return f'local-dir:{path(place)}' if source == 'local-dir' else name
+
+
+def subnets() -> list[str]:
+    return [family.subnet for family in families()]
+
+
+def names_subnet(name: str) -> bool:
+    """Whether a name of timm is that of a static subnet of this package."""
+    return name.partition('.')[0] in subnets()
+
+
+def saved_at(name: str) -> str | None:
+    """The directory or the repository of a saved model, for a value of --model; `None` for a name of timm."""
+    source, colon, place = name.partition(':')
+    return place if colon else None
 
 
 def pooling(name: str) -> str:
@@ -98,10 +146,8 @@ def auto_augment(policy: str) -> str:
 
 
 def image_mode(mode: str) -> str:
-    try:
-        Image.new(mode, (1, 1))
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f'{mode!r} is not a mode of PIL images; give RGB, L, RGBA or CMYK') from None
+    if mode not in MODES:
+        raise argparse.ArgumentTypeError(f'images of mode {mode!r} are not read; give one of {", ".join(MODES)}')
     return mode
 
 
@@ -122,13 +168,54 @@ def backend(name: str) -> str:
     return name
 
 
+class Keywords(argparse.Action):
+    """Collects `NAME=VALUE` in a dict. A value is a Python literal, true or false, or else a text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        found: dict[str, Any] = {}
+        for item in filter(None, values):
+            name, equals, value = item.partition('=')
+            if not equals or not name.isidentifier():
+                raise argparse.ArgumentError(self, f'{item!r} must be NAME=VALUE, such as {self.metavar}')
+            if name in found:
+                raise argparse.ArgumentError(self, f'{name!r} is given twice')
+            found[name] = literal(value)
+        setattr(namespace, self.dest, found)
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal, of `true` or `false` as YAML has them, or else the text."""
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return {'true': True, 'false': False}.get(text.lower(), text)
+
+
+class OnlyDefault(argparse.Action):
+    """A flag of timm's script that `train.py` does not have; the default changes nothing and may be given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, only: Any) -> None:
+        nargs = 0 if only is False else '+' if isinstance(only, list) else None
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
+        self.only = only
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        given = list(map(literal, values)) if isinstance(values, list) and values else literal(values or '')
+        if self.only is None or self.only is False or given != self.only:
+            default = '' if self.only is None or self.only is False else f", or give timm's default, {self.only!r}"
+            raise argparse.ArgumentError(
+                self, f'this flag of timm is not supported (docs/training.md says why); leave it out{default}')
+
+
 SWITCH: Kind = dict(action='store_true')
-NAME, FILE, DIR = text('NAME'), text('FILE'), text('DIR')
+OUTPUT = './output'
+NAME = text('NAME')
+FILE, DIR = dict(type=path, metavar='FILE'), dict(type=path, metavar='DIR')
 COUNT, NATURAL = number('N', int, least=1), number('N', int, least=0)
 SHARE, ANY = number('P', least=0, most=1), number('X')
 NOT_NEGATIVE, POSITIVE = number('X', least=0), number('X', above=0)
 LR = number('LR', least=0)
-KEYWORDS: Kind = dict(nargs='*', action=ParseKwargs, metavar='K=V')
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
 INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # '' is that of the model
 
@@ -139,7 +226,7 @@ INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lancz
 Row = tuple[str, Kind, Any, str]
 FLAGS: dict[str, tuple[Row, ...]] = {
     'data': (
-        ('data', dict(nargs='?', metavar='DIR'), None, 'path to the dataset (positional form of --data-dir)'),
+        ('data', dict(DIR, nargs='?'), None, 'path to the dataset (positional form of --data-dir)'),
         ('--data-dir', DIR, None, 'path to the dataset: DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE'),
         ('--dataset', NAME, '', "dataset type and name as in timm, 'sklearn/digits' or 'glyphs'"),
         ('--train-split', NAME, 'train', 'name of the training split'),
@@ -158,14 +245,18 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--input-img-mode', known(image_mode, 'MODE'), None, 'PIL mode of the images (RGB, or L for one channel)'),
         ('-j --workers', NATURAL, 4, 'data loading processes'),
         ('--skip-broken-images', SWITCH, False, 'replace an image that cannot be read by the next one, with a warning'),
+        ('--ignore-exif-orientation', SWITCH, False,
+         'leave photographs as their pixels are stored, as timm does, instead of turning them upright'),
         ('--pin-mem', SWITCH, False, 'pin CPU memory in the data loaders'),
         ('--no-prefetcher', SWITCH, False, 'normalise and erase in the workers instead of on the device'),
     ),
     'model': (
-        ('--model', known(supernet, 'NAME'), 'shiftformer_tiny_supernet', 'a supernet of timm_shiftnas'),
+        ('--model', known(network, 'NAME'), 'shiftformer_tiny_supernet',
+         'a supernet or subnet of timm_shiftnas, or the weights of a saved one: local-dir:DIR, hf-hub:OWNER/NAME'),
         ('--pretrained', SWITCH, False, 'start from the published weights of the model'),
         ('--pretrained-path', FILE, None, 'start from these weights, adapted as published ones are'),
-        ('--pretrained-cfg-overlay', KEYWORDS, {}, 'entries of the pretrained configuration to replace'),
+        ('--pretrained-cfg-overlay', keywords('crop_pct=0.9'), {},
+         'entries of the pretrained configuration to replace'),
         ('--initial-checkpoint', FILE, '', 'start from the weights of this checkpoint, unchanged'),
         ('--resume', FILE, '',
          "resume from a checkpoint, also in the middle of an epoch; 'auto': from the newest of --experiment, if any"),
@@ -184,7 +275,9 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--grad-accum-steps', COUNT, 1, 'micro-batches per update'),
         ('--grad-checkpointing', SWITCH, False, 'save memory: compute activations again in the backward pass'),
         ('--channels-last', SWITCH, False, 'memory layout of CNNs on GPUs'),
-        ('--model-kwargs', KEYWORDS, {}, 'further arguments of the model'),
+        ('--model-kwargs', keywords('relative_position=false'), {}, 'further arguments of the model'),
+        ('--freeze', several(text('MODULE')), [],
+         "modules that are not trained, such as 'patch_embed blocks.0'; 'backbone': all but the classifier"),
         ('--drop', SHARE, 0., 'dropout before the classifier'),
         ('--drop-path', SHARE, None, 'drop path (stochastic depth)'),
         ('--head-init-scale', ANY, None, 'factor of the initial classifier weights'),
@@ -212,7 +305,7 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--layer-decay', POSITIVE, None, 'factor of the learning rate from layer to layer'),
         ('--layer-decay-min-scale', NOT_NEGATIVE, None, 'smallest factor of --layer-decay'),
         ('--layer-decay-no-opt-scale', NOT_NEGATIVE, None, 'layers with a smaller factor are not trained'),
-        ('--opt-kwargs', KEYWORDS, {}, 'further arguments of the optimizer'),
+        ('--opt-kwargs', keywords('nesterov=true'), {}, 'further arguments of the optimizer'),
     ),
     'learning rate': (
         ('--lr', LR, None, 'learning rate; overrides --lr-base'),
@@ -285,7 +378,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--model-ema-force-cpu', SWITCH, False, 'keep the average in CPU memory'),
     ),
     'distillation': (
-        ('--kd-model --kd-model-name', NAME, None, 'teacher: a model of timm with pretrained weights'),
+        ('--kd-model --kd-model-name', known(teacher, 'NAME'), None,
+         'teacher: a model of timm with pretrained weights, or a saved one'),
         ('--kd-model-path', FILE, None, 'weights of the teacher, instead of published ones'),
     ),
     'run': (
@@ -305,8 +399,9 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--skip-nonfinite', NATURAL, 0,
          'skip up to N updates in a row whose loss or gradient is not finite (default: stop at the first)'),
         ('--checkpoint-hist', COUNT, 3, 'checkpoints to keep'),
-        ('--output', DIR, './output', 'folder of all runs'),
-        ('--experiment', NAME, '', 'folder of this run in --output (default: time and model)'),
+        ('--output', dict(type=output, metavar='DIR'), OUTPUT, 'folder of all runs'),
+        ('--experiment', dict(type=path, metavar='NAME'), '',
+         'folder of this run in --output (default: time and model)'),
     ),
     'Hugging Face Hub': (
         ('--push-to-hub', text('REPO'), None, "repository 'owner/name' to publish the model in; created if missing"),
@@ -321,3 +416,18 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--bn-images', COUNT, 2000, 'training images for the BatchNorm statistics of a subnet'),
     ),
 }
+
+# Flags of timm 1.0.31 that `train.py` does not have, and their defaults: `args.yaml` of timm's script holds them all.
+TIMM_ONLY: dict[str, Any] = {
+    'fuser': '', 'fast_norm': False, 'torchscript': False, 'model_dtype': None, 'synchronize_step': False,
+    'local_rank': 0, 'aug_splits': 0, 'jsd_loss': False, 'resplit': False, 'drop_connect': None, 'drop_block': None,
+    'bn_momentum': None, 'bn_eps': None, 'sync_bn': False, 'dist_bn': 'reduce', 'split_bn': False,
+    'worker_seeding': 'all', 'tta': 0, 'use_multi_epochs_loader': False, 'train_img_sizes': None,
+    'train_batch_sizes': None, 'train_size_probs': None, 'train_size_schedule': 'constant',
+    'train_size_schedule_spread': 0.65, 'train_size_random_mix': 0.1, 'train_batches_per_epoch': None,
+    'variable_batch_loss_scale': 'none', 'naflex_loader': False, 'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
+    'naflex_max_seq_len': 576, 'naflex_patch_sizes': None, 'naflex_patch_size_probs': None,
+    'naflex_loss_scale': 'linear', 'naflex_patchify_channels_first': False, 'kd_distill_type': 'logit',
+    'kd_loss_type': 'kl', 'kd_student_feature_dim': None, 'kd_teacher_feature_dim': None,
+    'kd_token_distill_type': 'soft',
+    'amp_impl': 'native', 'aot_autograd': False}  # of other releases

@@ -1,4 +1,4 @@
-"""Train a supernet with ShiftNAS, with the flags of timm's training script.
+"""Train a supernet with ShiftNAS, or one network, with the flags of timm's training script.
 
     python train.py --data-dir /data/imagenet --model shiftformer_tiny_supernet --epochs 300 --output runs
     torchrun --nproc-per-node=8 train.py --data-dir /data/imagenet ...
@@ -6,7 +6,8 @@
 `timm-shiftnas train` is the same program. Every `--val-interval` epochs and at the end it evaluates the smallest and
 the largest subnet and one subnet per budget group, and writes to `<output>/<experiment>`: `summary.csv`, `budgets.csv`,
 `shift.csv`, `accuracy.png`, `shift.png`, checkpoints, and `model/`, which `timm_shiftnas.from_pretrained` and
-`timm.create_model('local-dir:...')` load.
+`timm.create_model('local-dir:...')` load. A single network, such as `--model local-dir:SUBNET`, is trained in the same
+loop, without drawing archs.
 
 Exit codes: 0, finished; 2, an error, reported in one line; 130, Ctrl-C; 143, SIGTERM, after a checkpoint was written
 (torchrun itself exits with 1 if a process does not exit with 0).
@@ -25,16 +26,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 import yaml
-from timm.utils import CheckpointSaver, get_outdir, setup_default_logging
-from timm.utils.summary import trim_summary
+from timm.utils import setup_default_logging
 from torch import Tensor
 
-from ..utils.files import atomic_write
+from ..utils.files import find_cause
 from ..utils.text import one_line
-from .checkpoints import Checkpoints, Position, loop_state
+from .checkpoints import Checkpoints, Position, Saver, loop_state
 from .data import read_batches
 from .flags import parse_args
+from .folder import RunFolder
 from .interrupts import Interrupts, Terminated
+from .network_results import NetworkResults
 from .progress import Progress
 from .results import Results
 from .setup import create_run
@@ -57,7 +59,7 @@ class Trainer:
         position: How far the run has come.
         update: Trains on the micro-batches of an update.
         results: Evaluates, and writes files.
-        checkpoints, tracker: Only in the first process.
+        folder, checkpoints, tracker: Only in the first process.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -66,17 +68,19 @@ class Trainer:
         self.epochs, self.batches = self.run.schedule.epochs, len(self.run.loaders.train)
         self.position = self.run.start
         self.interrupts = Interrupts()
+        self.folder: RunFolder | None = None
         self.checkpoints: Checkpoints | None = None
         self.tracker: Tracker | None = None
         if self.ranks.primary:
             self.open_output(given_lr=args.lr)
         self.update = Update(self.run, self.interrupts, self.checkpoints)
-        self.results = Results(self.run, self.interrupts)
+        self.results = (Results if self.run.supernet else NetworkResults)(self.run, self.interrupts, self.folder)
 
     def fit(self) -> None:
         """Train up to the last epoch, evaluate every --val-interval epochs and at the end, and publish."""
         with self.interrupts:
-            self.fit_generator()
+            if self.run.supernet:
+                self.fit_generator()
             if self.position.epoch >= self.epochs:
                 _logger.info(f'{self.position.epoch} of {self.epochs} epochs are finished already: evaluating only')
                 self.results.evaluate(last=True)
@@ -88,17 +92,19 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on the rest of an epoch: a function of (seed, epoch), the position and the state before it."""
-        started, accum = time.perf_counter(), self.args.grad_accum_steps
-        self.task.get_trainable_module().train()
+        started, accum = time.perf_counter() - self.position.seconds, self.args.grad_accum_steps
+        self.run.train_mode()
         micro_batches = self.read_batches(epoch)
         with self.create_progress(epoch) as progress:
             while self.position.batch < self.batches:
                 update, count = self.position.batch // accum + 1, min(accum, self.batches - self.position.batch)
                 losses = self.update(islice(micro_batches, count), count, epoch, update)
-                self.position = self.position.after(count, losses, self.args.batch_size)
+                self.position = self.position.after(
+                    count, losses, self.args.batch_size, seconds=time.perf_counter() - started)
                 progress.show(self.position, self.run.schedule.updates(epoch, update), self.run.schedule.lr)
                 self.save_if_due(update)
-        return dict(loss=self.position.mean_loss, seconds=time.perf_counter() - started)
+        self.run.share_statistics()
+        return dict(loss=self.position.mean_loss, seconds=self.position.seconds)
 
     # -- the steps of fit ----------------------------------------------------------------------------------------------
 
@@ -143,20 +149,26 @@ class Trainer:
         self.tracker.log(schedule.updates(epoch + 1), dict(
             {'epoch': epoch + 1, 'lr': lr, 'train/epoch_loss': metrics['loss']},
             **{f'eval/{name}': value for name, value in results.items()},
-            **{f'P/group {k + 1}': float(p) for k, p in enumerate(self.task.shift.probabilities)}))
+            **self.results.shares()))
         self.results.write_summary(epoch, metrics, results, lr)
         self.checkpoints.save(epoch, metric)
 
     def finish(self) -> None:
         """Remove what only a running run needs, and publish."""
-        if self.run.loaders.shift is not None:
-            self.run.loaders.shift.close()
         if not self.ranks.primary:
             return
         self.checkpoints.finish()
         if self.args.push_to_hub:
             self.results.publish()
         _logger.info(f'finished; the model directory is {self.run.output / "model"}')
+
+    def close(self, exit_code: int) -> None:
+        """End workers, trackers and the lock of the folder, however the run has ended."""
+        if self.run.loaders.shift is not None:
+            self.run.loaders.shift.close()
+        if self.ranks.primary:
+            self.tracker.close(exit_code)
+            self.folder.close()
 
     # -- the steps of train_epoch --------------------------------------------------------------------------------------
 
@@ -200,27 +212,26 @@ class Trainer:
             given_lr: --lr as it was given; a resumed run may scale --lr-base to another number of processes.
 
         Raises:
-            OSError: If the folder cannot be created.
+            OSError: If the folder cannot be created, or if another run writes to it.
         """
         run, args, output = self.run, self.args, self.run.output
         try:
-            get_outdir(str(output))
+            self.folder = RunFolder(output, yaml.safe_dump(dict(vars(args), lr=given_lr), sort_keys=False))
+        except BlockingIOError as error:
+            raise BlockingIOError(f'{error}; give another --experiment, or wait until it ends') from None
         except OSError as error:
             raise OSError(
                 f'--output {args.output}: cannot create the folder {output} ({error.strerror}); give a place where '
                 'files can be written') from None
-        saver = CheckpointSaver(
+        saver = Saver(
             run.net, run.optimizer, args=args, amp_scaler=run.scaler, task=run.task, checkpoint_dir=str(output),
             recovery_dir=str(output), max_history=args.checkpoint_hist)
         if args.resume and Path(args.resume).resolve().parent == output.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
-        self.checkpoints = Checkpoints(saver, since=None if args.resume else time.time())
+        self.checkpoints = Checkpoints(saver, self.folder, since=None if args.resume else time.time())
         self.tracker = Tracker(
             output, vars(args), tensorboard=args.log_tensorboard, wandb=args.log_wandb,
             project=args.wandb_project, tags=args.wandb_tags, resume_id=args.wandb_resume_id)
-        trim_summary(str(output / 'summary.csv'), self.position.epoch)
-        with atomic_write(output / 'args.yaml') as path:
-            path.write_text(yaml.safe_dump(dict(vars(args), lr=given_lr), sort_keys=False))
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -247,19 +258,26 @@ def main(argv: list[str] | None = None, prog: str = 'train.py') -> int:
         folder = f'{shlex.quote(output.name)} --output {shlex.quote(str(output.parent))}'
         print(f'{prog}: terminated; continue with --resume auto --experiment {folder}', file=sys.stderr)
         code = 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        last = trainer and trainer.run.output / 'last.pth.tar'
-        hint = f'; continue with --resume {last}' if last and last.exists() else ''
-        print(f'{prog}: interrupted{hint}', file=sys.stderr)
-        code = 130
-    except Exception as error:
-        if args.traceback:
+    except (KeyboardInterrupt, Exception) as error:
+        if find_cause(error, KeyboardInterrupt):
+            print(f'{prog}: interrupted{resume_hint(trainer)}', file=sys.stderr)
+            code = 130
+        elif args.traceback:
             raise
-        print(f'{prog}: {error_line(error, trainer)}', file=sys.stderr)
+        else:
+            print(f'{prog}: {error_line(error, trainer)}', file=sys.stderr)
     finally:
-        if trainer is not None and trainer.tracker is not None:
-            trainer.tracker.close(code)
+        if trainer is not None:
+            trainer.close(code)
     return code
+
+
+def resume_hint(trainer: Trainer | None) -> str:
+    """How to continue an interrupted run: from its newest checkpoint, or from the one that it has resumed from."""
+    if trainer is None or trainer.checkpoints is None:
+        return ''
+    newest = trainer.checkpoints.newest() or trainer.args.resume
+    return f'; continue with --resume {shlex.quote(str(newest))}' if newest else ''
 
 
 def error_line(error: Exception, trainer: Trainer | None) -> str:

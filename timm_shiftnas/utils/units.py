@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
+from reprlib import repr as short
+from typing import SupportsFloat
 
 __all__ = ['format_count', 'parse_count']
 
@@ -10,11 +13,12 @@ _COUNT = re.compile(r'\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([
 _UNITS = {'': 1, 'k': 10 ** 3, 'm': 10 ** 6, 'g': 10 ** 9, 't': 10 ** 12}
 
 
-def parse_count(value: int | float | str, name: str = 'flops') -> float:
-    """Parse a budget: `1.4e9`, `'1.4G'`, `'1400M'` and `'1400000000'` are equal.
+def parse_count(value: SupportsFloat | str, name: str = 'flops') -> float:
+    """Parse a budget: `1.4e9`, `'1.4G'`, `'1400M'`, `'1400000000'` and `Decimal('1.4e9')` are equal.
 
     Args:
-        value: A number, or a string with an optional unit of k, M, G or T.
+        value: A number of any library, such as a tensor without dimensions, or a string with an optional unit of k, M,
+            G or T.
         name: Name of the argument, for the error message.
 
     Raises:
@@ -24,10 +28,12 @@ def parse_count(value: int | float | str, name: str = 'flops') -> float:
     if isinstance(value, str):
         if match := _COUNT.fullmatch(value):
             number = float(match[1]) * _UNITS[match[2].lower()]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
+    elif (isinstance(value, SupportsFloat) and getattr(value, 'ndim', 0) == 0
+          and 'bool' not in str(getattr(value, 'dtype', type(value)))):
+        with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # 10 ** 400, a tensor without data
+            number = float(value)
     if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"{name}={value!r} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
+        raise ValueError(f"{name}={short(value)} is not a budget; give a positive number such as 1.4e9 or '1.4G'")
     return number
 
 
