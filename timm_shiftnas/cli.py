@@ -320,11 +320,12 @@ def read_class_map(path: str, num_classes: int) -> dict[str, int]:
     """
     try:
         indices = {str(name): int(index) for name, index in load_class_map(path).items() if name != ''}
-        if not all(0 <= index < num_classes for index in indices.values()):
-            raise ValueError(f'it has {len(indices)} classes up to {max(indices.values())}, the model {num_classes}')
+        wrong = {name: index for name, index in indices.items() if not 0 <= index < num_classes}
+        if wrong:
+            raise ValueError(f'{reprlib.repr(wrong)} for a model of {num_classes} classes, from 0')
+        return indices
     except (AssertionError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise ValueError(f'--class-map {path} cannot be used: {one_line(error, 200)}') from error
-    return indices
 
 
 def open_images(

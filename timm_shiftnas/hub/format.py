@@ -276,12 +276,12 @@ def saved_class_names(config: Mapping[str, Any], num_classes: int, where: str) -
         return {}
     try:
         info = CustomDatasetInfo(names)
+        named = {index: info.index_to_label_name(index) for index in info.label_indices() if index < num_classes}
+        if len(named) < len(names):
+            raise ValueError(f'a network of {num_classes} classes cannot have all of these {len(names)} names')
+        return named
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{where} has an unusable entry label_names: {one_line(error)}') from None
-    named = {index: info.index_to_label_name(index) for index in info.label_indices()}
-    if max(named) >= num_classes:
-        raise ValueError(f'{where} names the class {max(named)}, but the network has {num_classes} classes, from 0')
-    return named
+        raise ValueError(f'{where} has an unusable entry label_names: {one_line(error, 200)}') from None
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -109,9 +109,8 @@ class ShiftNASTask(ClassificationTask):
         self._generator = [generator]  # in a list, so that `.parameters()` and `.to(device)` of the task leave it out
         self._teacher = teacher
         self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
-            architecture=net.pretrained_cfg['architecture'],
-            model_args=dict(net.model_args, space=self.space.unbind().to_dict()),
-            label_names=net.pretrained_cfg.get('label_names'))
+            architecture=net.pretrained_cfg['architecture'], label_names=net.pretrained_cfg.get('label_names'),
+            model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
         self._one_call = False  # whether one forward call runs all archs of a step
         self.ranks = Ranks()
         self.loop_state: dict[str, Any] = {}

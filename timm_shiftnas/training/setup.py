@@ -306,10 +306,9 @@ def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, An
         resolution = net.space.largest.resolution
         channels, height, width = config['input_size']
         if height != width:
-            side = max(height, width)
             raise ValueError(
-                f'--input-size {channels} {height} {width} is not square, but the subnets of {args.model} take squares '
-                f'only; give --input-size {channels} {side} {side}, or a shiftformer model, which takes any shape')
+                f'--input-size {channels} {height} {width} has to be square for {args.model}; give '
+                f'--input-size {channels}{2 * f" {max(height, width)}"}, or a shiftformer model, which takes any shape')
         if min(config['input_size'][1:]) < resolution:
             _logger.warning(
                 f'images of {config["input_size"][1:]} are enlarged to the {resolution} pixels of the largest '
