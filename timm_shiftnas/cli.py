@@ -35,6 +35,7 @@ from .models import describe_images, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
+from .utils.paths import expand_home
 from .utils.text import one_line, printable
 from .utils.units import format_count
 
@@ -223,14 +224,14 @@ def warn(message: str) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the subnet for a budget as an ONNX file."""
-    output = args.output.expanduser()
+    output = Path(expand_home(args.output))
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f'--output {output} must be a file in a directory that exists, such as subnet.onnx')
     if output.exists() and not args.overwrite:
         raise ValueError(f'--output {output} exists already; add --overwrite to replace it')
     net = load_subnet(SavedModel(args.directory), args)
-    written = export_onnx(net, output, opset=args.opset, batch_size=args.batch_size, input_name=args.input_name)
-    size = ' x '.join(map(str, [args.batch_size or 'batch', *written['input_size']]))
+    written = export_onnx(net, output, opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
+    size = ' x '.join(map(str, [args.fixed_batch or 'batch', *written['input_size']]))
     difference = written['difference']
     checked = 'not checked, because onnxruntime is not installed' if difference is None else (
         f'onnxruntime agrees to {difference:.1g}')

@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
     export.add_argument('--overwrite', action='store_true', help='replace FILE')
     export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
-    export.add_argument('--batch-size', metavar='N', type=_count, help='fixed size of a batch (default: any)')
+    export.add_argument('--fixed-batch', metavar='N', type=_count, help='fixed size of a batch (default: any)')
     export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')

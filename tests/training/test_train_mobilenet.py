@@ -294,7 +294,7 @@ def test_absurd_depths_are_refused_before_a_network_is_built(finished, tmp_path)
         width=[[8]] * 22, depth=[[900]] * 20, stride=[1] * 20, se=[True] * 20, act=['relu'] * 22,
         kernel_size=[[3]] * 20, expand_ratio=[[2]] * 20)
     (folder / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='makes 18,000 blocks in all; at most 256'):
+    with pytest.raises(ValueError, match='18,000'):
         tsn.from_pretrained(folder, flops=3e6)
 
 
