@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, Format, LayerNorm, Mlp, PatchEmbed
-from timm.models import checkpoint
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from ..layers.vit import BlockWidths, ElasticLayerNorm, ElasticLinear, make_vit_elastic
-from ..layers.widths import Width, masked
+from ..layers.vit import BlockWidths, make_vit_elastic
 from ..space.core import Arch, SearchSpace
 from ..space.elastic_vit import elastic_vit_space, elastic_vit_space_of, hidden_width, kept_layers, parameter_axes
-from ..space.shiftformer import ShiftFormerMasks
-from ._supernet import TimmSupernet
+from ._elastic_vit import ElasticViT
 
 __all__ = ['ElasticVisionTransformer', 'default_vit_space', 'make_static', 'why_vit_is_not_elastic']
 
@@ -77,7 +73,7 @@ def fix_input_size(net: VisionTransformer) -> None:
     net.patch_embed.strict_img_size, net.patch_embed.dynamic_img_pad = True, False
 
 
-class ElasticVisionTransformer(TimmSupernet, VisionTransformer):
+class ElasticVisionTransformer(ElasticViT, VisionTransformer):
     """A pretrained ViT whose depth and widths are chosen per call: `net(x, arch)`; create it with `elastic`.
 
     A smaller width is a prefix of a larger one, and an arch of depth d consists of the first d layers of the space's
@@ -92,83 +88,18 @@ class ElasticVisionTransformer(TimmSupernet, VisionTransformer):
         self.model_args = model_args
         return self
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    def relative_index(self, x: Tensor) -> None:
+        """No relative position."""
 
-    def forward(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        """Logits [B, num_classes] of one subnet for images [B, in_chans, H, W].
-
-        Args:
-            x: Images.
-            arch: The subnet; `None` is the largest one, the base. Masks compute the same at full width, differentiably.
-        """
-        return self.forward_head(self.forward_features(x, arch), arch=arch)
-
-    def forward_features(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        arch = arch.to(x) if isinstance(arch, ShiftFormerMasks) else arch
-        blocks = self._widths(arch)
-        embed = blocks[0][1].embed_dim
-        x = self._pos_embed(self.patch_embed(x, out=embed))
-        if isinstance(self.norm_pre, ElasticLayerNorm):
-            x = self.norm_pre.normalized(x, embed)  # what is added to the residual stream stays unmasked
-        for block, widths in blocks:
-            run = partial(block, widths=widths)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
-        return _norm(self.norm, x, embed)
-
-    def forward_head(
-            self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None
-        x = self.pool(x) if self.attn_pool is None else self.attn_pool(x, width=embed)
-        x = _norm(self.fc_norm, x, embed)
-        normed = isinstance(self.norm, ElasticLayerNorm) and self.attn_pool is None
-        if not normed and not isinstance(self.fc_norm, ElasticLayerNorm):
-            x = masked(x, embed, -1)  # no norm has masked what the head reads
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[tuple[nn.Module, BlockWidths]]:
-        """The blocks of an arch and what each computes, first to last."""
-        if isinstance(arch, ShiftFormerMasks):
-            return [
-                (block, BlockWidths(arch.embed_dim, *widths))
-                for block, *widths in zip(self.blocks, arch.num_heads, arch.hidden, arch.depth, strict=True)]
-        if arch is None:
-            arch = self.unbound_space.largest
-        elif not torch.compiler.is_compiling():
-            self.unbound_space.validate(arch)
+    def _blocks_of(self, arch: Arch) -> list[tuple[nn.Module, BlockWidths]]:
         layers = kept_layers(self.unbound_space, arch.depth)
         return [
             (self.blocks[layer], BlockWidths(arch.embed_dim, heads, hidden_width(arch.embed_dim, ratio)))
             for layer, heads, ratio in zip(layers, arch.num_heads, arch.mlp_ratio, strict=True)]
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's, at the width of `x`."""
-        dim = x.shape[-1]
-        prefix = [token[..., :dim].expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token)
-                  if token is not None]
-        position = None if self.pos_embed is None else self.pos_embed[..., :dim]
-        if position is not None and self.no_embed_class:
-            x, position = x + position, None
-        x = torch.cat([*prefix, x], dim=1)
-        return self.pos_drop(x if position is None else x + position)
-
-    # -- the head and the input size -----------------------------------------------------------------------------------
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
-        self.head.__class__ = {nn.Linear: ElasticLinear}.get(type(self.head), type(self.head))
-        self.model_args['num_classes'] = num_classes
-        if global_pool is not None:
-            self.model_args['global_pool'] = global_pool
-
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         super().set_input_size(img_size, patch_size)
         self.model_args['img_size'] = self.patch_embed.img_size
-
-    # -- extraction ----------------------------------------------------------------------------------------------------
-
-    def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
-        return dict(super().subnet_cfg(arch), input_size=(self.in_chans, *self.patch_embed.img_size))
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch: leading slices of the kept layers, in q, k and v each."""
@@ -177,11 +108,6 @@ class ElasticVisionTransformer(TimmSupernet, VisionTransformer):
         for name, weight in subnet.state_dict().items():
             state[name] = leading(shared[_renumbered(name, layers)], parameter_axes(name), weight.shape)
         return state
-
-
-def _norm(norm: nn.Module, x: Tensor, width: Width) -> Tensor:
-    """Run a final norm, which may be an Identity."""
-    return norm(x, width=width) if isinstance(norm, ElasticLayerNorm) else norm(x)
 
 
 def _renumbered(name: str, layers: list[int]) -> str:
