@@ -168,6 +168,7 @@ class RelativeAttention(Attention):
         """[B, tokens, 3 * 64 * heads] -> [B, heads, tokens, 64]."""
         batch, tokens, _ = qkv.shape
         q, k, v = qkv.reshape(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.
         if self.rel_pos is not None:
             if index is None:

@@ -10,11 +10,12 @@ inactive unit would be exactly zero, and the generator could never learn to grow
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, Mlp, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, LayerNorm, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from ..space.shiftformer import HEAD_DIM
@@ -23,7 +24,7 @@ from .widths import Width, check_channels, masked, prefix
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
-    'ElasticPatchEmbed', 'ElasticQKV',
+    'ElasticAttentionPool', 'ElasticLayerScale', 'ElasticPatchEmbed', 'ElasticQKV', 'make_vit_elastic',
 ]
 
 
@@ -66,9 +67,11 @@ class ElasticQKV(nn.Linear):
         super().__init__(dim, 3 * num_heads * HEAD_DIM, bias=bias, device=device, dtype=dtype)
         self.bias_slicing = bias_slicing
 
+    head_dim = HEAD_DIM
+
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [3 * 64 * heads, dim] and bias of the first `heads` heads."""
-        rows = heads * HEAD_DIM
+        """Weight [3 * head width * heads, dim] and bias of the first `heads` heads."""
+        rows = heads * self.head_dim
         # always copies: views, which are possible for some numbers of heads only, would add compiled graphs
         layout = torch.contiguous_format
         weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].clone(memory_format=layout).view(-1, dim)
@@ -80,7 +83,7 @@ class ElasticQKV(nn.Linear):
 
     def forward(self, x: Tensor, *, heads: Width = None) -> Tensor:
         if not isinstance(heads, Tensor):
-            heads = self.out_features // (3 * HEAD_DIM) if heads is None else heads
+            heads = self.out_features // (3 * self.head_dim) if heads is None else heads
             return F.linear(x, *self.sliced(x.shape[-1], heads))
         bias: Tensor | None = self.bias
         if bias is not None and self.bias_slicing == 'joint':
@@ -94,13 +97,17 @@ class ElasticLayerNorm(LayerNorm):
     """LayerNorm over the channels of `x`; with a mask, over the active ones, and the output is masked."""
 
     def forward(self, x: Tensor, *, width: Width = None) -> Tensor:
+        return masked(self.normalized(x, width), width, -1)
+
+    def normalized(self, x: Tensor, width: Width) -> Tensor:
+        """The output before it is masked: for a norm whose output is the residual stream itself."""
         if not isinstance(width, Tensor):
             dim = x.shape[-1]
             return F.layer_norm(x, (dim,), self.weight[:dim], self.bias[:dim], self.eps)
         count = width.sum()
         x = x - (x * width).sum(-1, keepdim=True) / count
         variance = (x * x * width).sum(-1, keepdim=True) / count
-        return masked(x * torch.rsqrt(variance + self.eps) * self.weight + self.bias, width, -1)
+        return x * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
 class ElasticPatchEmbed(PatchEmbed):
@@ -157,7 +164,48 @@ class ElasticBlock(RelativeBlock):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 index: RelativeIndex | None = None, *, widths: BlockWidths = FULL) -> Tensor:
         embed, heads, hidden, active = widths
-        y = self.attn(self.norm1(x, width=embed), attn_mask, is_causal, index, heads=heads, out=embed)
+        y = self.ls1(self.attn(self.norm1(x, width=embed), attn_mask, is_causal, index, heads=heads, out=embed))
         x = x + self.drop_path1(masked(y, active))
-        y = self.mlp(self.norm2(x, width=embed), hidden=hidden, out=embed)
+        y = self.ls2(self.mlp(self.norm2(x, width=embed), hidden=hidden, out=embed))
         return x + self.drop_path2(masked(y, active))
+
+
+# -- options of pretrained ViTs ----------------------------------------------------------------------------------------
+
+
+class ElasticLayerScale(LayerScale):
+    """timm's LayerScale of the first `x.shape[-1]` channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma[:x.shape[-1]]
+
+
+class ElasticAttentionPool(AttentionPoolLatent):
+    """timm's attention pooling of tokens of any width; its heads and the width of its MLP are fixed."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *, width: Width = None) -> Tensor:
+        latent = masked(self.latent[..., :x.shape[-1]], width, -1).expand(x.shape[0], -1, -1)
+        q = self.q(latent).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
+        y = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2), out=x.shape[-1]))
+        y = y + self.mlp(self.norm(y, width=width), out=x.shape[-1])
+        return y[:, 0] if self.pool == 'token' else y.mean(1)
+
+
+_ELASTIC = {
+    PatchEmbed: ElasticPatchEmbed, LayerNorm: ElasticLayerNorm, nn.LayerNorm: ElasticLayerNorm,
+    nn.Linear: ElasticLinear, Mlp: ElasticMlp, Attention: ElasticAttention, Block: ElasticBlock,
+    LayerScale: ElasticLayerScale, AttentionPoolLatent: ElasticAttentionPool,
+}
+
+
+def make_vit_elastic(net: nn.Module) -> None:
+    """Turn the modules of timm's ViT into elastic ones, in place: weights, names and hooks stay."""
+    for module in net.modules():
+        module.__class__ = _ELASTIC.get(type(module), type(module))
+    for module in net.modules():
+        if isinstance(module, ElasticAttention):
+            qkv: Any = module.qkv
+            module.rel_pos, qkv.__class__ = None, ElasticQKV
+            qkv.head_dim, qkv.bias_slicing = module.head_dim, 'role'

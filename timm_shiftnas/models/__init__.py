@@ -1,6 +1,9 @@
 """Supernets and their static subnets; importing this registers them with timm."""
 from ._supernet import TimmSupernet, plain_state_dict
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
+from .elastic import elastic
+from .elastic_vit import ElasticVisionTransformer
+from .importance import sort_by_importance
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
 from .shiftmobilenet import EfficientNetSupernet, MobileNetV3Supernet, ShiftMobileNetSupernet, ofa_space
 from .subnet import (
@@ -15,8 +18,8 @@ from .subnet import (
 )
 
 __all__ = [
-    'BatchNormCalibration', 'EfficientNetSupernet', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer',
-    'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'bound_space',
-    'calibrate_bn', 'describe_images', 'extract', 'has_batch_norm', 'ofa_space', 'plain_state_dict', 'present_args',
-    'static_counts', 'static_space', 'stock_description',
+    'BatchNormCalibration', 'EfficientNetSupernet', 'ElasticVisionTransformer', 'MobileNetV3Supernet', 'ResizedInput',
+    'ShiftFormer', 'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics',
+    'bound_space', 'calibrate_bn', 'describe_images', 'elastic', 'extract', 'has_batch_norm', 'ofa_space',
+    'plain_state_dict', 'present_args', 'sort_by_importance', 'static_counts', 'static_space', 'stock_description',
 ]

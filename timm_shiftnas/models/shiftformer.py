@@ -28,17 +28,15 @@ from ..layers.vit import (
     ElasticAttention,
     ElasticBlock,
     ElasticLayerNorm,
-    ElasticLinear,
     ElasticMlp,
     ElasticPatchEmbed,
 )
-from ..layers.widths import Width, masked
 from ..space.core import Arch, SearchSpace
 from ..space.families import space_of_family
-from ..space.shiftformer import ShiftFormerMasks, shiftformer_space, shiftformer_space_of
+from ..space.shiftformer import shiftformer_space, shiftformer_space_of
 from ._checkpoint import check_fits, weights_of
+from ._elastic_vit import ElasticViT
 from ._published import convert_autoformer, is_autoformer
-from ._supernet import TimmSupernet
 
 __all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
 
@@ -134,14 +132,14 @@ class ShiftFormer(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=.02)  # AutoFormer's; timm's is 1e-6
 
-    def _relative_index(self, x: Tensor) -> RelativeIndex | None:
+    def relative_index(self, x: Tensor) -> RelativeIndex | None:
         """Constants of relative position for tokens `x`, shared by all layers."""
         rel_pos = self.blocks[0].attn.rel_pos
         return None if rel_pos is None else rel_pos.index(x)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
-        index = self._relative_index(x)
+        index = self.relative_index(x)
         is_causal = bool(is_causal)  # the TorchScript-based exporter of ONNX gives a tensor
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -178,7 +176,7 @@ class ShiftFormer(VisionTransformer):
                     table.copy_(_adapt_table(name, table, old_grid, rel_pos.grid_size, rel_pos.max_distance))
 
 
-class ShiftFormerSupernet(TimmSupernet, ShiftFormer):
+class ShiftFormerSupernet(ElasticViT, ShiftFormer):
     """A ShiftFormer whose depth and widths are chosen per call: `net(x, arch)`.
 
     The network owns the weights of every arch of its space; a smaller choice is a prefix of a larger one. The arch is
@@ -211,81 +209,15 @@ class ShiftFormerSupernet(TimmSupernet, ShiftFormer):
         self.model_args['qkv_bias_slicing'] = mode
         update_model_args(self, qkv_bias_slicing=mode)  # timm's own record
 
-    def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[BlockWidths]:
-        """What every block computes, first to last."""
-        if isinstance(arch, ShiftFormerMasks):
-            return [
-                BlockWidths(arch.embed_dim, *widths)
-                for widths in zip(arch.num_heads, arch.hidden, arch.depth, strict=True)]
-        if arch is None:
-            arch = self.unbound_space.largest
-        elif not torch.compiler.is_compiling():
-            self.unbound_space.validate(arch)
+    def _blocks_of(self, arch: Arch) -> list[tuple[nn.Module, BlockWidths]]:
         return [
-            BlockWidths(arch.embed_dim, heads, int(arch.embed_dim * ratio))
-            for heads, ratio in zip(arch.num_heads, arch.mlp_ratio, strict=True)]
-
-    # -- forward -------------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        """Logits [B, num_classes] of one subnet for images [B, in_chans, H, W].
-
-        Args:
-            x: Images.
-            arch: The subnet; `None` is the largest one. Masks compute the same at full width, differentiably.
-        """
-        return self.forward_head(self.forward_features(x, arch), arch=arch)
-
-    def forward_features(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        widths = self._widths(arch.to(x) if isinstance(arch, ShiftFormerMasks) else arch)
-        embed = widths[0].embed_dim
-        x = self._pos_embed(self.patch_embed(x, out=embed))
-        index = self._relative_index(x)
-        for block, width in zip(self.blocks, widths, strict=False):  # as deep as the arch
-            run = partial(block, index=index, widths=width)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
-        return _norm(self.norm, x, embed)
-
-    def forward_head(
-            self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
-        embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None
-        x = _norm(self.fc_norm, self.pool(x), embed)
-        if not self.model_args.get('final_norm', True):
-            x = masked(x, embed, -1)  # no norm has masked what the head reads
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's, at the width of `x`."""
-        dim, position = x.shape[-1], None
-        if self.pos_embed is not None:
-            # a copy: a view is contiguous at the full width only, which would then have its own compiled graphs
-            position = self.pos_embed[..., :dim].clone(memory_format=torch.contiguous_format)
-        if position is not None and self.no_embed_class:
-            x = x + position
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token[..., :dim].expand(x.shape[0], -1, -1), x], dim=1)
-        if position is not None and not self.no_embed_class:
-            x = x + position
-        return self.pos_drop(x)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
-        self._make_head_elastic()
-
-    def _make_head_elastic(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            weight, bias = self.head.weight, self.head.bias
-            self.head = ElasticLinear(self.head.in_features, self.head.out_features, device='meta').train(self.training)
-            self.head.weight, self.head.bias = weight, bias
+            (block, BlockWidths(arch.embed_dim, heads, int(arch.embed_dim * ratio)))
+            for block, heads, ratio in zip(self.blocks, arch.num_heads, arch.mlp_ratio, strict=False)]
 
     # -- extraction ----------------------------------------------------------------------------------------------------
 
     def subnet_args(self, arch: Arch) -> dict[str, Any]:
         return {name: value for name, value in self.model_args.items() if name != 'qkv_bias_slicing'}
-
-    def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
-        return dict(super().subnet_cfg(arch), input_size=(self.in_chans, *self.patch_embed.img_size))
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch: leading slices, in q, k and v each."""
@@ -295,11 +227,6 @@ class ShiftFormerSupernet(TimmSupernet, ShiftFormer):
             weight, bias = self.get_submodule(name).sliced(arch.embed_dim, heads)
             state |= {f'{name}.weight': weight} if bias is None else {f'{name}.weight': weight, f'{name}.bias': bias}
         return state
-
-
-def _norm(norm: nn.Module, x: Tensor, width: Width) -> Tensor:
-    """Run a final norm, which may be switched off (an Identity)."""
-    return norm(x, width=width) if isinstance(norm, ElasticLayerNorm) else norm(x)
 
 
 def _refuse_unsupported(kwargs: Mapping[str, Any], global_pool: str) -> None:

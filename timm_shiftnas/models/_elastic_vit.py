@@ -1,0 +1,102 @@
+"""The elastic forward of vision transformers: what `ShiftFormerSupernet` and `ElasticVisionTransformer` share."""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from ..layers.vit import BlockWidths, ElasticLayerNorm, ElasticLinear
+from ..layers.widths import Width, masked
+from ..space.core import Arch
+from ..space.shiftformer import ShiftFormerMasks
+from ._supernet import TimmSupernet
+
+__all__ = ['ElasticViT']
+
+
+class ElasticViT(TimmSupernet):
+    """Mixin of supernets that derive from timm's `VisionTransformer` and are made of elastic layers."""
+
+    def _blocks_of(self, arch: Arch) -> list[tuple[nn.Module, BlockWidths]]:
+        """The blocks of an arch and what each computes, first to last."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
+        """Logits [B, num_classes] of one subnet for images [B, in_chans, H, W].
+
+        Args:
+            x: Images.
+            arch: The subnet; `None` is the largest one. Masks compute the same at full width, differentiably.
+        """
+        return self.forward_head(self.forward_features(x, arch), arch=arch)
+
+    def forward_features(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
+        blocks = self._widths(arch.to(x) if isinstance(arch, ShiftFormerMasks) else arch)
+        embed = blocks[0][1].embed_dim
+        x = self._pos_embed(self.patch_embed(x, out=embed))
+        if isinstance(self.norm_pre, ElasticLayerNorm):
+            x = self.norm_pre.normalized(x, embed)  # what is added to the residual stream stays unmasked
+        index = self.relative_index(x)
+        for block, widths in blocks:
+            run = partial(block, index=index, widths=widths)
+            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+        return _norm(self.norm, x, embed)
+
+    def forward_head(
+            self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
+        embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None
+        x = self.pool(x) if self.attn_pool is None else self.attn_pool(x, width=embed)
+        x = _norm(self.fc_norm, x, embed)
+        normed = self.attn_pool is None and isinstance(self.norm, ElasticLayerNorm)
+        if not normed and not isinstance(self.fc_norm, ElasticLayerNorm):
+            x = masked(x, embed, -1)  # no norm has masked what the head reads
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[tuple[nn.Module, BlockWidths]]:
+        """The blocks of an arch or of masks and what each computes, first to last."""
+        if isinstance(arch, ShiftFormerMasks):
+            return [
+                (block, BlockWidths(arch.embed_dim, *widths))
+                for block, *widths in zip(self.blocks, arch.num_heads, arch.hidden, arch.depth, strict=True)]
+        if arch is None:
+            arch = self.unbound_space.largest
+        elif not torch.compiler.is_compiling():
+            self.unbound_space.validate(arch)
+        return self._blocks_of(arch)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, at the width of `x`."""
+        dim, position = x.shape[-1], None
+        if self.pos_embed is not None:
+            # a copy: a view is contiguous at the full width only, which would then have its own compiled graphs
+            position = self.pos_embed[..., :dim].clone(memory_format=torch.contiguous_format)
+        if position is not None and self.no_embed_class:
+            x = x + position
+        prefix = [token[..., :dim].expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token)
+                  if token is not None]
+        x = torch.cat([*prefix, x], dim=1) if prefix else x
+        if position is not None and not self.no_embed_class:
+            x = x + position
+        return self.pos_drop(x)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        # a pooling decides where the norm is, so both are needed to create the network again
+        self.model_args.update(
+            num_classes=num_classes, global_pool=self.global_pool, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+        self._make_head_elastic()
+
+    def _make_head_elastic(self) -> None:
+        if type(self.head) is nn.Linear:
+            self.head.__class__ = ElasticLinear
+
+    def subnet_cfg(self, arch: Arch) -> dict:
+        return dict(super().subnet_cfg(arch), input_size=(self.in_chans, *self.patch_embed.img_size))
+
+
+def _norm(norm: nn.Module, x: Tensor, width: Width) -> Tensor:
+    """Run a final norm, which may be switched off (an Identity)."""
+    return norm(x, width=width) if isinstance(norm, ElasticLayerNorm) else norm(x)

@@ -1,0 +1,229 @@
+"""The family of elastic pretrained ViTs: its search space, MACs, parameters and masks.
+
+The networks are timm's `VisionTransformer` with most of its options: LayerScale, register tokens, normalised queries
+and keys, a norm before the blocks, attention pooling, heads of any width.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
+from .families import Family, register_family
+from .matrix_mapping import nested
+from .shiftformer import ShiftFormerMasks
+
+__all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
+
+_FIELDS = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
+
+# Which size every dimension of a parameter follows; `None` is fixed. 'qkv' is three times 'heads': rows q | k | v.
+_AXES = (
+    (r'(cls_token|reg_token|pos_embed|attn_pool\.latent)', (None, None, 'embed')),
+    (r'patch_embed\.proj\.weight', ('embed', None, None, None)),
+    (r'head\.weight|attn_pool\.(q|kv|mlp\.fc1)\.weight', (None, 'embed')),
+    (r'head\.bias|attn_pool\.(q|kv|mlp\.fc1)\.bias', (None,)),
+    (r'attn_pool\.(proj|mlp\.fc2)\.weight', ('embed', None)),
+    (r'blocks\.\d+\.attn\.qkv\.weight', ('qkv', 'embed')),
+    (r'blocks\.\d+\.attn\.qkv\.bias', ('qkv',)),
+    (r'blocks\.\d+\.attn\.[qk]_norm\.(weight|bias)', (None,)),
+    (r'blocks\.\d+\.attn\.proj\.weight', ('embed', 'heads')),
+    (r'blocks\.\d+\.mlp\.fc1\.weight', ('hidden', 'embed')),
+    (r'blocks\.\d+\.mlp\.fc1\.bias', ('hidden',)),
+    (r'blocks\.\d+\.mlp\.fc2\.weight', ('embed', 'hidden')),
+    (r'.*\.(weight|bias|gamma)', ('embed',)),  # norms, LayerScale and the biases of what is added to the stream
+)
+
+
+def parameter_axes(name: str) -> tuple[str | None, ...]:
+    """The size that every dimension of a parameter of a ViT follows: 'embed', 'heads', 'qkv', 'hidden', or `None`.
+
+    Args:
+        name: Its name in the state_dict.
+    """
+    return next(axes for pattern, axes in _AXES if re.fullmatch(pattern, name))
+
+
+def hidden_width(embed_dim: int, mlp_ratio: float) -> int:
+    """Hidden width of an MLP. Rounding gives back the width of the base, whose ratio is a quotient of two widths."""
+    return round(embed_dim * mlp_ratio)
+
+
+def elastic_vit_space(
+        embed_dim: Sequence[int],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: Sequence[float],
+        *,
+        layer_order: Sequence[int] | None = None,
+) -> SearchSpace:
+    """The space of an elastic pretrained ViT: token width and depth, and per layer the heads and the MLP width.
+
+    Args:
+        embed_dim: Token widths.
+        depth: Numbers of layers.
+        num_heads: Attention heads of a layer; the base gives the width of a head.
+        mlp_ratio: MLP hidden width of a layer as a multiple of `embed_dim`, rounded to the nearest int.
+        layer_order: The layers, the most important one first; default is their order in the network. An arch of depth d
+            consists of the first d of them, in their order in the network.
+
+    Raises:
+        ValueError: If a field is empty, not positive or not increasing, if two choices give the same network, or if
+            `layer_order` is not a permutation of the layers.
+    """
+    values = dict(
+        embed_dim=ordered_values('embed_dim', embed_dim, int),
+        depth=ordered_values('depth', depth, int),
+        num_heads=ordered_values('num_heads', num_heads, int),
+        mlp_ratio=ordered_values('mlp_ratio', mlp_ratio, float))
+    for dim in values['embed_dim']:
+        hidden = [hidden_width(dim, ratio) for ratio in values['mlp_ratio']]
+        if len(set(hidden)) < len(hidden) or hidden[0] < 1:
+            raise ValueError(
+                f'mlp_ratio={values["mlp_ratio"]} gives the hidden widths {hidden} at embed_dim={dim}; '
+                'they must be positive and differ: choose ratios further apart')
+    layers = values['depth'][-1]
+    order = tuple(range(layers)) if layer_order is None else tuple(layer_order)
+    if sorted(order) != list(range(layers)):
+        raise ValueError(f'layer_order={order!r} must hold each of 0 to {layers - 1} once')
+    choices = [Choice('embed_dim', values['embed_dim']), Choice('depth', values['depth'])]
+    for layer in range(layers):
+        needed = order.index(layer) + 1  # the least depth that keeps this layer
+        choices += [Choice(name, values[name], layer, gate=1, min_depth=needed) for name in ('num_heads', 'mlp_ratio')]
+    return SearchSpace('elastic_vit', tuple(values.items()), tuple(choices), (('layer_order', order),))
+
+
+def elastic_vit_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
+    """The space of the values of an arch that comes without one, and the arch in it.
+
+    Raises:
+        ValueError: If it is not an arch of this family.
+    """
+    fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
+    if sorted(fields) != sorted(_FIELDS):
+        raise ValueError(f'arch={arch!r} is not an arch of an elastic ViT; give a dict of {", ".join(_FIELDS)}')
+    try:
+        values = {
+            name: sorted(set(value)) if isinstance(value, (list, tuple)) else [value] for name, value in fields.items()}
+    except TypeError:
+        raise ValueError(f'arch={arch!r}: every field must be a number or a list of numbers') from None
+    space = elastic_vit_space(**values)
+    return space, space.arch(**fields)
+
+
+def kept_layers(space: SearchSpace, depth: int) -> list[int]:
+    """The layers of an arch of this depth, in their order in the network."""
+    return sorted(dict(space.structure)['layer_order'][:depth])
+
+
+# -- MACs and parameters -----------------------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """What the polynomials are written in; `width` is [...], the others are [..., layers]."""
+    width: torch.Tensor
+    active: torch.Tensor  # 1 where the layer exists
+    heads: torch.Tensor
+    hidden: torch.Tensor
+
+
+def _ranks(space: SearchSpace) -> list[int]:
+    """The position of every layer in the order of importance."""
+    order = dict(space.structure)['layer_order']
+    return [order.index(layer) for layer in range(len(order))]
+
+
+def _layer_table(space: SearchSpace) -> list[list[float]]:
+    """1 where a layer exists, by depth."""
+    return [[float(rank < depth) for rank in _ranks(space)] for depth in space.values('depth')]
+
+
+def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
+    embed, depth, *layers = one_hots
+    dims, heads, ratios = (space.values(name) for name in ('embed_dim', 'num_heads', 'mlp_ratio'))
+
+    def constant(data: Any) -> torch.Tensor:
+        return torch.tensor(data, dtype=torch.float64, device=embed.device)
+
+    # a hidden width depends on two choices, so it reads the outer product of their one-hots
+    hidden = embed @ constant([[hidden_width(dim, ratio) for ratio in ratios] for dim in dims])
+    return _Sizes(
+        width=embed @ constant(dims),
+        active=depth @ constant(_layer_table(space)),
+        heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
+        hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
+    )
+
+
+def _geometry(net: Any) -> dict[str, Any]:
+    """What MACs and parameters of a ViT of this family, elastic or static, depend on.
+
+    Parameters are counted by what they grow with: `stem` and `block` are the vectors of token width outside the blocks
+    and in one of them, `pool` the rows of token width in the attention pooling.
+    """
+    counts = dict(stem=0, block=0, pool=0, pool_fixed=0, head_norm=0, qkv_bias=0, mlp_bias=0)
+    for name, parameter in net.named_parameters():
+        axes = parameter_axes(name)
+        fixed = math.prod(size for size, axis in zip(parameter.shape, axes, strict=True) if axis is None)
+        if name.startswith('attn_pool.'):
+            counts['pool' if 'embed' in axes else 'pool_fixed'] += fixed
+        elif name.startswith('blocks.0.') and len(axes) == 1:
+            counts[{'embed': 'block', 'qkv': 'qkv_bias', 'hidden': 'mlp_bias', None: 'head_norm'}[axes[0]]] += fixed
+        elif not name.startswith(('blocks.', 'head.')):
+            counts['stem'] += fixed
+    pool = net.attn_pool
+    return dict(
+        counts, img_size=net.patch_embed.img_size, patch_size=net.patch_embed.patch_size, in_chans=net.in_chans,
+        num_classes=net.num_classes, global_pool=net.global_pool, prefix=net.num_prefix_tokens,
+        head_dim=net.blocks[0].attn.head_dim, pool_inner=0 if pool is None else pool.q.out_features,
+        pool_hidden=0 if pool is None else pool.mlp.fc1.out_features)
+
+
+def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
+    g = space.geometry
+    sizes = _sizes(space, one_hots)
+    width, heads = sizes.width[..., None], sizes.heads * g['head_dim']
+    (height, breadth), (patch_h, patch_w) = g['img_size'], g['patch_size']
+    patches = (height // patch_h) * (breadth // patch_w)
+    tokens = patches + g['prefix']
+    block = 4 * tokens * heads * width + 2 * tokens ** 2 * heads + 2 * tokens * width * sizes.hidden
+    embed = patches * patch_h * patch_w * g['in_chans'] * sizes.width
+    inner, hidden = g['pool_inner'], g['pool_hidden']
+    pool = 2 * ((tokens + 1) * inner + hidden) * sizes.width + 2 * tokens * inner
+    classified = tokens if g['global_pool'] == '' else 1  # without pooling the head runs on every token
+    return embed + (sizes.active * block).sum(-1) + pool + classified * g['num_classes'] * sizes.width
+
+
+def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    g = space.geometry
+    sizes = _sizes(space, one_hots)
+    width, heads, bias = sizes.width[..., None], sizes.heads * g['head_dim'], g['mlp_bias']
+    block = (
+        g['block'] * width + g['head_norm'] + (4 * width + 3 * g['qkv_bias']) * heads
+        + (2 * width + bias) * sizes.hidden)
+    outside = g['stem'] + g['pool'] + g['num_classes']
+    return outside * sizes.width + (sizes.active * block).sum(-1) + g['pool_fixed'] + g['num_classes']
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def _masks(space: SearchSpace, one_hots: OneHots) -> ShiftFormerMasks:
+    embed, depth, *layers = one_hots
+    dims, ratios = space.values('embed_dim'), space.values('mlp_ratio')
+    hidden = nested([hidden_width(dim, ratio) for dim in dims for ratio in ratios], embed)
+    return ShiftFormerMasks(
+        embed_dim=embed @ nested(dims, embed),
+        depth=depth @ torch.tensor(_layer_table(space), dtype=embed.dtype, device=embed.device),
+        num_heads=torch.stack(layers[0::2]) @ nested(space.values('num_heads'), embed),
+        hidden=torch.stack([torch.outer(embed, ratio).flatten() for ratio in layers[1::2]]) @ hidden,
+    )
+
+
+register_family(Family(
+    name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
+    supernet='elastic_supernet', subnet='elastic_vit_subnet'))
