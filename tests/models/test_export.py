@@ -106,7 +106,7 @@ def test_the_command(saved, tmp_path, capsys):
     assert 'x batch x 3 x 32 x 32, opset 17, onnxruntime agrees to ' in line
     check(tsn.from_pretrained(saved, dtype=torch.float32), path, 'x')
     assert main(command) == 2 and '--overwrite' in capsys.readouterr().err
-    assert main([*command, '--overwrite', '--batch-size', '3']) == 0
+    assert main([*command, '--overwrite', '--fixed-batch', '3']) == 0
     shape = onnx.load(path).graph.input[0].type.tensor_type.shape
     assert [each.dim_value for each in shape.dim] == [3, 3, 32, 32]
 
