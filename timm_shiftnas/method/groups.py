@@ -67,3 +67,10 @@ class BudgetGroups:
         edges = torch.tensor(self.edges, dtype=torch.float64)
         share = torch.rand(count, generator=generator, dtype=torch.float64)
         return edges[group] + share * (edges[group + 1] - edges[group])
+
+    def spread(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """`count` budgets, float64 [count]: uniform over the whole range, with both of its ends among them."""
+        low, high = self.edges[0], self.edges[-1]
+        budgets = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        budgets[0], budgets[-1] = low, high
+        return budgets

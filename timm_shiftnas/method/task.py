@@ -276,7 +276,8 @@ class ShiftNASTask(ClassificationTask):
         images = config.images_for_generator(self.ranks.size * len(input))
         part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm needs two images
         noise = stream(config.seed, 'generator', self.update)
-        budgets = self._generator_budgets(noise)
+        spread = self.groups.spread(config.resource_batch, noise)
+        budgets = torch.cat([self.groups.draw(self.shift.probabilities, 1, noise), spread])
         with torch.enable_grad():
             rollout = generator(budgets, noise=noise, tau=self._tau)
             masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
@@ -293,13 +294,6 @@ class ShiftNASTask(ClassificationTask):
             nn.utils.clip_grad_norm_(parameters, 1.)  # straight-through gradients have rare large outliers
             self._optimizer.step()
             self._optimizer.zero_grad()
-
-    def _generator_budgets(self, noise: torch.Generator) -> Tensor:
-        """Budgets of a generator step: one from P, for the task loss, and a resource batch over the whole range."""
-        low, high = self.groups.edges[0], self.groups.edges[-1]
-        spread = low + (high - low) * torch.rand(self.config.resource_batch, generator=noise, dtype=torch.float64)
-        spread[0], spread[-1] = low, high
-        return torch.cat([self.groups.draw(self.shift.probabilities, 1, noise), spread])
 
     @property
     def _tau(self) -> float:
