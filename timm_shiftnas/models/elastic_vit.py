@@ -95,7 +95,8 @@ class ElasticVisionTransformer(ElasticViT, VisionTransformer):
         layers = kept_layers(self.unbound_space, arch.depth)
         return [
             (self.blocks[layer], BlockWidths(arch.embed_dim, heads, hidden_width(arch.embed_dim, ratio)))
-            for layer, heads, ratio in zip(layers, arch.num_heads, arch.mlp_ratio, strict=True)]
+            for layer, heads, ratio in zip(layers, arch.num_heads, arch.mlp_ratio, strict=True)
+            if layer < len(self.blocks)]  # timm's prune_intermediate_layers removes the last ones
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         super().set_input_size(img_size, patch_size)

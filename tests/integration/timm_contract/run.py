@@ -8,7 +8,8 @@ before it lists models. A copy of it in a temporary directory gets our names in 
 
 * models without the spatial features of a CNN: the ViTs;
 * modules with `forward_intermediates`: ours;
-* excluded: TorchScript and FX for supernets, whose forward takes an arch (subnets pass both), and the check that every
+* excluded: TorchScript and FX for supernets, whose forward takes an arch, and for elastic pretrained networks (other
+  subnets pass both), and the check that every
   parameter has a gradient for supernets whose full network does not use all of them: OFA's kernel matrices, and
   shortcut projections that only narrower archs use.
 
@@ -26,10 +27,10 @@ import timm
 import timm_shiftnas  # noqa: F401
 
 ADDED = {
-    'NON_STD_FILTERS': ['*shiftformer_*'],
-    'FEAT_INTER_FILTERS': ['shiftformer', 'shiftmobilenet'],
-    'EXCLUDE_JIT_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet'],
-    'EXCLUDE_FX_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet'],
+    'NON_STD_FILTERS': ['*shiftformer_*', 'elastic_*'],
+    'FEAT_INTER_FILTERS': ['shiftformer', 'shiftmobilenet', 'elastic'],
+    'EXCLUDE_JIT_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet', 'elastic_*'],
+    'EXCLUDE_FX_FILTERS': ['*shiftformer*supernet', '*mobilenet*supernet', 'attentivenas*supernet', 'elastic_*'],
 }
 # This test prunes a model at every layer (timm's own CI skips it). The tiny models cover the same code.
 SLOW = [
