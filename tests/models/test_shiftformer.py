@@ -336,7 +336,7 @@ def test_training_drops_whole_branches():
     """With a drop-path rate near 1, the deepest branch contributes nothing to most samples."""
     net = noise(create(drop_path_rate=.999)).train()
     x, kept = images(net, 64), net.forward_features(images(net, 64)[:1])
-    index = net._relative_index(kept)
+    index = net.relative_index(kept)
     tokens = torch.randn(64, 7, 40)
     assert torch.equal(net.blocks[2](tokens, index=index), tokens)
     assert not torch.equal(net.blocks[0](tokens, index=index), tokens)  # rate 0

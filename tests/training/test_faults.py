@@ -188,10 +188,12 @@ def test_ctrl_c_names_the_recovery_file(tmp_path, capsys, caplog):
 
     sender = Sender()
     logging.getLogger('train').addHandler(sender)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may ignore SIGINT
     try:
         assert train.main([*FAST, '--shift', 'none', '--epochs', '1', '--recovery-interval', '4', '--experiment', 'a b',
                            '--output', str(tmp_path)]) == 130
     finally:
+        signal.signal(signal.SIGINT, before)
         logging.getLogger('train').removeHandler(sender)
     newest = tmp_path / 'a b' / 'recovery-0-4.pth.tar'
     line = capsys.readouterr().err.splitlines()[-1]

@@ -43,8 +43,9 @@ class NetworkTask(ClassificationTask):
         super().__init__(model, criterion_kwargs=criterion_kwargs, device=device)
         net: Any = unwrap_model(model)
         self.space, self.config, self._teacher = space, config, teacher
-        self.network = dict(  # arguments of `create_model`, for readers of a checkpoint
-            architecture=net.pretrained_cfg['architecture'], model_args=dict(net.model_args, arch=net.arch.to_dict()))
+        self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
+            architecture=net.pretrained_cfg['architecture'], label_names=net.pretrained_cfg.get('label_names'),
+            model_args=dict(net.model_args, arch=net.arch.to_dict()))
         self.loop_state: dict[str, Any] = {}
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> NetworkTask:
