@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ..utils.distributed import Ranks
 from ..utils.streams import seed_process, stream_seed
-from ..utils.text import one_line
 
 __all__ = ['TrainLoader']
 
@@ -62,11 +61,7 @@ class TrainLoader:
         return iter(self._prefetch)
 
     def read(self, epoch: int, start: int) -> Iterator[Any]:
-        """The loader's batches before prefetching.
-
-        Raises:
-            ChildProcessError: If a worker died.
-        """
+        """The loader's batches before prefetching."""
         if self._sampler is None:
             self._loader.dataset.set_epoch(epoch)
             seed_process(self.seed, f'stream/{self.ranks.rank}', epoch)  # the loader draws the workers' seeds
@@ -77,14 +72,7 @@ class TrainLoader:
             _SeededImages(self._loader.dataset, self.seed, epoch), batch_sampler=self._positions(start),
             num_workers=self._loader.num_workers, collate_fn=self._loader.collate_fn,
             pin_memory=self._loader.pin_memory, generator=torch.Generator())
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
-                raise
-            raise ChildProcessError(
-                f'{one_line(error)}: a worker that reads images has died, perhaps out of memory; use fewer --workers'
-            ) from error
+        yield from loader
 
     def _positions(self, start: int) -> Iterator[list[tuple[int, int]]]:
         """Batches of (index in the dataset, position in the epoch of all processes)."""

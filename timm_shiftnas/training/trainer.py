@@ -283,6 +283,8 @@ def resume_hint(trainer: Trainer | None) -> str:
 def error_line(error: Exception, trainer: Trainer | None) -> str:
     """An error in one line, with the number of the process if there are several."""
     expected = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
+    if 'DataLoader worker' in str(error):  # torch raises it by a signal handler, wherever the program is
+        return f'error: {one_line(error)} A worker that reads images has died, maybe out of memory; use fewer --workers'
     hint = '' if expected else f'{type(error).__name__} (--traceback shows where): '
     rank = f' (process {trainer.ranks.rank})' if trainer and trainer.ranks.size > 1 else ''
     # gloo has no error class of its own
