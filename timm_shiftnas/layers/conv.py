@@ -214,8 +214,10 @@ class Projection(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:
             return x
-        # int(): tracers record sizes as tensors, and exporters know no padding that is a tensor
-        return F.avg_pool2d(x, 2, 2, padding=(int(x.shape[-2]) % 2, int(x.shape[-1]) % 2))
+        height, width = x.shape[-2], x.shape[-1]
+        if torch.jit.is_tracing():  # sizes are tensors then, and exporters know no padding that is a tensor
+            height, width = int(height), int(width)
+        return F.avg_pool2d(x, 2, 2, padding=(height % 2, width % 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.pool(x))

@@ -140,7 +140,8 @@ class ShiftFormer(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
         index = self.relative_index(x)
-        is_causal = bool(is_causal)  # the TorchScript-based exporter of ONNX gives a tensor
+        if isinstance(is_causal, Tensor):  # of the TorchScript-based exporter of ONNX
+            is_causal = bool(is_causal)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, attn_mask, is_causal, index)
