@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
 from .matrix_mapping import nested
-from .shiftformer import ShiftFormerMasks
+from .shiftformer import ShiftFormerMasks, ViTSizes, vit_space_of
 
 __all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
-
-_FIELDS = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
 
 # Which size every dimension of a parameter follows; `None` is fixed. 'qkv' is three times 'heads': rows q | k | v.
 _AXES = (
@@ -98,21 +96,8 @@ def elastic_vit_space(
 
 
 def elastic_vit_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
-    """The space of the values of an arch that comes without one, and the arch in it.
-
-    Raises:
-        ValueError: If it is not an arch of this family.
-    """
-    fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
-    if sorted(fields) != sorted(_FIELDS):
-        raise ValueError(f'arch={arch!r} is not an arch of an elastic ViT; give a dict of {", ".join(_FIELDS)}')
-    try:
-        values = {
-            name: sorted(set(value)) if isinstance(value, (list, tuple)) else [value] for name, value in fields.items()}
-    except TypeError:
-        raise ValueError(f'arch={arch!r}: every field must be a number or a list of numbers') from None
-    space = elastic_vit_space(**values)
-    return space, space.arch(**fields)
+    """`vit_space_of` for a static network of this family."""
+    return vit_space_of(arch, elastic_vit_space, 'an arch of an elastic ViT')
 
 
 def kept_layers(space: SearchSpace, depth: int) -> list[int]:
@@ -121,14 +106,6 @@ def kept_layers(space: SearchSpace, depth: int) -> list[int]:
 
 
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
-
-
-class _Sizes(NamedTuple):
-    """What the polynomials are written in; `width` is [...], the others are [..., layers]."""
-    width: torch.Tensor
-    active: torch.Tensor  # 1 where the layer exists
-    heads: torch.Tensor
-    hidden: torch.Tensor
 
 
 def _ranks(space: SearchSpace) -> list[int]:
@@ -142,7 +119,7 @@ def _layer_table(space: SearchSpace) -> list[list[float]]:
     return [[float(rank < depth) for rank in _ranks(space)] for depth in space.values('depth')]
 
 
-def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
+def _sizes(space: SearchSpace, one_hots: OneHots) -> ViTSizes:
     embed, depth, *layers = one_hots
     dims, heads, ratios = (space.values(name) for name in ('embed_dim', 'num_heads', 'mlp_ratio'))
 
@@ -151,7 +128,7 @@ def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
 
     # a hidden width depends on two choices, so it reads the outer product of their one-hots
     hidden = embed @ constant([[hidden_width(dim, ratio) for ratio in ratios] for dim in dims])
-    return _Sizes(
+    return ViTSizes(
         width=embed @ constant(dims),
         active=depth @ constant(_layer_table(space)),
         heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),

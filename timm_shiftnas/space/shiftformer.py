@@ -1,7 +1,7 @@
 """The ShiftFormer family: its search space, MACs, parameters and masks (ViTs of AutoFormer, Chen et al., ICCV 2021)."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,10 @@ from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
 from .matrix_mapping import nested
 
-__all__ = ['HEAD_DIM', 'ShiftFormerMasks', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of']
+__all__ = [
+    'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of',
+    'vit_space_of',
+]
 
 HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
 _FIELDS = ('embed_dim', 'depth', 'num_heads', 'mlp_ratio')
@@ -52,20 +55,31 @@ def shiftformer_space(
 
 
 def shiftformer_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
+    """`vit_space_of` for a ShiftFormer."""
+    return vit_space_of(arch, shiftformer_space, 'a ShiftFormer arch')
+
+
+def vit_space_of(
+        arch: Arch | Mapping[str, Any], build: Callable[..., SearchSpace], kind: str) -> tuple[SearchSpace, Arch]:
     """The space of the values of an arch that comes without one, and the arch in it.
 
+    Args:
+        arch: An `Arch` or its dict.
+        build: Builder of the spaces of its family.
+        kind: What the arch has to be, for the error message.
+
     Raises:
-        ValueError: If it is not a ShiftFormer arch.
+        ValueError: If it is not an arch of the family.
     """
     fields = arch.to_dict() if isinstance(arch, Arch) else dict(arch) if isinstance(arch, Mapping) else {}
     if sorted(fields) != sorted(_FIELDS):
-        raise ValueError(f'arch={arch!r} is not a ShiftFormer arch; give a dict of {", ".join(_FIELDS)}')
+        raise ValueError(f'arch={arch!r} is not {kind}; give a dict of {", ".join(_FIELDS)}')
     try:
         values = {
             name: sorted(set(value)) if isinstance(value, (list, tuple)) else [value] for name, value in fields.items()}
     except TypeError:
         raise ValueError(f'arch={arch!r}: every field must be a number or a list of numbers') from None
-    space = shiftformer_space(**values)
+    space = build(**values)
     return space, space.arch(**fields)
 
 
@@ -81,7 +95,7 @@ def fused_columns(grid_size: tuple[int, int]) -> int:
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
 
 
-class _Sizes(NamedTuple):
+class ViTSizes(NamedTuple):
     """What the polynomials are written in; `width` is [...], the others are [..., layers]."""
     width: torch.Tensor
     active: torch.Tensor  # 1 where the layer exists
@@ -97,7 +111,7 @@ class _Tokens(NamedTuple):
     patch_values: int  # numbers in one patch
 
 
-def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
+def _sizes(space: SearchSpace, one_hots: OneHots) -> ViTSizes:
     embed, depth, *layers = one_hots
     dims, depths = space.values('embed_dim'), space.values('depth')
     heads, ratios = space.values('num_heads'), space.values('mlp_ratio')
@@ -107,7 +121,7 @@ def _sizes(space: SearchSpace, one_hots: OneHots) -> _Sizes:
 
     # a hidden width depends on two choices, so it reads the outer product of their one-hots
     hidden = embed @ constant([[int(dim * ratio) for ratio in ratios] for dim in dims])
-    return _Sizes(
+    return ViTSizes(
         width=embed @ constant(dims),
         active=depth @ constant([[float(layer < value) for layer in range(depths[-1])] for value in depths]),
         heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
