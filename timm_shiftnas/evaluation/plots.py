@@ -23,13 +23,19 @@ BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
 _logger = logging.getLogger(__name__)
 
 
-def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequence[Row] | None = None) -> bool:
+def plot_accuracy(
+        path: str | os.PathLike,
+        rows: Sequence[Row],
+        baseline: Sequence[Row] | None = None,
+        baseline_name: str = 'baseline',
+) -> bool:
     """Draw top-1 against MACs as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
-        baseline: Subnets of another run, drawn in grey for comparison.
+        baseline: Subnets of another run, or before training, drawn in grey for comparison.
+        baseline_name: What the legend calls them.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -39,7 +45,7 @@ def plot_accuracy(path: str | os.PathLike, rows: Sequence[Row], baseline: Sequen
     figure = _figure()
     ax = figure.add_subplot()
     scale, unit = _unit(max(row['macs'] for row in [*rows, *(baseline or [])]))
-    _draw_subnets(ax, baseline or [], scale, GREY, GREY, 'baseline')
+    _draw_subnets(ax, baseline or [], scale, GREY, GREY, baseline_name)
     ends = _draw_subnets(ax, rows, scale, BLUE, ORANGE, 'subnets for a budget')
     ax.margins(x=0.05, y=0.12)
     for name, point in ends:

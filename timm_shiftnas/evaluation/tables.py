@@ -19,7 +19,7 @@ from typing import Any
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
-__all__ = ['COLUMNS', 'format_table', 'write_budgets_csv', 'write_shift_csv']
+__all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'write_budgets_csv', 'write_shift_csv']
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
@@ -45,6 +45,16 @@ def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({**{column: row[column] for column in COLUMNS}, 'arch': json.dumps(row['arch'])})
+
+
+def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the rows that `write_budgets_csv` wrote."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return [
+            dict(row, budget=float(row['budget']) if row['budget'] else None, macs=int(row['macs']),
+                 params=int(row['params']), top1=float(row['top1']), top5=float(row['top5']),
+                 arch=json.loads(row['arch']))
+            for row in csv.DictReader(file)]
 
 
 def write_shift_csv(path: str | os.PathLike, history: Sequence[tuple[int, Sequence[float]]]) -> None:

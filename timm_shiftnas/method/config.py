@@ -191,6 +191,9 @@ class ShiftNASConfig:
         'generator', 'archs during warm-up: from the generator at uniform P, or uniform (the first step of the paper)',
         choices=('generator', 'uniform'))
     warmup_updates: int = setting(0, 'length of the warm-up, during which P stays uniform', least=0, flag=None)
+    curriculum_updates: int = setting(
+        0, 'length of the curriculum, over which the lowest budget falls from the largest to the smallest', least=0,
+        flag=None)
     total_updates: int = setting(1, 'length of training, over which the temperature tau falls', least=1, flag=None)
     shift: str = setting(
         'none', 'signal of the probability shift; none keeps P uniform over the groups',
@@ -272,6 +275,9 @@ def find_conflict(settings: Mapping[str, Any], spell: Spell) -> str | None:
     if settings['inplace_distillation'] and not settings['sandwich']:
         return (f'{spell("inplace_distillation", True)} needs the largest arch in every step; give '
                 f'{spell("sandwich", True)} and {spell("archs_per_step", 4)}')
+    if settings['curriculum_updates'] and settings['sampler'] != 'shiftnas':
+        return (f'{spell("curriculum_updates", settings["curriculum_updates"])} narrows the budgets, and '
+                f'{spell("sampler", settings["sampler"])} draws none; give {spell("sampler", "shiftnas")}')
     if settings['group_weights'] is not None and (settings['shift'] != 'none' or settings['sampler'] != 'shiftnas'):
         return (f'{spell("group_weights", settings["group_weights"])} fixes P and needs {spell("shift", "none")} and '
                 f'{spell("sampler", "shiftnas")}; give both')

@@ -61,12 +61,33 @@ class BudgetGroups:
         """The budget at which each group is evaluated: its upper edge, in MACs."""
         return self.edges[1:]
 
-    def draw(self, probabilities: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw budgets, float64 [count]: the group with `probabilities` [K], then uniformly inside the group."""
-        group = torch.multinomial(probabilities.double(), count, replacement=True, generator=generator)
+    def draw(
+            self,
+            probabilities: torch.Tensor,
+            count: int,
+            generator: torch.Generator,
+            lowest: float = 0.,
+    ) -> torch.Tensor:
+        """Draw budgets, float64 [count]: the group with `probabilities` [K], then uniformly inside the group.
+
+        Args:
+            probabilities: P, [K].
+            count: Number of budgets.
+            generator: Source of randomness.
+            lowest: Draw from P and the groups restricted to budgets of at least this many MACs, at most the largest.
+        """
         edges = torch.tensor(self.edges, dtype=torch.float64)
+        low, high = edges[:-1].clamp(min=lowest), edges[1:]
+        reachable = high > lowest
+        reachable[-1] = True
+        group = torch.multinomial(probabilities.double() * reachable, count, replacement=True, generator=generator)
         share = torch.rand(count, generator=generator, dtype=torch.float64)
-        return edges[group] + share * (edges[group + 1] - edges[group])
+        return low[group] + share * (high - low)[group]
+
+    def lowest_budget(self, progress: float) -> float:
+        """The lowest budget of a curriculum, which falls linearly from the largest (progress 0) to the smallest (1)."""
+        low, high = self.edges[0], self.edges[-1]
+        return high - min(progress, 1.) * (high - low)
 
     def spread(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """`count` budgets, float64 [count]: uniform over the whole range, with both of its ends among them."""

@@ -247,9 +247,15 @@ class ShiftNASTask(ClassificationTask):
             # Draw all archs up to the next step of the generator at once.
             noise = stream(config.seed, 'arch', self._micro_step)
             total = (config.generator_interval or DRAW_AHEAD) * (config.accum_steps or 1) * count
-            budgets = self.groups.draw(self.shift.probabilities, total, noise)
+            budgets = self.groups.draw(self.shift.probabilities, total, noise, self._lowest_budget)
             self._archs.extend(self.generator.sample(budgets, noise))
         return [self._archs.popleft() for _ in range(count)]
+
+    @property
+    def _lowest_budget(self) -> float:
+        """The least MACs of a budget: less and less during the curriculum, then those of the smallest arch."""
+        length = self.config.curriculum_updates
+        return self.groups.lowest_budget(self.update / length if length else 1.)
 
     # -- learning to draw them -----------------------------------------------------------------------------------------
 
@@ -277,7 +283,8 @@ class ShiftNASTask(ClassificationTask):
         part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm needs two images
         noise = stream(config.seed, 'generator', self.update)
         spread = self.groups.spread(config.resource_batch, noise)
-        budgets = torch.cat([self.groups.draw(self.shift.probabilities, 1, noise), spread])
+        drawn = self.groups.draw(self.shift.probabilities, 1, noise, self._lowest_budget)
+        budgets = torch.cat([drawn, spread])
         with torch.enable_grad():
             rollout = generator(budgets, noise=noise, tau=self._tau)
             masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
@@ -302,9 +309,9 @@ class ShiftNASTask(ClassificationTask):
         return first + (last - first) * min(self.update / self.config.total_updates, 1.)
 
     def _update_shift(self) -> None:
-        """Take in the scores of the groups, and shift P unless this is warm-up."""
+        """Take in the scores of the groups, and shift P after warm-up and curriculum."""
         scores = self.shift_scores(unwrap_model(self.trainable_module))
-        if self.update < self.config.warmup_updates:
+        if self.update < max(self.config.warmup_updates, self.config.curriculum_updates):
             self.shift.observe(scores)
         else:
             self.shift.update(scores)

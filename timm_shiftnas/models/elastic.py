@@ -103,7 +103,7 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     if not is_model(base):
         near = difflib.get_close_matches(base.partition('.')[0], list_models(), 3) or ['vit_small_patch16_224']
         raise ValueError(f'base={base!r} is not a model of this timm; did you mean {", ".join(near)}?')
-    own_weights = pretrained_cfg is not None
+    own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
     cfg = pretrained_cfg or _config_of_base(get_pretrained_cfg(base).to_dict(), variant)
 
     def create(**args: Any) -> nn.Module:

@@ -38,7 +38,8 @@ def sort_by_importance(
 
     Args:
         net: A network of `elastic`, changed in place.
-        loader: Batches of (images [B, C, H, W], class indices [B]), preprocessed as for the base. Units are scored by
+        loader: Batches of (images [B, C, H, W], class indices [B]), preprocessed as for the base; of images alone, if
+            the network does not know their classes, whose labels are then its own predictions. Units are scored by
             `taylor_scores`; without a loader by `magnitude_scores`.
         num_batches: How many batches to score with.
         progress: Show a bar if the standard error stream is a terminal.
@@ -70,7 +71,7 @@ def taylor_scores(net: ElasticVisionTransformer, batches: Iterable[Any]) -> Shif
 
     Args:
         net: The network; neither its mode nor its gradients change.
-        batches: (images, class indices) pairs.
+        batches: (images, class indices) pairs, or images alone.
 
     Raises:
         ValueError: If there are no batches.
@@ -83,9 +84,9 @@ def taylor_scores(net: ElasticVisionTransformer, batches: Iterable[Any]) -> Shif
     training = net.training
     net.eval()
     try:
-        for images, targets in batches:
-            logits = net(images.to(weight), masks)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, targets.to(weight.device)), masks)
+        for batch in batches:
+            images, targets = (batch, None) if isinstance(batch, Tensor) else batch
+            gradients = torch.autograd.grad(_loss(net(images.to(weight), masks), targets), masks)
             scores = [gradient.abs() for gradient in gradients]
             total = scores if not total else [a + b for a, b in zip(total, scores, strict=True)]
     finally:
@@ -93,6 +94,13 @@ def taylor_scores(net: ElasticVisionTransformer, batches: Iterable[Any]) -> Shif
     if not total:
         raise ValueError('the loader has no batches to score units with; give training images')
     return ShiftFormerMasks(*total)
+
+
+def _loss(outputs: Tensor, targets: Tensor | None) -> Tensor:
+    """What units are scored by: the loss on the targets, or on what the network itself predicts."""
+    if targets is None:
+        targets = outputs.argmax(-1)
+    return F.cross_entropy(outputs, targets.to(outputs.device))
 
 
 def magnitude_scores(net: ElasticVisionTransformer) -> ShiftFormerMasks:

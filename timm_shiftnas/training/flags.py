@@ -18,7 +18,7 @@ from ..hub.download import check_repo_id
 from ..method.config import RunConfig, Setting, ShiftNASConfig, find_conflict, settings_of
 from ..utils.text import one_line
 from ..utils.yaml_files import read_yaml
-from .timm_flags import FLAGS, TIMM_ONLY, Keywords, OnlyDefault, convert, path
+from .timm_flags import BASE, FLAGS, TIMM_ONLY, Keywords, OnlyDefault, convert, path
 
 __all__ = [
     'as_flag', 'build_parser', 'dest_of', 'parse_args', 'reset_supernet_flags', 'settings_table', 'training_facts']
@@ -27,6 +27,11 @@ _logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
+# What these flags are with --elastic, where neither the command line nor its YAML file gives them. Subnets of a trained
+# network differ in what they still need, so the shift pays (docs/results.md).
+ELASTIC_DEFAULTS: dict[str, Any] = dict(
+    model='elastic_supernet', shift='hypergradient', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0.,
+    generator_interval=0)
 NOT_TYPED = object()  # stands for a flag that is not on the command line
 # What a model card leaves out: files and names of this machine, and what the command on the card does not need.
 PRIVATE = {
@@ -126,6 +131,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         except ValueError as error:
             parser.error(f'--config: {error}')
     args = parser.parse_args(argv)
+    if args.elastic is not None:
+        if args.model not in (parser.get_default('model'), ELASTIC_DEFAULTS['model']):
+            parser.error(f'--elastic {args.elastic} and --model {args.model} are two networks; leave one of them out')
+        parser.set_defaults(**ELASTIC_DEFAULTS)
+        args = parser.parse_args(argv)
     no_folder = args.dataset.startswith('sklearn/')
     if args.data and (typed.data_dir is not NOT_TYPED or no_folder):  # one value too many for the flag before it
         data = args.dataset if no_folder else args.data_dir
@@ -148,6 +158,12 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield '--resume auto needs --experiment NAME, so that the folder of the run is the same every time'
     if args.kd_model_path and not args.kd_model:
         yield '--kd-model-path needs --kd-model NAME, the model of these weights'
+    if args.kd_model == BASE and args.elastic is None:
+        yield f'--kd-model {BASE} is the network of --elastic; give --elastic NAME, or the name of the teacher'
+    if args.elastic_warmup and args.sampler != 'shiftnas':
+        yield f'--elastic-warmup {args.elastic_warmup:g} narrows the budgets; --sampler {args.sampler} draws none'
+    if args.pretrained_path and args.initial_checkpoint and args.elastic is not None:
+        yield '--pretrained-path and --initial-checkpoint both give the weights of --elastic; leave one of them out'
     if args.clip_mode != 'norm' and args.clip_grad is None:
         yield f'--clip-mode {args.clip_mode} needs --clip-grad X, such as 0.01 for agc'
     if args.sched == 'plateau' and args.sched_on_updates:

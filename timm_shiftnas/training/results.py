@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
-from ..evaluation.tables import format_table, write_budgets_csv, write_shift_csv
+from ..evaluation.tables import format_table, read_budgets_csv, write_budgets_csv, write_shift_csv
 from ..hub.push import push_directory
 from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
@@ -32,6 +32,8 @@ from .setup import Run
 __all__ = ['Results']
 
 _logger = logging.getLogger('train')
+
+BEFORE = 'before.csv'
 
 
 class Results:
@@ -70,6 +72,18 @@ class Results:
             with self.tolerate_errors('the results', unless=last):
                 self.write(net, rows, **found)
         return self.summary(rows)
+
+    def evaluate_start(self) -> None:
+        """Evaluate the subnets before training, and write before.csv: what a pretrained network gives as it is."""
+        with self.interrupts.immediate():
+            rows, _ = self.measure(
+                self.run.net, device=self.run.device, autocast=self.run.autocast(),
+                channels_last=self.args.channels_last, ranks=self.run.ranks)
+        if self.run.ranks.primary:
+            with self.tolerate_errors('the table', 'standard output'):
+                print('before training', format_table(rows), sep='\n', flush=True)
+            with self.tolerate_errors(BEFORE):
+                write_budgets_csv(self.output / BEFORE, rows)
 
     def measure(self, net: nn.Module, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Evaluate the ends of the range and one subnet per budget group.
@@ -128,7 +142,10 @@ class Results:
         """
         task, space = self.task, net.space
         write_budgets_csv(self.output / 'budgets.csv', rows)
-        plot_accuracy(self.output / 'accuracy.png', rows)
+        before = self.output / BEFORE
+        plot_accuracy(
+            self.output / 'accuracy.png', rows, read_budgets_csv(before) if before.exists() else None,
+            baseline_name='before training')
         write_shift_csv(self.output / 'shift.csv', task.history)
         noise = stream(self.args.seed, 'histogram', 0)
         uniform = macs(space, [space.sample(noise) for _ in range(2000)]).tolist()

@@ -42,9 +42,10 @@ from ..utils.text import one_line
 from ..utils.units import format_count, parse_count
 from .checkpoints import Position, find_checkpoint, resume
 from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
+from .elastic import elastic_network
 from .flags import dest_of, reset_supernet_flags
 from .schedule import Schedule
-from .timm_flags import BACKBONE, names_subnet, saved_at
+from .timm_flags import BACKBONE, NO_TEACHER, names_subnet, saved_at
 
 __all__ = ['LossScaler', 'Run', 'create_network', 'create_run', 'scaled_lr']
 
@@ -64,6 +65,7 @@ class Run:
         args: The flags, with what they leave open: number of classes, learning rate, checkpoint to resume from.
         output: Folder of the run.
         supernet: Whether a supernet is trained, or one network.
+        starts_trained: Whether the largest subnet knows these classes before training.
         held_norms: BatchNorms whose running statistics stay as they are.
         start: Where training starts, after the checkpoint was loaded.
     """
@@ -73,6 +75,7 @@ class Run:
     ranks: Ranks
     net: nn.Module
     supernet: bool
+    starts_trained: bool
     held_norms: list[nn.Module]
     data_config: dict[str, Any]
     loaders: Loaders
@@ -105,26 +108,29 @@ def create_run(flags: argparse.Namespace) -> Run:
     """
     args = argparse.Namespace(**vars(flags))  # a copy, completed below
     device, ranks = init_process(args)
+    output = Path(ranks.gather(output_dir(args))[0])  # the name holds a time: that of the first process
+    args.resume = find_checkpoint(args, output, ranks)
     saved = open_saved_model(args)
     supernet = not names_subnet(args.model) if saved is None else saved.kind == 'supernet'
     if not supernet:
         reset_supernet_flags(args)
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
-    net = create_network(args, device)
+    if args.elastic is None:
+        net, teacher, knows_classes = create_network(args, device), args.kd_model, False
+    else:
+        net, teacher, knows_classes = create_elastic(args, data, device, ranks)
     describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
     held_norms = freeze(args, net)
     args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
     config = create_data_config(args, net)
     loaders = create_loaders(args, data, config, device, ranks, calibrated=supernet and has_batch_norm(net))
     updates = -(-len(loaders.train) // args.grad_accum_steps)
-    task = create_task(args, net, loaders, updates, config, device)
+    task = create_task(args, net, loaders, updates, config, device, teacher)
     optimizer = create_optimizer(args, net)
     autocast = partial(
         torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
     scaler = LossScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
-    output = Path(ranks.gather(output_dir(args))[0])  # the name holds a time: that of the first process
-    args.resume = find_checkpoint(args, output, ranks)
     start = resume(args, task, optimizer, scaler, ranks) if args.resume else Position(0)
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
@@ -132,8 +138,8 @@ def create_run(flags: argparse.Namespace) -> Run:
     schedule = Schedule(args, optimizer, updates)
     schedule.step(start.epoch, start.batch // args.grad_accum_steps if args.sched_on_updates else 0)
     return Run(
-        args, output, device, ranks, net, supernet, held_norms, config, loaders, task, optimizer, autocast, scaler,
-        schedule, start)
+        args, output, device, ranks, net, supernet, knows_classes and not args.resume, held_norms, config, loaders,
+        task, optimizer, autocast, scaler, schedule, start)
 
 
 def init_process(args: argparse.Namespace) -> tuple[torch.device, Ranks]:
@@ -158,7 +164,7 @@ def output_dir(args: argparse.Namespace) -> str:
     """Folder of the run: a resumed run stays in the folder of its checkpoint."""
     if args.resume not in ('', 'auto') and not args.experiment:
         return str(Path(args.resume).resolve().parent)
-    model = Path(saved_at(args.model) or args.model).resolve()
+    model = Path(args.elastic or saved_at(args.model) or args.model).resolve()
     model = model.parent if model.name == 'model' else model  # which train.py has written in the folder of a run
     name = args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{model.name}'
     return str(Path(args.output, name))
@@ -211,12 +217,9 @@ def create_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.pretrained_path:
         classes = dict(num_classes=args.num_classes) if args.num_classes else {}
         overlay = dict(file=args.pretrained_path, source='', **classes) | overlay
-    model_args = dict(
-        num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans,
-        img_size=args.input_size[1:] if args.input_size else args.img_size,
-        global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
     pretrained = args.pretrained or bool(args.pretrained_path) or saved_at(args.model) is not None
-    create = partial(timm.create_model, args.model, pretrained=pretrained, **dict(model_args, **args.model_kwargs))
+    create = partial(
+        timm.create_model, args.model, pretrained=pretrained, **dict(model_args(args), **args.model_kwargs))
     try:
         try:
             net = create(pretrained_cfg_overlay=overlay or None)
@@ -230,6 +233,26 @@ def create_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
         report_head(args.pretrained_path or args.model, net.pretrained_cfg['num_classes'], net.num_classes)
     if args.initial_checkpoint:
         load_weights(net, args.initial_checkpoint)
+    return prepare_network(args, net, device)
+
+
+def create_elastic(
+        args: argparse.Namespace, data: Data, device: torch.device, ranks: Ranks) -> tuple[nn.Module, Any, bool]:
+    """The network of --elastic, its teacher, and whether its head is trained for the classes of the data."""
+    net, base, knows_classes = elastic_network(args, model_args(args), data, device, ranks)
+    return prepare_network(args, net, device), base or args.kd_model, knows_classes
+
+
+def model_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are arguments of every network."""
+    return dict(
+        num_classes=args.num_classes, in_chans=args.input_size[0] if args.input_size else args.in_chans,
+        img_size=args.input_size[1:] if args.input_size else args.img_size,
+        global_pool=args.gp, drop_rate=args.drop, drop_path_rate=args.drop_path)
+
+
+def prepare_network(args: argparse.Namespace, net: nn.Module, device: torch.device) -> nn.Module:
+    """A network with the first values of its head, on a device, in the memory format to train in."""
     with torch.no_grad():
         if args.head_init_scale is not None:
             net.get_classifier().weight.mul_(args.head_init_scale)
@@ -323,10 +346,11 @@ def create_task(
         updates_per_epoch: int,
         data_config: dict[str, Any],
         device: torch.device,
+        teacher_model: str | nn.Module | None,
 ) -> ShiftNASTask | NetworkTask:
-    """The task that trains a supernet with ShiftNAS, or one network."""
-    teacher = None if args.kd_model is None else Teacher(
-        args.kd_model, net, mean=data_config['mean'], std=data_config['std'], path=args.kd_model_path, device=device)
+    """The task that trains a supernet with ShiftNAS, or one network; it may learn from a teacher."""
+    teacher = None if teacher_model in (None, NO_TEACHER) else Teacher(
+        teacher_model, net, mean=data_config['mean'], std=data_config['std'], path=args.kd_model_path, device=device)
     common: dict[str, Any] = dict(
         criterion_kwargs=criterion_kwargs(args), config=task_config(args, updates_per_epoch), teacher=teacher,
         device=device)
@@ -351,8 +375,9 @@ def task_config(args: argparse.Namespace, updates_per_epoch: int) -> ShiftNASCon
     warmup = args.epochs / 10 if args.shift_warmup_epochs is None else args.shift_warmup_epochs
     return ShiftNASConfig(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
-        warmup_updates=round(warmup * updates_per_epoch), total_updates=args.epochs * updates_per_epoch,
-        accum_steps=args.grad_accum_steps, seed=args.seed)
+        warmup_updates=round(warmup * updates_per_epoch),
+        curriculum_updates=round(args.elastic_warmup * updates_per_epoch),
+        total_updates=args.epochs * updates_per_epoch, accum_steps=args.grad_accum_steps, seed=args.seed)
 
 
 def criterion_kwargs(args: argparse.Namespace) -> dict[str, Any]:

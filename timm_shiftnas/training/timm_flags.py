@@ -24,9 +24,13 @@ from ..method.config import Setting, setting
 from ..space import families
 from ..utils.paths import expand_home
 
-__all__ = ['BACKBONE', 'FLAGS', 'Keywords', 'OnlyDefault', 'TIMM_ONLY', 'convert', 'names_subnet', 'path', 'saved_at']
+__all__ = [
+    'BACKBONE', 'BASE', 'FLAGS', 'Keywords', 'NO_TEACHER', 'OnlyDefault', 'TIMM_ONLY', 'convert', 'names_subnet',
+    'path', 'saved_at',
+]
 
 BACKBONE = 'backbone'  # what --freeze calls everything but the classifier
+BASE, NO_TEACHER = 'base', 'none'  # words of --kd-model
 
 Kind = dict[str, Any]
 
@@ -253,6 +257,9 @@ FLAGS: dict[str, tuple[Row, ...]] = {
     'model': (
         ('--model', known(network, 'NAME'), 'shiftformer_tiny_supernet',
          'a supernet or subnet of timm_shiftnas, or the weights of a saved one: local-dir:DIR, hf-hub:OWNER/NAME'),
+        ('--elastic', text('BASE'), None,
+         'instead of --model: make this network of timm elastic, with its published weights or those of '
+         '--pretrained-path; changes the defaults of other flags (docs/elastic.md)'),
         ('--pretrained', SWITCH, False, 'start from the published weights of the model'),
         ('--pretrained-path', FILE, None, 'start from these weights, adapted as published ones are'),
         ('--pretrained-cfg-overlay', keywords('crop_pct=0.9'), {},
@@ -379,7 +386,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
     ),
     'distillation': (
         ('--kd-model --kd-model-name', known(teacher, 'NAME'), None,
-         'teacher: a model of timm with pretrained weights, or a saved one'),
+         "teacher: a model of timm with pretrained weights, or a saved one; 'base' is the network of --elastic before "
+         "training, 'none' no teacher"),
         ('--kd-model-path', FILE, None, 'weights of the teacher, instead of published ones'),
     ),
     'run': (
@@ -411,6 +419,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
     'ShiftNAS': (
         ('--search-samples', COUNT, 25, 'archs searched per budget with --sampler uniform'),
         ('--shift-warmup-epochs', NOT_NEGATIVE, None, 'epochs before the shift starts (default: a tenth of --epochs)'),
+        ('--elastic-warmup', NOT_NEGATIVE, 0.,
+         'epochs over which the lowest budget falls from that of the largest subnet to that of the smallest'),
         ('--held-out', SHARE, None,
          'share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)'),
         ('--bn-images', COUNT, 2000, 'training images for the BatchNorm statistics of a subnet'),

@@ -81,6 +81,8 @@ class Trainer:
         with self.interrupts:
             if self.run.supernet:
                 self.fit_generator()
+                if self.run.starts_trained:
+                    self.results.evaluate_start()
             if self.position.epoch >= self.epochs:
                 _logger.info(f'{self.position.epoch} of {self.epochs} epochs are finished already: evaluating only')
                 self.results.evaluate(last=True)

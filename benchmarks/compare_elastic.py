@@ -1,0 +1,116 @@
+"""Compare ways to adapt a trained network of timm to all budgets, and with training its subnets alone.
+
+    python benchmarks/compare_elastic.py --network vit
+    python benchmarks/compare_elastic.py --network cnn
+
+For every seed, a plain network of timm is trained on rendered letters, made elastic, and adapted in several ways.
+Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
+sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
+those of one epoch. Trainings that are finished are kept, so that the series can be stopped and started again.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import runs
+
+COMMON = '''
+    --workers 0 --batch-size 64 --opt muon --warmup-epochs 1 --warmup-lr 5e-4 --smoothing 0.1 --no-aug
+    --dataset glyphs --glyph-images 12000 --glyph-difficulty 0.2 --img-size 32 --checkpoint-hist 1 --log-interval 1000
+    '''.split()
+BASES = dict(
+    vit='--model elastic_vit_subnet --model-kwargs base=test_vit patch_size=8'.split(),
+    cnn='--model elastic_cnn_subnet --model-kwargs base=test_efficientnet'.split())
+ELASTIC = dict(
+    vit='--elastic test_vit --model-kwargs patch_size=8'.split(),
+    cnn='--elastic test_efficientnet'.split())
+UNSORTED = dict(
+    vit='--model elastic_supernet --model-kwargs base=test_vit patch_size=8'.split(),
+    cnn='--model elastic_supernet --model-kwargs base=test_efficientnet'.split())
+ADAPT = '--lr 5e-3 --held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
+LEARNED = '--shift hypergradient --generator-interval 0'.split()
+EVEN = '--shift none --generator-interval 0'.split()
+METHODS = {
+    'even': EVEN,
+    'hypergradient': LEARNED,
+    'unsorted': LEARNED,
+    'teacher': [*LEARNED, '--kd-model', 'base'],
+    'curriculum': [*LEARNED, '--elastic-warmup', '2'],
+    'sandwich, in-place': '--shift none --sampler uniform --sandwich --archs-per-step 4 --inplace-distillation'.split(),
+    'tilt': [*EVEN, '--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()],
+    'grad_norm': '--shift grad_norm --generator-interval 0'.split(),
+    'variation': '--shift variation --generator-interval 0'.split(),
+    'uniform': '--shift none --sampler uniform'.split(),
+    'trained generator': '--shift hypergradient --generator-interval 10'.split(),
+}
+EPOCHS, BASE_EPOCHS = 4, 8
+ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training by `train.py`."""
+    network: str
+    name: str
+    seed: int
+    flags: tuple[str, ...]
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.output / 'elastic' / self.network / self.name.replace(', ', '-').replace(' ', '-') / (
+            f'seed{self.seed}')
+
+    def job(self) -> tuple[str, Path, list[str]]:
+        place = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
+        return f'{self.network} {self.name} seed {self.seed}', self.folder, [
+            sys.executable, 'train.py', *COMMON, *self.flags, '--seed', str(self.seed), *place]
+
+
+def base(args: argparse.Namespace, seed: int) -> Job:
+    """The training of a plain network of timm."""
+    flags = *BASES[args.network], '--lr', '1e-2', '--epochs', str(BASE_EPOCHS), '--val-interval', str(BASE_EPOCHS)
+    return Job(args.network, 'base', seed, flags, args.output)
+
+
+def adaptation(args: argparse.Namespace, method: str, seed: int) -> Job:
+    """An adaptation of the base of this seed."""
+    network = UNSORTED if method == 'unsorted' else ELASTIC
+    weights = base(args, seed).folder / 'model' / 'model.safetensors'
+    flags = (*network[args.network], *ADAPT, *METHODS[method], '--pretrained-path', str(weights),
+             '--epochs', str(EPOCHS), '--val-interval', str(EPOCHS))
+    return Job(args.network, method, seed, flags, args.output)
+
+
+def pruned_alone(args: argparse.Namespace, seed: int, epochs: int) -> tuple[str, Path, list[str]]:
+    """Fine-tune the archs of some groups alone, from the weights that they have in the sorted base."""
+    job = adaptation(args, 'even', seed)
+    folder = job.folder.parent.parent / f'alone-{epochs}' / f'seed{seed}'
+    return f'{args.network} alone, {epochs} epochs, seed {seed}', folder, [
+        sys.executable, 'benchmarks/train_subnet.py', *COMMON, *job.flags, '--epochs', str(epochs), '--seed', str(seed),
+        '--supernet', str(job.folder / 'before'), '--groups', *map(str, ALONE_GROUPS),
+        '--results-file', str(folder / 'subnets.json')]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--network', default='vit', choices=tuple(BASES), help='the base: test_vit, test_efficientnet')
+    parser.add_argument('--seeds', type=runs.positive, default=8, metavar='N', help='paired seeds 0 ... N - 1')
+    parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='NAME')
+    parser.add_argument('--alone', action='store_true', help='also fine-tune pruned archs alone')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
+    parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables')
+    parser.add_argument('--jobs', type=runs.positive, default=1, metavar='N', help='processes, of one thread each')
+    args = parser.parse_args()
+    args.output = args.output.resolve()
+    seeds = range(args.seeds)
+    runs.execute([base(args, seed).job() for seed in seeds], args.jobs)
+    for method in args.methods:  # so that a series that is stopped has all seeds of the first methods
+        runs.execute([adaptation(args, method, seed).job() for seed in seeds], args.jobs)
+
+
+if __name__ == '__main__':
+    main()

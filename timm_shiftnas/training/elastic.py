@@ -1,0 +1,148 @@
+"""The road from a pretrained network: `train.py --elastic BASE` makes it elastic, and trains all its subnets."""
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from ..models import sort_by_importance
+from ..space.families import space_from_dict
+from ..utils.distributed import Ranks
+from ..utils.text import one_line
+from .checkpoints import read_checkpoint
+from .data import Data, create_calibration_loader
+from .timm_flags import BASE
+
+__all__ = ['Base', 'elastic_network', 'open_base', 'sort_units']
+
+_logger = logging.getLogger('train')
+
+
+class Base:
+    """A pretrained network as a supernet, before its head is replaced and its units are sorted.
+
+    Args:
+        net: The supernet, with the classes of its weights.
+        num_classes: Number of classes to train; `None` keeps those of the weights.
+
+    Attributes:
+        knows_classes: Whether the classes of its head are those to train.
+    """
+
+    def __init__(self, net: nn.Module, num_classes: int | None) -> None:
+        self.net, self.num_classes = net, num_classes or net.num_classes
+        self.knows_classes = net.num_classes == self.num_classes
+
+    def teacher(self) -> nn.Module:
+        """A frozen copy, whose logits do not depend on the order of its units.
+
+        Raises:
+            ValueError: If its head has other classes.
+        """
+        if not self.knows_classes:
+            raise ValueError(
+                f'--kd-model {BASE}: the base has {self.net.num_classes} classes and the data '
+                f'{self.num_classes}; leave it out, or train the base on this data first and give its weights with '
+                '--pretrained-path')
+        return copy.deepcopy(self.net).eval().requires_grad_(False)
+
+    def replace_head(self) -> nn.Module:
+        """The supernet with a head for the classes to train."""
+        if not self.knows_classes:
+            _logger.warning(
+                f'the base has {self.net.num_classes} classes and the data {self.num_classes}: its head is left out, '
+                'and a new one is trained')
+            self.net.reset_classifier(self.num_classes)
+        return self.net
+
+
+def open_base(args: argparse.Namespace, model_args: dict[str, Any], device: torch.device) -> Base:
+    """Create the supernet of --elastic, with the weights of its base.
+
+    Args:
+        args: The flags; with --resume, the space is that of the checkpoint.
+        model_args: Arguments of the base, with the number of classes to train.
+        device: Device of the network.
+
+    Raises:
+        ValueError: If the base is not elastic, or its weights are not to be had or do not fit.
+    """
+    wanted = model_args.pop('num_classes', None)
+    file = args.pretrained_path or args.initial_checkpoint
+    if args.resume:
+        model_args['space'] = read_checkpoint(args.resume)['task_state']['network']['model_args'].get('space')
+    if file:
+        classes = count_classes(file, args.elastic)
+        model_args['num_classes'] = classes
+        model_args['pretrained_cfg_overlay'] = dict(file=file, source='', num_classes=classes)
+    try:
+        net = timm.create_model(
+            args.model, base=args.elastic, pretrained=True, **dict(model_args, **args.model_kwargs))
+    except Exception as error:  # unknown names and arguments, weights of another network, no connection, ...
+        raise ValueError(f'cannot make --elastic {args.elastic} elastic ({one_line(error, 300)})') from error
+    return Base(net.to(device), wanted)
+
+
+def count_classes(file: str, base: str) -> int:
+    """Number of classes of the head in a file of weights; 0 without a head.
+
+    Raises:
+        ValueError: If it holds no weights.
+    """
+    try:
+        weights = load_state_dict(file)
+    except Exception as error:  # a file may hold anything
+        raise ValueError(f'{file} holds no weights ({one_line(error, 200)})') from error
+    cfg = timm.get_pretrained_cfg(base) if timm.is_model(base) else None
+    return len(weights.get(f'{getattr(cfg, "classifier", None) or "head"}.bias', ()))
+
+
+def sort_units(
+        args: argparse.Namespace, base: Base, data: Data, device: torch.device, ranks: Ranks) -> None:
+    """Put the most important units of a base first, scored on training images without augmentation.
+
+    Where its head has other classes than the data, its own predictions are the labels.
+    """
+    config = resolve_input_data_config(base.net, vars(args))
+    loader: Iterable[Any] = create_calibration_loader(args, data, config, device)
+    if not base.knows_classes:
+        loader = images_of(loader)
+    _logger.info(f'sorting the units of {args.elastic} by their importance for training images')
+    sort_by_importance(base.net, loader, progress=ranks.primary)
+    # weights are those of the first process in any case; machines may round differently and disagree about the layers
+    base.net.unbound_space = space_from_dict(ranks.gather(base.net.unbound_space.to_dict())[0])
+
+
+def images_of(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    for images, _ in batches:
+        yield images
+
+
+def elastic_network(
+        args: argparse.Namespace,
+        model_args: dict[str, Any],
+        data: Data,
+        device: torch.device,
+        ranks: Ranks,
+) -> tuple[nn.Module, nn.Module | None, bool]:
+    """The supernet of --elastic as its training starts.
+
+    Returns:
+        The network, the teacher of --kd-model base, and whether its head has been trained for these classes.
+
+    Raises:
+        ValueError: As `open_base` and `Base.teacher` do.
+    """
+    base = open_base(args, model_args, device)
+    teacher = base.teacher() if args.kd_model == BASE else None
+    if not args.resume:
+        sort_units(args, base, data, device, ranks)
+    return base.replace_head(), teacher, base.knows_classes
