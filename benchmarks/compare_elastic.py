@@ -11,9 +11,11 @@ those of one epoch. Trainings that are finished are kept, so that the series can
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import runs
 
@@ -27,16 +29,14 @@ BASES = dict(
 ELASTIC = dict(
     vit='--elastic test_vit --model-kwargs patch_size=8'.split(),
     cnn='--elastic test_efficientnet'.split())
-UNSORTED = dict(
-    vit='--model elastic_supernet --model-kwargs base=test_vit patch_size=8'.split(),
-    cnn='--model elastic_supernet --model-kwargs base=test_efficientnet'.split())
 ADAPT = '--lr 5e-3 --held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
 LEARNED = '--shift hypergradient --generator-interval 0'.split()
 EVEN = '--shift none --generator-interval 0'.split()
 METHODS = {
     'even': EVEN,
     'hypergradient': LEARNED,
-    'unsorted': LEARNED,
+    'not sorted': [*LEARNED, '--elastic-sort', 'none'],
+    'sorted by magnitude': [*LEARNED, '--elastic-sort', 'magnitude'],
     'teacher': [*LEARNED, '--kd-model', 'base'],
     'curriculum': [*LEARNED, '--elastic-warmup', '2'],
     'sandwich, in-place': '--shift none --sampler uniform --sandwich --archs-per-step 4 --inplace-distillation'.split(),
@@ -48,6 +48,8 @@ METHODS = {
 }
 EPOCHS, BASE_EPOCHS = 4, 8
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
+REFERENCE = 'even'
+SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that differ in their order of units
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,8 @@ def base(args: argparse.Namespace, seed: int) -> Job:
 
 def adaptation(args: argparse.Namespace, method: str, seed: int) -> Job:
     """An adaptation of the base of this seed."""
-    network = UNSORTED if method == 'unsorted' else ELASTIC
     weights = base(args, seed).folder / 'model' / 'model.safetensors'
-    flags = (*network[args.network], *ADAPT, *METHODS[method], '--pretrained-path', str(weights),
+    flags = (*ELASTIC[args.network], *ADAPT, *METHODS[method], '--pretrained-path', str(weights),
              '--epochs', str(EPOCHS), '--val-interval', str(EPOCHS))
     return Job(args.network, method, seed, flags, args.output)
 
@@ -91,8 +92,7 @@ def pruned_alone(args: argparse.Namespace, seed: int, epochs: int) -> tuple[str,
     folder = job.folder.parent.parent / f'alone-{epochs}' / f'seed{seed}'
     return f'{args.network} alone, {epochs} epochs, seed {seed}', folder, [
         sys.executable, 'benchmarks/train_subnet.py', *COMMON, *job.flags, '--epochs', str(epochs), '--seed', str(seed),
-        '--supernet', str(job.folder / 'before'), '--groups', *map(str, ALONE_GROUPS),
-        '--results-file', str(folder / 'subnets.json')]
+        '--groups', *map(str, ALONE_GROUPS), '--results-file', str(folder / 'subnets.json')]
 
 
 def main() -> None:
@@ -110,6 +110,72 @@ def main() -> None:
     runs.execute([base(args, seed).job() for seed in seeds], args.jobs)
     for method in args.methods:  # so that a series that is stopped has all seeds of the first methods
         runs.execute([adaptation(args, method, seed).job() for seed in seeds], args.jobs)
+    if args.alone:
+        runs.execute([pruned_alone(args, seed, epochs) for epochs in (EPOCHS, 1) for seed in seeds], args.jobs)
+    write_tables(args)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def tops(folder: Path, table: str = 'budgets.csv') -> list[float] | None:
+    """Top-1 of the groups of a finished training."""
+    if not (folder / 'done.json').exists():
+        return None
+    return [float(row['top1']) for row in runs.read_csv(folder / table) if row['name'].startswith('group')]
+
+
+def finished(args: argparse.Namespace, method: str, table: str = 'budgets.csv') -> dict[int, list[float]]:
+    """The groups' top-1 by seed."""
+    by_seed = {seed: tops(adaptation(args, method, seed).folder, table) for seed in range(args.seeds)}
+    return {seed: found for seed, found in by_seed.items() if found}
+
+
+def write_tables(args: argparse.Namespace) -> None:
+    """Write elastic_NETWORK.csv and elastic_NETWORK.md from the trainings that are finished."""
+    scores = {method: finished(args, method) for method in METHODS}
+    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
+    before = {method: finished(args, method, 'before.csv') for method in SORTED if method in scores}
+    parts = [
+        f'Adapted for {EPOCHS} epochs:', runs.paired_table(scores, REFERENCE),
+        'Before adaptation, top-1 at each group:', group_table(before),
+        'After adaptation, top-1 at each group:', group_table(scores)]
+    rows = [dict(method=name, seed=seed, group=group + 1, top1=round(top1, 3))
+            for name, table in [*scores.items(), *((f'{name}, before', table) for name, table in before.items())]
+            for seed, by_group in table.items() for group, top1 in enumerate(by_group)]
+    for epochs in (EPOCHS, 1):
+        paths = {seed: pruned_alone(args, seed, epochs)[1] for seed in range(args.seeds)}
+        alone = {seed: json.loads((path / 'subnets.json').read_text())
+                 for seed, path in paths.items() if (path / 'done.json').exists()}
+        if alone:
+            parts += [f'Against pruned networks, each fine-tuned alone for {epochs} epochs:',
+                      alone_table(alone, scores)]
+            rows += [dict(method=f'pruned, alone for {epochs} epochs', seed=seed, group=row['group'],
+                          top1=round(row['top1'], 3)) for seed, found in alone.items() for row in found]
+    runs.write_csv(args.results / f'elastic_{args.network}.csv', rows)
+    text = '\n\n'.join(parts) + '\n'
+    runs.write(args.results / f'elastic_{args.network}.md', text)
+    print(text)
+
+
+def group_table(scores: dict[str, dict[int, list[float]]]) -> str:
+    """Mean top-1 over seeds at every group."""
+    lines = [[name, str(len(by_seed)), *(f'{mean(column):.1f}' for column in zip(*by_seed.values(), strict=True))]
+             for name, by_seed in scores.items()]
+    groups = max(len(line) for line in lines) - 2
+    return runs.markdown_table(['method', 'seeds', *(f'group {k + 1}' for k in range(groups))], lines)
+
+
+def alone_table(alone: dict[int, list[dict]], scores: dict[str, dict[int, list[float]]]) -> str:
+    """Top-1 of networks trained alone, and paired differences of the subnets of one adaptation from them."""
+    lines = []
+    for place, group in enumerate(ALONE_GROUPS):
+        line = [f'group {group}', f'{mean(rows[place]["top1"] for rows in alone.values()):.1f}']
+        for by_seed in scores.values():
+            paired = [found[group - 1] - alone[seed][place]['top1'] for seed, found in by_seed.items() if seed in alone]
+            line.append(runs.difference(paired) if paired else '')
+        lines.append(line)
+    return runs.markdown_table(['budget', 'alone', *(f'{name} - alone' for name in scores)], lines)
 
 
 if __name__ == '__main__':

@@ -107,14 +107,17 @@ def count_classes(file: str, base: str) -> int:
 
 def sort_units(
         args: argparse.Namespace, base: Base, data: Data, device: torch.device, ranks: Ranks) -> None:
-    """Put the most important units of a base first, scored on training images without augmentation.
+    """Put the most important units of a base first, scored as --elastic-sort says.
 
-    Where its head has other classes than the data, its own predictions are the labels.
+    Training images are not augmented. Where the head has other classes than the data, its predictions are the labels.
     """
-    config = resolve_input_data_config(base.net, vars(args))
-    loader: Iterable[Any] = create_calibration_loader(args, data, config, device)
-    if not base.knows_classes:
-        loader = images_of(loader)
+    if args.elastic_sort == 'none':
+        return
+    loader: Iterable[Any] | None = None
+    if args.elastic_sort == 'taylor':
+        config = resolve_input_data_config(base.net, vars(args))
+        loader = create_calibration_loader(args, data, config, device)
+        loader = loader if base.knows_classes else images_of(loader)
     _logger.info(f'sorting the units of {args.elastic} by their importance for training images')
     sort_by_importance(base.net, loader, progress=ranks.primary)
     # weights are those of the first process in any case; machines may round differently and disagree about the layers
