@@ -20,9 +20,9 @@ from statistics import mean
 import runs
 
 COMMON = '''
-    --workers 0 --batch-size 64 --opt muon --warmup-epochs 1 --warmup-lr 5e-4 --smoothing 0.1 --no-aug
-    --dataset glyphs --glyph-images 12000 --glyph-difficulty 0.2 --img-size 32 --checkpoint-hist 1 --log-interval 1000
-    '''.split()
+    --workers 0 --batch-size 64 --opt muon --warmup-epochs 1 --warmup-lr 5e-4 --smoothing 0.1 --hflip 0
+    --color-jitter 0 --scale 0.9 1 --ratio 1 1 --dataset glyphs --glyph-images 8000 --glyph-difficulty 0.2 --img-size 32
+    --checkpoint-hist 1 --log-interval 1000'''.split()
 BASES = dict(
     vit='--model elastic_vit_subnet --model-kwargs base=test_vit patch_size=8'.split(),
     cnn='--model elastic_cnn_subnet --model-kwargs base=test_efficientnet'.split())
@@ -46,7 +46,7 @@ METHODS = {
     'uniform': '--shift none --sampler uniform'.split(),
     'trained generator': '--shift hypergradient --generator-interval 10'.split(),
 }
-EPOCHS, BASE_EPOCHS = 4, 8
+EPOCHS, BASE_EPOCHS = 5, 12
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
 REFERENCE = 'even'
 SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that differ in their order of units

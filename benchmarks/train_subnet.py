@@ -5,7 +5,8 @@
 
 FLAGS are those of `train.py` (data, batch size, learning rate, augmentation). The second form prunes the subnets out of
 a trained network of timm, whose units are sorted by importance. `--archs FILE` takes a JSON list of archs instead, and
-`--groups 1 8` the archs of some groups only. Results are saved after every subnet, so that an interrupted run continues with the next one.
+`--groups 1 8` the archs of some groups only. Results are saved after every subnet, so that an interrupted run continues
+with the next one.
 """
 from __future__ import annotations
 
