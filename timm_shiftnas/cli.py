@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: info, extract, evaluate, export, push and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, export, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -9,10 +9,10 @@ import json
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import create_loader, resolve_data_config
@@ -31,10 +31,13 @@ from .hub.format import CONFIG, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
 from .hub.save import save_pretrained
-from .models import describe_images, static_counts
+from .method import ArchitectureGenerator
+from .models import describe_images, sort_by_importance, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
+from .training.elastic import images_of, open_base
+from .training.timm_flags import literal
 from .utils.paths import expand_home
 from .utils.text import one_line, printable
 from .utils.units import format_count
@@ -115,6 +118,33 @@ def field_line(name: str, value: Any) -> str:
         return str(value) if isinstance(value, (str, bool)) else f'{value:g}'
 
     return f'  {name:<13}{plain(value)}'
+
+
+# -- elastic -----------------------------------------------------------------------------------------------------------
+
+
+def run_elastic(args: argparse.Namespace) -> None:
+    """Save a network of timm as a supernet, its units sorted by importance."""
+    check_output(args.output, None, args.overwrite)
+    model_args = dict(img_size=args.img_size, in_chans=args.in_chans) | {
+        name: literal(value) for name, value in args.model_kwargs}
+    base = open_base(
+        args.base, {name: value for name, value in model_args.items() if value is not None},
+        num_classes=args.num_classes, file=args.pretrained_path)
+    expected = Expected(base.net.subnet_cfg(base.net.space.largest))
+    loader: Iterable[Any] | None = None
+    if args.dataset or args.data_dir:
+        loader = training_batches(expected, args)
+        if not base.knows_classes:
+            loader = images_of(loader)
+    sort_by_importance(base.net, loader)
+    net = base.replace_head()
+    generator = ArchitectureGenerator(net.space)
+    generator.fit()
+    save_pretrained(args.output, net, generator, data_config=resolve_data_config(pretrained_cfg=expected.config))
+    low, high = (format_count(net.macs(arch)) for arch in (net.space.smallest, net.space.largest))
+    print(f'{args.output}: {net.space.size:,} subnets of {low} to {high} MACs; train them with '
+          f'--model local-dir:{args.output}')
 
 
 # -- extract, convert, push --------------------------------------------------------------------------------------------
@@ -200,7 +230,7 @@ def load_subnet(saved: SavedModel, args: argparse.Namespace, device: torch.devic
     if saved.kind == 'supernet' and args.flops is args.params is args.arch is None:
         raise ValueError(
             f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M or --arch JSON')
-    loader = training_batches(saved, args) if args.dataset or args.data_dir else None
+    loader = training_batches(Expected.by(saved), args) if args.dataset or args.data_dir else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(
@@ -251,7 +281,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if has_batch_norm(net):
         net = ResizedInput(net)
     autocast = torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
-    top1, top5 = evaluate(net, batches(saved, images, args), device, autocast)
+    top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast)
     print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
 
 
@@ -280,14 +310,14 @@ def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespac
     Raises:
         ValueError: If a class of the images is none of the network's, or it is not known which one.
     """
-    images = open_images(saved, args, args.split)
+    images = open_images(Expected.by(saved), args, args.split)
     names, where = class_names(images), args.data_dir or args.dataset
     found = {*names.values()}
     if args.class_map:
         indices = read_class_map(args.class_map, num_classes)
         left_out = sorted(found - {*indices})
         if left_out or not names:
-            images = open_images(saved, args, args.split, class_map=args.class_map)
+            images = open_images(Expected.by(saved), args, args.split, class_map=args.class_map)
             names = class_names(images)
         if left_out:
             warn(f'{where}: the classes {reprlib.repr(left_out)} are not in {args.class_map}; they are left out')
@@ -328,12 +358,22 @@ def read_class_map(path: str, num_classes: int) -> dict[str, int]:
         raise ValueError(f'--class-map {path} cannot be used: {one_line(error, 200)}') from error
 
 
+class Expected(NamedTuple):
+    """The images that a network expects: timm's configuration, PIL mode, and whether photographs are turned."""
+    config: Mapping[str, Any]
+    mode: str | None = None
+    upright: bool | None = None
+
+    @classmethod
+    def by(cls, saved: SavedModel) -> Expected:
+        return cls(saved.config['pretrained_cfg'], saved.record.image_mode, saved.record.upright)
+
+
 def open_images(
-        saved: SavedModel, args: argparse.Namespace, split: str, min_classes: int = 1, **options: Any) -> Dataset:
+        expected: Expected, args: argparse.Namespace, split: str, min_classes: int = 1, **options: Any) -> Dataset:
     """The images of --dataset and --data-dir, in the mode that the network was trained on."""
-    mode = choose_mode(
-        args.input_img_mode or saved.record.image_mode, saved.config['pretrained_cfg']['input_size'][0])
-    upright = not args.ignore_exif_orientation and saved.record.upright is not False
+    mode = choose_mode(args.input_img_mode or expected.mode, expected.config['input_size'][0])
+    upright = not args.ignore_exif_orientation and expected.upright is not False
     options |= {name: getattr(args, name) for name in ('input_key', 'target_key') if getattr(args, name)}
     return create_dataset(
         args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=mode, min_classes=min_classes,
@@ -342,22 +382,23 @@ def open_images(
             images=args.glyph_images, difficulty=args.glyph_difficulty, pixels=args.glyph_pixels), **options)
 
 
-def training_batches(saved: SavedModel, args: argparse.Namespace) -> Iterator[Any]:
+def training_batches(expected: Expected, args: argparse.Namespace) -> Iterator[Any]:
     """Batches of --bn-images training images. The dataset is opened when the first one is read."""
     split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
-    images = open_images(saved, args, split, min_classes=0)
+    images = open_images(expected, args, split, min_classes=0)
     if not isinstance(images, IterableDataset):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images = DatasetView(images, order[:args.bn_images])
-    yield from batches(saved, images, args)
+    yield from batches(expected, images, args)
 
 
-def batches(saved: SavedModel, images: Dataset, args: argparse.Namespace) -> Iterable[Any]:
-    """Batches of images, preprocessed as a saved network expects them."""
-    config = resolve_data_config(pretrained_cfg=saved.config['pretrained_cfg'])
+def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> Iterable[Any]:
+    """Batches of images, preprocessed as a network expects them."""
+    config = resolve_data_config(pretrained_cfg=expected.config)
     return create_loader(
         images, batch_size=args.batch_size, use_prefetcher=False, num_workers=args.workers, **preprocessing(config))
 
 
 COMMANDS = dict(
-    info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate, export=run_export)
+    elastic=run_elastic, info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate,
+    export=run_export)

@@ -99,6 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser('train', help='train a supernet; takes the flags of train.py', add_help=False)
 
+    elastic = commands.add_parser('elastic', help='save a network of timm as a supernet that is to be trained')
+    elastic.add_argument('base', metavar='BASE', help="network of timm, such as 'vit_small_patch16_224'")
+    elastic.add_argument('--output', metavar='DIR', type=_path, required=True, help='directory to save it in')
+    elastic.add_argument('--overwrite', action='store_true', help='replace the model in DIR')
+    elastic.add_argument(
+        '--pretrained-path', metavar='FILE', type=_path, help='weights of BASE (default: the published ones)')
+    elastic.add_argument('--num-classes', metavar='N', type=_count, help='classes to train (default: those of BASE)')
+    elastic.add_argument('--img-size', metavar='N', type=_count, help='size of the images (default: that of BASE)')
+    elastic.add_argument('--in-chans', metavar='N', type=_count, help='channels of the images (default: 3)')
+    elastic.add_argument(
+        '--model-kwargs', metavar='NAME=VALUE', type=_keyword, nargs='+', default=[], help='further arguments of BASE')
+    _add_images(elastic, 'To sort units by the loss; without images they are sorted by their weights.')
+
     info = commands.add_parser('info', help='show what a model directory holds')
     info.add_argument('--json', action='store_true', help='print JSON')
 
@@ -156,14 +169,17 @@ def build_parser() -> argparse.ArgumentParser:
         '--class-map', metavar='FILE',
         help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (info, extract, evaluate, export, push, convert):
+    for command in (elastic, info, extract, evaluate, export, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 
 
-def _add_images(command: argparse.ArgumentParser) -> None:
+def _add_images(
+        command: argparse.ArgumentParser,
+        purpose: str = 'For evaluation, and for BatchNorm statistics that were not saved.',
+) -> None:
     """Add the flags of a command that reads images; train.py has most of them, too."""
-    images = command.add_argument_group('images', 'For evaluation, and for BatchNorm statistics that were not saved.')
+    images = command.add_argument_group('images', purpose)
     images.add_argument(
         '--data-dir', metavar='DIR',
         help='folder or tar of images, or folder of the files of --dataset')
@@ -206,6 +222,13 @@ def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of {least} or more')
     return int(text)
+
+
+def _keyword(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition('=')
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f'{text!r} must be NAME=VALUE, such as patch_size=8')
+    return name, value
 
 
 def _path(text: str) -> Path:

@@ -25,6 +25,8 @@ __all__ = ['Base', 'elastic_network', 'open_base', 'sort_units']
 
 _logger = logging.getLogger('train')
 
+ELASTIC = 'elastic_supernet'
+
 
 class Base:
     """A pretrained network as a supernet, before its head is replaced and its units are sorted.
@@ -64,31 +66,37 @@ class Base:
         return self.net
 
 
-def open_base(args: argparse.Namespace, model_args: dict[str, Any], device: torch.device) -> Base:
-    """Create the supernet of --elastic, with the weights of its base.
+def open_base(
+        name: str,
+        model_args: dict[str, Any],
+        *,
+        num_classes: int | None = None,
+        file: str | None = None,
+        device: torch.device | None = None,
+) -> Base:
+    """Make a network of timm elastic.
 
     Args:
-        args: The flags; with --resume, the space is that of the checkpoint.
-        model_args: Arguments of the base, with the number of classes to train.
+        name: Its name in timm.
+        model_args: Its arguments, without the number of classes, and those of `elastic_supernet`.
+        num_classes: Number of classes to train; `None` keeps those of the weights.
+        file: Its weights (default: the published ones).
         device: Device of the network.
 
     Raises:
-        ValueError: If the base is not elastic, or its weights are not to be had or do not fit.
+        ValueError: If it is not elastic, or its weights are not to be had or do not fit.
     """
-    wanted = model_args.pop('num_classes', None)
-    file = args.pretrained_path or args.initial_checkpoint
-    if args.resume:
-        model_args['space'] = read_checkpoint(args.resume)['task_state']['network']['model_args'].get('space')
     if file:
-        classes = count_classes(file, args.elastic)
-        model_args['num_classes'] = classes
-        model_args['pretrained_cfg_overlay'] = dict(file=file, source='', num_classes=classes)
+        classes = count_classes(file, name)
+        model_args = dict(
+            model_args, num_classes=classes,
+            pretrained_cfg_overlay=dict(file=file, source='', num_classes=classes))
     try:
-        net = timm.create_model(
-            args.model, base=args.elastic, pretrained=True, **dict(model_args, **args.model_kwargs))
+        net = timm.create_model(ELASTIC, base=name, pretrained=True, **model_args)
     except Exception as error:  # unknown names and arguments, weights of another network, no connection, ...
-        raise ValueError(f'cannot make --elastic {args.elastic} elastic ({one_line(error, 300)})') from error
-    return Base(net.to(device), wanted)
+        hint = '' if file else '; --pretrained-path FILE takes weights from a file'
+        raise ValueError(f'cannot make {name} elastic: {one_line(error, 300)}{hint}') from error
+    return Base(net.to(device), num_classes)
 
 
 def count_classes(file: str, base: str) -> int:
@@ -144,7 +152,13 @@ def elastic_network(
     Raises:
         ValueError: As `open_base` and `Base.teacher` do.
     """
-    base = open_base(args, model_args, device)
+    classes = model_args.pop('num_classes', None)
+    model_args = model_args | args.model_kwargs
+    if args.resume:  # the order of the layers is a part of it
+        model_args['space'] = read_checkpoint(args.resume)['task_state']['network']['model_args'].get('space')
+    base = open_base(
+        args.elastic, model_args, num_classes=classes, file=args.pretrained_path or args.initial_checkpoint,
+        device=device)
     teacher = base.teacher() if args.kd_model == BASE else None
     if not args.resume:
         sort_units(args, base, data, device, ranks)

@@ -261,8 +261,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
          'instead of --model: make this network of timm elastic, with its published weights or those of '
          '--pretrained-path; changes the defaults of other flags (docs/elastic.md)'),
         ('--elastic-sort', dict(choices=('taylor', 'magnitude', 'none')), 'taylor',
-         'how --elastic finds the most important units, which the smaller subnets keep: by the loss on training images, '
-         'by their weights, or not at all'),
+         'how --elastic finds the most important units, which smaller subnets keep: by the loss on training images, by '
+         'their weights, or not at all'),
         ('--pretrained', SWITCH, False, 'start from the published weights of the model'),
         ('--pretrained-path', FILE, None, 'start from these weights, adapted as published ones are'),
         ('--pretrained-cfg-overlay', keywords('crop_pct=0.9'), {},
