@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, Format, LayerNorm, Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..layers.vit import BlockWidths, make_vit_elastic
+from ..layers.vit import BlockWidths
+from ..layers.vit import make_vit_elastic as make_layers_elastic
 from ..space.core import Arch, SearchSpace
 from ..space.elastic_vit import elastic_vit_space, elastic_vit_space_of, hidden_width, kept_layers, parameter_axes
+from ._elastic_family import ElasticFamily
 from ._elastic_vit import ElasticViT
 
-__all__ = ['ElasticVisionTransformer', 'default_vit_space', 'make_static', 'why_vit_is_not_elastic']
+__all__ = [
+    'ELASTIC_VITS', 'ElasticVisionTransformer', 'default_vit_space', 'make_vit_static', 'why_vit_is_not_elastic',
+]
 
 WIDTHS, HEADS, RATIOS = (.5, .625, .75, .875, 1.), (.5, 2 / 3, 5 / 6, 1.), (.25, .5, .75, 1.)  # shares of the base
 DEPTHS = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.)
 
 
 def why_vit_is_not_elastic(net: nn.Module) -> str | None:
-    """The first part of a network that this family does not make elastic, or `None` if there is none."""
-    if type(net) is not VisionTransformer:
-        return f'its class is {type(net).__name__} and not VisionTransformer'
+    """The first part of a ViT that is not elastic, or `None` if there is none."""
     expected = dict(
         patch_embed=(PatchEmbed,), norm=(LayerNorm, nn.LayerNorm, nn.Identity), attn_pool=(AttentionPoolLatent,),
         norm_pre=(LayerNorm, nn.LayerNorm, nn.Identity), fc_norm=(LayerNorm, nn.LayerNorm, nn.Identity),
@@ -82,7 +84,7 @@ class ElasticVisionTransformer(ElasticViT, VisionTransformer):
 
     def make_elastic(self, space: SearchSpace, model_args: dict[str, Any]) -> ElasticVisionTransformer:
         """Complete a network whose class has just been changed to this one."""
-        make_vit_elastic(self)
+        make_layers_elastic(self)
         fix_input_size(self)
         self.unbound_space = space.unbind()
         self.model_args = model_args
@@ -157,20 +159,29 @@ def shrink(net: VisionTransformer, arch: Arch) -> None:
     net.patch_embed.proj.out_channels = net.embed_dim = net.num_features = net.head_hidden_size = dim
     net.feature_info = [dict(info, num_chs=dim) for info in net.feature_info[:arch.depth]]
     if net.attn_pool is not None:
-        make_vit_elastic(net.attn_pool)  # timm's reads tokens as wide as its own heads only
+        make_layers_elastic(net.attn_pool)  # timm's reads tokens as wide as its own heads only
 
 
-def make_static(
+def make_vit_static(
         arch: Arch | Mapping[str, Any] | None, net: VisionTransformer, model_args: dict[str, Any]) -> VisionTransformer:
     """Turn a base into the static network of an arch, in place; without an arch, of the largest one.
 
     Raises:
-        ValueError: If the base is not elastic, or the arch is not one of this family.
+        ValueError: If the arch is not one of this family.
     """
-    if reason := why_vit_is_not_elastic(net):
-        raise ValueError(f'base={model_args["base"]!r} is not elastic: {reason}')
     space, arch = elastic_vit_space_of(arch or default_vit_space(net).largest)
     shrink(net, arch)
     fix_input_size(net)
     net.arch, net.static_space, net.model_args = arch, space, model_args
     return net
+
+
+def make_vit_elastic(net: VisionTransformer, space: SearchSpace, model_args: dict[str, Any]) -> nn.Module:
+    """Turn a base into a supernet, in place."""
+    net.__class__ = ElasticVisionTransformer
+    return net.make_elastic(space, model_args)
+
+
+ELASTIC_VITS = ElasticFamily(
+    bases=(VisionTransformer,), modules=('vision_transformer', 'deit'), why_not=why_vit_is_not_elastic,
+    space=lambda net, img_size: default_vit_space(net), make_elastic=make_vit_elastic, filter_fn=checkpoint_filter_fn)

@@ -1,0 +1,404 @@
+"""Elastic pretrained CNNs: timm's `EfficientNet` and `MobileNetV3` as supernets, and their static subnets.
+
+The supernet is the base network itself, made elastic in place: names, shapes and weights are timm's, and the largest
+arch is the base. A subnet is the base with smaller layers: an object of the same class of timm.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.models._efficientnet_blocks import (
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+    SqueezeExcite,
+)
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from torch import Tensor, nn
+
+from ..layers.conv import Bypass, ConvWidths, centre, elastic_kernel, leading, make_elastic
+from ..space.core import Arch, SearchSpace
+from ..space.elastic_cnn import (
+    CnnBlock,
+    CnnMasks,
+    CnnStructure,
+    cnn_table,
+    elastic_cnn_space,
+    elastic_cnn_space_of,
+    kept_blocks,
+    output_side,
+)
+from ._elastic_cnn import POOLS, ElasticCnn, EndWidths
+from ._elastic_family import ElasticFamily
+from ._supernet import plain_state_dict
+
+__all__ = [
+    'ELASTIC_CNNS', 'ElasticEfficientNet', 'ElasticMobileNetV3', 'ElasticPretrainedCnn', 'default_cnn_space',
+    'make_cnn_elastic', 'make_cnn_static', 'why_cnn_is_not_elastic',
+]
+
+WIDTHS, MIDS = (.5, .625, .75, .875, 1.), (.5, .75, 1.)  # shares of the base
+DEPTHS, RESOLUTIONS = (1 / 2, 2 / 3, 5 / 6, 1.), (4 / 7, 5 / 7, 6 / 7, 1.)
+KERNELS = (3, 5, 7, 9)
+
+
+# -- the base ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A kind of block: its name in `CnnBlock`, its convolutions, and its norms.
+
+    Attributes:
+        kind: As in `CnnBlock`.
+        spatial: The convolution whose kernel size is elastic.
+        last: The convolution that gives the output.
+        pointwise: Convolutions of kernel size 1.
+        norms: BatchNorms.
+    """
+    kind: str
+    spatial: str
+    last: str
+    pointwise: tuple[str, ...]
+    norms: tuple[str, ...]
+
+
+_BLOCKS: dict[type[nn.Module], _Kind] = {
+    InvertedResidual: _Kind('ir', 'conv_dw', 'conv_pwl', ('conv_pw', 'conv_pwl'), ('bn1', 'bn2', 'bn3')),
+    DepthwiseSeparableConv: _Kind('ds', 'conv_dw', 'conv_pw', ('conv_pw',), ('bn1', 'bn2')),
+    EdgeResidual: _Kind('er', 'conv_exp', 'conv_pwl', ('conv_pwl',), ('bn1', 'bn2')),
+    ConvBnAct: _Kind('cn', 'conv', 'conv', (), ('bn1',)),
+}
+
+
+def _kind_of(block: nn.Module) -> _Kind:
+    """The kind of a block of timm's, or of the elastic class that derives from it."""
+    return next(kind for cls, kind in _BLOCKS.items() if isinstance(block, cls))
+
+
+def why_cnn_is_not_elastic(net: nn.Module) -> str | None:
+    """The first part of a network that this family does not make elastic, or `None` if there is none."""
+    if net.global_pool.pool_type not in POOLS and (net.global_pool.pool_type or net.num_classes):
+        return f'its global_pool is {net.global_pool.pool_type!r} and not one of {POOLS}'
+    parts = [('conv_stem', net.conv_stem, 0), ('bn1', net.bn1, BatchNormAct2d)]
+    if isinstance(net, MobileNetV3):
+        parts += [('conv_head', net.conv_head, 1), ('norm_head', net.norm_head, nn.Identity)]
+    elif not isinstance(net.conv_head, nn.Identity):
+        parts += [('conv_head', net.conv_head, 1), ('bn2', net.bn2, BatchNormAct2d)]
+    for stage, blocks in enumerate(net.blocks):
+        for position, block in enumerate(blocks):
+            prefix = f'blocks.{stage}.{position}'
+            if type(block) not in _BLOCKS:
+                known = ', '.join(cls.__name__ for cls in _BLOCKS)
+                return f'its {prefix} is of the class {type(block).__name__} and not one of {known}'
+            kind = _BLOCKS[type(block)]
+            parts += [(f'{prefix}.conv_s2d', getattr(block, 'conv_s2d', None), type(None)),
+                      (f'{prefix}.aa', block.aa, nn.Identity)]
+            parts += [(f'{prefix}.{name}', getattr(block, name), BatchNormAct2d) for name in kind.norms]
+            parts += [(f'{prefix}.{name}', getattr(block, name), 1) for name in kind.pointwise]
+            parts.append((f'{prefix}.{kind.spatial}', getattr(block, kind.spatial), 0))
+            if kind.kind != 'cn' and type(block.se) is not nn.Identity:
+                parts.append((f'{prefix}.se', block.se, SqueezeExcite))
+    for name, module, expected in parts:
+        if isinstance(expected, type):
+            if type(module) is not expected:
+                return f'its {name} is of the class {type(module).__name__} and not {expected.__name__}'
+        elif reason := _why_not_a_plain_convolution(module, name, expected):
+            return f'its {name} {reason}'
+    return None
+
+
+def _why_not_a_plain_convolution(conv: nn.Module, name: str, kernel: int) -> str | None:
+    """What a convolution has that elastic ones do not; `kernel` is its only kernel size, or 0."""
+    if type(conv) not in (nn.Conv2d, Conv2dSame):
+        return f'is of the class {type(conv).__name__} and not Conv2d or Conv2dSame'
+    size = conv.kernel_size[0]
+    if conv.kernel_size != (size, size) or size % 2 == 0 or kernel not in (0, size):
+        return f'has kernels of {conv.kernel_size}'
+    if conv.dilation != (1, 1):
+        return 'is dilated (output_stride)'
+    if type(conv) is nn.Conv2d and conv.padding not in (size // 2, (size // 2, size // 2)):
+        return f'has the padding {conv.padding}'
+    depthwise = name.endswith('conv_dw')
+    if conv.groups != (conv.in_channels if depthwise else 1) or (depthwise and conv.out_channels != conv.in_channels):
+        return f'has {conv.groups} groups of channels'
+    if conv.bias is not None and name != 'conv_head':
+        return 'has a bias'
+    return None
+
+
+def _structure_of(net: nn.Module) -> tuple[CnnStructure, list[int]]:
+    """What is fixed in a base, and the channels of its groups."""
+    channels, rows = [net.conv_stem.out_channels], []
+    for stage, blocks in enumerate(net.blocks):
+        for position, block in enumerate(blocks):
+            kind = _kind_of(block)
+            spatial, last = getattr(block, kind.spatial), getattr(block, kind.last)
+            stride, width = spatial.stride[0], last.out_channels
+            # what a shortcut adds has one width, and a block can be left out if it may keep its width
+            tied = block.has_skip or (position > 0 and stride == 1 and width == channels[-1])
+            if not tied:
+                channels.append(width)
+            se = getattr(block, 'se', None)
+            reduced = se.conv_reduce.out_channels if isinstance(se, SqueezeExcite) else 0
+            inner = se.conv_reduce.in_channels if reduced else 0
+            rows.append(CnnBlock(stage, kind.kind, stride, len(channels) - 1, reduced, inner))
+    convolution = None if isinstance(net.conv_head, nn.Identity) else net.conv_head
+    head = 'none' if convolution is None else 'efficient' if isinstance(net, MobileNetV3) else 'plain'
+    bias = convolution is not None and convolution.bias is not None
+    structure = CnnStructure(tuple(rows), net.conv_stem.kernel_size[0], head, bias, ())
+    return structure, channels if convolution is None else [*channels, convolution.out_channels]
+
+
+def _steps(size: int, shares: Sequence[float], multiple: int = 1) -> list[int]:
+    """The given shares of a size, rounded up to multiples; the last is the size itself."""
+    rounded = (math.ceil(size * share / multiple - 1e-6) * multiple for share in shares[:-1])
+    return sorted({*(step for step in rounded if step < size), size})
+
+
+def default_cnn_space(net: nn.Module, resolution: int) -> SearchSpace:
+    """The space that is derived from a base: everything in steps down from what it has.
+
+    Args:
+        net: The base.
+        resolution: The largest one.
+    """
+    structure, channels = _structure_of(net)
+    blocks = [block for stage in net.blocks for block in stage]
+    multiple = 32 if resolution >= 128 else 8
+    resolutions = {max(round(resolution * share / multiple), 1) * multiple for share in RESOLUTIONS[:-1]}
+    kernels = [getattr(block, _kind_of(block).spatial).kernel_size[0] for block in blocks]
+    mids = [getattr(block, _kind_of(block).last).in_channels
+            for block, row in zip(blocks, structure.blocks, strict=True) if row.expands]
+    depth = [
+        [value for value in _steps(len(stage), DEPTHS) if value >= len(fixed)]
+        for stage, fixed in zip(structure.stages, structure.fixed, strict=True)]
+    return elastic_cnn_space(
+        resolution=sorted({*(each for each in resolutions if each < resolution), resolution}),
+        width=[_steps(width, WIDTHS, 8) for width in channels], depth=depth,
+        kernel_size=[[size for size in KERNELS if size < kernel] + [kernel] for kernel in kernels],
+        mid_width=[_steps(mid, MIDS, 8) for mid in mids], **dict(structure, layer_order=None))
+
+
+# -- supernets ---------------------------------------------------------------------------------------------------------
+
+
+class ElasticPretrainedCnn(ElasticCnn):
+    """A pretrained CNN whose resolution, widths, depths and kernel sizes are chosen per call: `net(x, arch)`.
+
+    Create it with `elastic`. A smaller width is a prefix of a larger one, a smaller kernel the centre of it. An arch
+    keeps the first blocks of every stage's `layer_order`: `sort_by_importance` makes these the most important ones.
+
+    BatchNorm: see `ShiftMobileNetSupernet`.
+    """
+
+    def make_elastic(self, space: SearchSpace, model_args: dict[str, Any]) -> ElasticPretrainedCnn:
+        """Complete a network whose class has just been changed to this one."""
+        structure, kernels = space.structure, space.values('kernel_size')
+        make_elastic(self)
+        for (stage, position), sizes in zip(structure.places, kernels, strict=True):
+            block = self.blocks[stage][position]
+            elastic_kernel(getattr(block, _kind_of(block).spatial), sizes)
+            if not block.has_skip and position not in structure.fixed[stage]:
+                block.projection = Bypass()
+        self.unbound_space = space.unbind()
+        self.model_args = model_args
+        return self
+
+    def block_widths(self, arch: Arch | CnnMasks, like: Tensor) -> list[tuple[nn.Module, ConvWidths]]:
+        space = self.unbound_space
+        table, structure = cnn_table(space), space.structure
+        if isinstance(arch, CnnMasks):
+            masks = arch.to(like).masks
+            widths = [
+                ConvWidths(
+                    hidden=None if inner is None else masks[inner], kernel_size=masks[f'kernel.{number}'],
+                    se=masks.get(f'se.{number}'), width_in=masks[f'width.{incoming}'], active=masks[f'active.{number}'])
+                for number, (inner, incoming) in enumerate(zip(table.inner, structure.inputs, strict=True))]
+            places = structure.places
+        else:
+            sizes, kept = table.at(space, arch), kept_blocks(space, arch)
+            widths = [
+                ConvWidths(
+                    hidden=None if table.inner[number] is None else sizes[table.inner[number]],
+                    width_out=sizes[f'width.{structure.blocks[number].width}'], kernel_size=sizes[f'kernel.{number}'],
+                    se=sizes.get(f'se.{number}'))
+                for number in kept]
+            places = [structure.places[number] for number in kept]
+        return [(self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)]
+
+    def end_widths(self, arch: Arch | CnnMasks, like: Tensor) -> EndWidths:
+        stage, last = self.unbound_space.structure.blocks[-1].width, len(self.unbound_space.values('width')) - 1
+        if isinstance(arch, CnnMasks):
+            widths: list[Any] = [mask.to(like) for mask in (arch.masks[f'width.{stage}'], arch.masks[f'width.{last}'])]
+        else:
+            widths = [arch.width[stage], arch.width[last]]
+        if stage == last:
+            widths[1] = None  # no convolution follows, and masks multiply once
+        return EndWidths(None if isinstance(arch, CnnMasks) else arch.width[0], *widths)
+
+    def output_side(self, resolution: int) -> int:
+        return output_side(self.unbound_space, resolution)
+
+    # -- extraction ----------------------------------------------------------------------------------------------------
+
+    def subnet_args(self, arch: Arch) -> dict[str, Any]:
+        args = {name: value for name, value in self.model_args.items() if name != 'img_size'}
+        return dict(args, layer_order=[list(order) for order in self.unbound_space.structure.layer_order])
+
+    def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
+        """The shared weights of an arch: leading slices and inner kernels of the kept blocks."""
+        shared, structure = plain_state_dict(self), self.unbound_space.structure
+        kept: list[list[int]] = [[] for _ in structure.stages]
+        for number in kept_blocks(self.unbound_space, arch):
+            stage, position = structure.places[number]
+            kept[stage].append(position)
+        return {
+            name: cut(shared[_renumbered(name, kept)], weight.shape) for name, weight in subnet.state_dict().items()}
+
+
+class ElasticEfficientNet(ElasticPretrainedCnn, EfficientNet):
+    __doc__ = ElasticPretrainedCnn.__doc__
+
+
+class ElasticMobileNetV3(ElasticPretrainedCnn, MobileNetV3):
+    __doc__ = ElasticPretrainedCnn.__doc__
+
+
+def make_cnn_elastic(net: nn.Module, space: SearchSpace, model_args: dict[str, Any]) -> nn.Module:
+    """Turn a base into a supernet, in place."""
+    net.__class__ = ElasticMobileNetV3 if isinstance(net, MobileNetV3) else ElasticEfficientNet
+    return net.make_elastic(space, model_args)
+
+
+def _renumbered(name: str, kept: Sequence[Sequence[int]]) -> str:
+    """The name in the supernet of a weight of a subnet that consists of these positions of the stages."""
+    parts = name.split('.')
+    if parts[0] == 'blocks':
+        parts[2] = str(kept[int(parts[1])][int(parts[2])])
+    return '.'.join(parts)
+
+
+def cut(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The first rows and columns of a weight, and the inner kernel."""
+    weight = leading(weight, *shape[:2])
+    return centre(weight, shape[-1]) if weight.dim() == 4 else weight
+
+
+# -- static networks ---------------------------------------------------------------------------------------------------
+
+
+def shrink(net: nn.Module, space: SearchSpace, arch: Arch) -> None:
+    """Reduce a base to an arch, in place: to the blocks that it keeps, and their first channels.
+
+    Args:
+        net: The base.
+        space: A space of the base that the arch is in.
+        arch: The arch.
+    """
+    table, structure, kept = cnn_table(space), space.structure, kept_blocks(space, arch)
+    sizes = table.at(space, arch)
+    for weight in table.weights:
+        module = net.get_submodule(weight.name)
+        if isinstance(module, nn.Identity) or (weight.block is not None and weight.block not in kept):
+            continue
+        kernel = None if weight.kernel is None else sizes[weight.kernel]
+        _resize(module, sizes.get(weight.rows), sizes.get(weight.columns or ''), kernel)
+    for stage, blocks in enumerate(net.blocks):
+        positions = [structure.places[number][1] for number in kept if structure.places[number][0] == stage]
+        net.blocks[stage] = nn.Sequential(*(blocks[position] for position in positions))
+    ends = [net.conv_stem.out_channels, *(stage[-1].feature_info('bottleneck')['num_chs'] for stage in net.blocks)]
+    net.head_hidden_size = ends[-1] if isinstance(net.conv_head, nn.Identity) else net.conv_head.out_channels
+    net.num_features = ends[-1] if isinstance(net, MobileNetV3) else net.head_hidden_size
+    net.feature_info = [dict(info, num_chs=ends[info['stage']]) for info in net.feature_info]
+
+
+def _resize(module: nn.Module, rows: int | None, columns: int | None, kernel: int | None) -> None:
+    """Keep the first rows and columns and the inner kernel of a layer, in place; `None` keeps all."""
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, old in tensors:
+        if not old.dim():
+            continue
+        shape = [rows or old.shape[0]]
+        if old.dim() > 1:
+            shape.append(columns or old.shape[1])
+        if old.dim() == 4:
+            shape += [kernel or old.shape[2]] * 2
+        new = cut(old.detach(), torch.Size(shape)).clone()
+        if isinstance(old, nn.Parameter):
+            module.register_parameter(name, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            module.register_buffer(name, new)
+    weight = module.weight
+    if isinstance(module, nn.Conv2d):
+        depthwise = module.groups > 1
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[0 if depthwise else 1]
+        module.groups = module.in_channels if depthwise else 1
+        module.kernel_size = tuple(weight.shape[2:])
+        if not isinstance(module, Conv2dSame):
+            module.padding = tuple(size // 2 for size in module.kernel_size)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    else:
+        module.num_features = len(weight)
+
+
+def make_cnn_static(
+        arch: Arch | Mapping[str, Any] | None, net: nn.Module, model_args: dict[str, Any],
+        layer_order: Sequence[Sequence[int]] | None = None) -> nn.Module:
+    """Turn a base into the static network of an arch, in place; without an arch, of the largest one.
+
+    Args:
+        arch: An `Arch` or its dict.
+        net: The base.
+        model_args: Arguments that create the network again, `arch` aside.
+        layer_order: Which blocks an arch of less than full depth has, as in `elastic_cnn_space`.
+
+    Raises:
+        ValueError: If the arch is not one of this base.
+    """
+    own = default_cnn_space(net, net.pretrained_cfg['input_size'][-1] if hasattr(net, 'pretrained_cfg') else 224)
+    arch = arch or own.largest
+    order = own.structure.layer_order if layer_order is None else layer_order
+    full = elastic_cnn_space(**dict(own.fields), **dict(own.structure, layer_order=order))
+    static_space, arch = elastic_cnn_space_of(arch, full.structure)
+    shrink(net, _space_with(full, arch), arch)
+    net.arch, net.static_space, net.model_args = arch, static_space, dict(model_args, layer_order=layer_order)
+    return net
+
+
+def _space_with(own: SearchSpace, arch: Arch) -> SearchSpace:
+    """A space of a base that an arch is in.
+
+    Raises:
+        ValueError: If the arch has more than the base.
+    """
+    structure = own.structure
+    values: dict[str, Any] = dict(own.fields)
+    kept = kept_blocks(own, arch)
+    expanding = [number for number, block in enumerate(structure.blocks) if block.expands]
+    given = dict(
+        width=dict(enumerate(arch.width)), depth=dict(enumerate(arch.depth)),
+        kernel_size=dict(zip(kept, arch.kernel_size, strict=True)),
+        mid_width=dict(zip([expanding.index(number) for number in kept if number in expanding],
+                           arch.to_dict().get('mid_width', []), strict=True)))
+    for name, chosen in given.items():
+        most = [options[-1] for options in values[name]]
+        if wrong := [value for i, value in chosen.items() if value > most[i]]:
+            raise ValueError(f'{name}={wrong[0]} of the arch is more than the base has: {most}')
+        values[name] = [sorted({chosen.get(i, value), value}) for i, value in enumerate(most)]
+    values['resolution'] = [arch.resolution]
+    return elastic_cnn_space(**values, **dict(structure))
+
+
+ELASTIC_CNNS = ElasticFamily(
+    bases=(EfficientNet, MobileNetV3), modules=('efficientnet', 'mobilenetv3', 'hardcorenas'),
+    why_not=why_cnn_is_not_elastic, space=default_cnn_space, make_elastic=make_cnn_elastic, sized=True,
+    levels=(0, 1, 2, 3, 4))
