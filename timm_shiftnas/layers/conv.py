@@ -357,6 +357,7 @@ class _ElasticBlock(nn.Module):
             `ElasticProjection` with this name.
     """
     projection: nn.Module
+    has_skip: bool
     drop_path: DropPath | nn.Identity
     se: nn.Module
 
@@ -366,7 +367,7 @@ class _ElasticBlock(nn.Module):
         y = masked(self.depthwise(y, widths), widths.hidden)
         y = self.squeeze_excite(y, widths)
         y = self.project(y, widths)
-        y = self.drop_path(y) if widths.drop else y
+        y = self.drop_path(y) if widths.drop and self.has_skip else y
         return self.shortcut(x, read=read, branch=masked(y, widths.active), widths=widths)
 
     @property
