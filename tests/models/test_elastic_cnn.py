@@ -17,6 +17,7 @@ from torch import nn
 
 import timm_shiftnas as tsn
 from timm_shiftnas.models.elastic_cnn import kept_blocks
+from timm_shiftnas.models.importance import magnitude_scores, taylor_scores
 from timm_shiftnas.space import CnnMasks, arch_masks, space_from_dict
 
 SIDE = 32
@@ -240,6 +241,65 @@ def test_depth_follows_the_layer_order(pair):
         assert sorted(positions) == sorted(structure.layer_order[stage][:arch.depth[stage]])
         shorter.blocks[stage] = nn.Sequential(*(shorter.blocks[stage][position] for position in positions))
     assert torch.equal(net(images(net), arch), shorter(images(net)))
+
+
+@pytest.mark.parametrize('by', ['taylor', 'magnitude'])
+def test_sorting_changes_no_output(pair, by):
+    base, net = pair
+    net, x = copy.deepcopy(net), images(pair[1])
+    loader = None if by == 'magnitude' else [(images(net, count=8), torch.arange(8) % net.num_classes)]
+    tsn.sort_by_importance(net, loader, progress=False)
+    assert not torch.equal(net.conv_stem.weight, base.conv_stem.weight)
+    torch.testing.assert_close(net(x), base(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(net.float()(x.float()), copy.deepcopy(base).float()(x.float()), rtol=1e-5, atol=1e-5)
+    net.double()
+    scores = magnitude_scores(net) if by == 'magnitude' else taylor_scores(net, loader)
+    for label, score in net.split_masks(scores).items():
+        assert score.dim() == 0 or (score.diff() <= 1e-6 * score.max()).all(), label
+    structure = net.unbound_space.structure
+    for stage, fixed in enumerate(structure.fixed):
+        order = structure.layer_order[stage]
+        blocks = [scores.masks[f'active.{structure.places.index((stage, position))}'] for position in order]
+        assert sorted(order[:len(fixed)]) == fixed
+        assert all(a >= b - 1e-6 for a, b in zip(blocks[len(fixed):], blocks[len(fixed) + 1:], strict=False))
+    for arch in (net.space.smallest, net.space.sample(rng(5))):  # a sorted network is as any other
+        torch.testing.assert_close(
+            net(x, arch), tsn.extract(net, arch)(resized(x, arch.resolution)), rtol=0, atol=1e-12)
+
+
+def test_sorting_keeps_the_important_channels():
+    """Channels that a base does not use come last, so that a subnet without them has its outputs."""
+    base = create_base(blocks=['ds_r1_k3_s1_e1_c16', 'ir_r2_k3_s2_e2_c32_se0.25'])
+    unused = torch.randperm(32, generator=rng())[:16]
+    with torch.no_grad():
+        for block in base.blocks[1]:
+            block.bn3.weight[unused], block.bn3.bias[unused] = 0, 0
+    loader = [(images(base, count=8), torch.arange(8) % 7)]
+    net = tsn.sort_by_importance(tsn.elastic(base), loader, progress=False).eval()
+    structure = net.space.structure
+    fields = dict(net.space.largest.to_dict())
+    fields['width'][structure.blocks[-1].width] = 16
+    arch = net.space.arch(**fields)
+    torch.testing.assert_close(net(images(net), arch), base(images(net)), rtol=0, atol=1e-12)
+
+
+def test_the_score_of_a_channel_is_the_change_of_the_loss():
+    """First order: scaling what reads a channel by 1 - e changes the loss by e times its (signed) score."""
+    net, e = tsn.elastic(create_base(blocks=INVERTED, act='swish')).eval(), 1e-6
+    x, y = images(net, count=8), torch.arange(8) % 7
+    scores = taylor_scores(net, [(x, y)]).masks
+    loss = F.cross_entropy(net(x), y)
+    block = net.blocks[1][1]
+    reads = {
+        'mid.2': (block.conv_pwl, block.se.conv_reduce), 'se.2': (block.se.conv_expand,), 'width.3': (net.classifier,)}
+    for label, readers in reads.items():
+        changed_net = copy.deepcopy(net)
+        names = {module: name for name, module in net.named_modules()}
+        with torch.no_grad():
+            for reader in readers:
+                changed_net.get_submodule(names[reader]).weight[:, 1] *= 1 - e
+            changed = F.cross_entropy(changed_net(x), y)
+        torch.testing.assert_close((changed - loss).abs() / e, scores[label][1], rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize('name', ['test_efficientnet', 'tf_mobilenetv3_small_minimal_100', 'lcnet_035'])

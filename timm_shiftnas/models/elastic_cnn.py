@@ -35,8 +35,10 @@ from ..space.elastic_cnn import (
     kept_blocks,
     output_side,
 )
+from ..space.matrix_mapping import arch_masks
 from ._elastic_cnn import POOLS, ElasticCnn, EndWidths
 from ._elastic_family import ElasticFamily
+from ._sortable import SortableSupernet, UnitAxis
 from ._supernet import plain_state_dict
 
 __all__ = [
@@ -84,7 +86,9 @@ def _kind_of(block: nn.Module) -> _Kind:
 
 
 def why_cnn_is_not_elastic(net: nn.Module) -> str | None:
-    """The first part of a network that this family does not make elastic, or `None` if there is none."""
+    """The first part of a CNN that is not elastic, or `None` if there is none."""
+    if type(net) not in (EfficientNet, MobileNetV3):
+        return f'its class is {type(net).__name__} and not EfficientNet or MobileNetV3'
     if net.global_pool.pool_type not in POOLS and (net.global_pool.pool_type or net.num_classes):
         return f'its global_pool is {net.global_pool.pool_type!r} and not one of {POOLS}'
     parts = [('conv_stem', net.conv_stem, 0), ('bn1', net.bn1, BatchNormAct2d)]
@@ -190,7 +194,7 @@ def default_cnn_space(net: nn.Module, resolution: int) -> SearchSpace:
 # -- supernets ---------------------------------------------------------------------------------------------------------
 
 
-class ElasticPretrainedCnn(ElasticCnn):
+class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
     """A pretrained CNN whose resolution, widths, depths and kernel sizes are chosen per call: `net(x, arch)`.
 
     Create it with `elastic`. A smaller width is a prefix of a larger one, a smaller kernel the centre of it. An arch
@@ -246,6 +250,41 @@ class ElasticPretrainedCnn(ElasticCnn):
 
     def output_side(self, resolution: int) -> int:
         return output_side(self.unbound_space, resolution)
+
+    # -- sorting -------------------------------------------------------------------------------------------------------
+
+    def unit_axes(self, name: str) -> tuple[UnitAxis | None, ...]:
+        owner, _, leaf = name.rpartition('.')
+        weight = next(weight for weight in cnn_table(self.unbound_space).weights if weight.name == owner)
+        labels: tuple[str | None, ...] = (weight.rows,)
+        if leaf == 'num_batches_tracked':
+            labels = ()
+        elif leaf == 'weight' and not weight.is_norm:
+            labels = (weight.rows, weight.columns, None, None)
+        return tuple(
+            None if label is None or label in ('in_chans', 'num_classes') else UnitAxis(label) for label in labels)
+
+    def layer_of(self, name: str) -> str | None:
+        owner = name.rpartition('.')[0]
+        block = next(weight.block for weight in cnn_table(self.unbound_space).weights if weight.name == owner)
+        return None if block is None else f'active.{block}'
+
+    def split_masks(self, masks: CnnMasks) -> dict[str, Tensor]:
+        return {label: mask for label, mask in masks.masks.items() if not label.startswith('kernel.')}
+
+    def join_masks(self, masks: Mapping[str, Tensor]) -> CnnMasks:
+        full = arch_masks(self.space, self.space.one_hot(self.space.largest))
+        return CnnMasks(full.resolution, full.masks | dict(masks))
+
+    def with_layer_order(self, scores: Mapping[str, Tensor]) -> SearchSpace:
+        space, structure = self.unbound_space, self.unbound_space.structure
+        ranked: list[list[int]] = [list(fixed) for fixed in structure.fixed]
+        numbers = range(len(structure.blocks))
+        for number in sorted(numbers, key=lambda number: -scores[f'active.{number}'].item()):
+            stage, position = structure.places[number]
+            if position not in structure.fixed[stage]:
+                ranked[stage].append(position)
+        return elastic_cnn_space(**dict(space.fields), **dict(structure, layer_order=ranked))
 
     # -- extraction ----------------------------------------------------------------------------------------------------
 
