@@ -19,13 +19,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, SyncBatchNormAct, pad_same
+from timm.layers import (
+    BatchNormAct2d,
+    BlurPool2d,
+    Conv2dSame,
+    ConvNormAct,
+    DropPath,
+    LayerScale2d,
+    SyncBatchNormAct,
+    pad_same,
+)
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
     EdgeResidual,
     InvertedResidual,
     SqueezeExcite,
+    UniversalInvertedResidual,
 )
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -116,7 +126,7 @@ class ElasticConv2d(nn.Conv2d):
 
     def sliced(self, out: int | None, channels: int | None) -> Tensor:
         """The weight of the first `out` channels, computed from the first `channels`."""
-        return leading(self.weight, out, channels)
+        return leading(self.weight, out, None if channels is None else channels // self.groups)
 
     def kernel(self, size: int | None = None, out: int | None = None, channels: int | None = None) -> Tensor:
         """The weight [out, channels, size, size]."""
@@ -140,8 +150,7 @@ class ElasticConv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with padding that keeps the size, the stride aside."""
-        groups = 1 if self.groups == 1 else x.shape[1]
-        return F.conv2d(x, weight, bias, self.stride, weight.shape[-1] // 2, 1, groups)
+        return F.conv2d(x, weight, bias, self.stride, weight.shape[-1] // 2, 1, x.shape[1] // weight.shape[1])
 
     def forward(self, x: Tensor, *, out: Width = None, size: Width = None) -> Tensor:
         out = prefix(out)
@@ -171,7 +180,7 @@ class _SamePadding(ElasticConv2d):
     """TensorFlow's padding, which depends on the size of the image; a smaller kernel still is the centre."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        groups = 1 if self.groups == 1 else x.shape[1]
+        groups = x.shape[1] // weight.shape[1]
         x = pad_same(x, list(weight.shape[-2:]), list(self.stride))
         return F.conv2d(x, weight, bias, self.stride, 0, 1, groups)
 
@@ -233,6 +242,30 @@ class ElasticSqueezeExcite(SqueezeExcite):
     def forward(self, x: Tensor, *, hidden: Width = None) -> Tensor:
         gate = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True), out=hidden))
         return x * self.gate(self.conv_expand(masked(gate, hidden), out=x.shape[1]))
+
+
+class ElasticConvNormAct(ConvNormAct):
+    """timm's convolution with BatchNorm, activation and pooling, computing its first `out` channels."""
+
+    def forward(self, x: Tensor, *, out: Width = None, size: Width = None, elastic: bool = False) -> Tensor:
+        x = normalize(self.bn, self.conv(x, out=out, size=size), elastic)
+        return x if self.aa is None else self.aa(x)
+
+
+class ElasticBlurPool2d(BlurPool2d):
+    """timm's blurring pooling of the first `x.shape[1]` channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        x = F.pad(x, self.padding, mode=self.pad_mode)  # type: ignore[arg-type]
+        return F.conv2d(x, leading(self.filt, channels), stride=self.stride, groups=channels)  # type: ignore[arg-type]
+
+
+class ElasticLayerScale2d(LayerScale2d):
+    """timm's LayerScale of the first `x.shape[1]` channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * leading(self.gamma, x.shape[1]).view(1, -1, 1, 1)
 
 
 # -- shortcuts ---------------------------------------------------------------------------------------------------------
@@ -408,7 +441,8 @@ class ElasticInvertedResidual(_ElasticBlock, InvertedResidual):
         return normalize(self.bn1, self.conv_pw(read, out=widths.hidden), widths.elastic)
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return normalize(self.bn2, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
+        x = normalize(self.bn2, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
+        return self.aa(x)  # type: ignore[misc]
 
     def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
         return normalize(self.bn3, self.conv_pwl(x, out=widths.width_out), widths.elastic)
@@ -418,8 +452,8 @@ class ElasticEdgeResidual(_ElasticBlock, EdgeResidual):
     """timm's inverted residual block with one convolution in place of two, at the given widths."""
 
     def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
-        return normalize(
-            self.bn1, self.conv_exp(read, out=widths.hidden, size=widths.kernel_size), widths.elastic)
+        x = normalize(self.bn1, self.conv_exp(read, out=widths.hidden, size=widths.kernel_size), widths.elastic)
+        return self.aa(x)  # type: ignore[misc]
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
         return x
@@ -444,13 +478,38 @@ class ElasticConvBnAct(_ElasticBlock, ConvBnAct):
         return normalize(self.bn1, self.conv(x, out=widths.width_out, size=widths.kernel_size), widths.elastic)
 
 
+class ElasticUniversalInvertedResidual(_ElasticBlock, UniversalInvertedResidual):
+    """timm's universal inverted residual block at the given widths.
+
+    The kernel size is that of the inner depthwise convolution; without that, of the first one.
+    """
+
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        if isinstance(self.dw_start, ConvNormAct):  # channels do not mix before the mask
+            size = None if isinstance(self.dw_mid, ConvNormAct) else widths.kernel_size
+            read = masked(self.dw_start(x, size=size, elastic=widths.elastic), widths.width_in)
+        return self.pw_exp(read, out=widths.hidden, elastic=widths.elastic)
+
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        if isinstance(self.dw_mid, nn.Identity):
+            return x
+        return self.dw_mid(x, size=widths.kernel_size, elastic=widths.elastic)
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        x = self.pw_proj(x, out=widths.width_out, elastic=widths.elastic)
+        x = x if isinstance(self.dw_end, nn.Identity) else self.dw_end(x, elastic=widths.elastic)
+        return self.layer_scale(x)
+
+
 # -- from timm's modules -----------------------------------------------------------------------------------------------
 
 
 _ELASTIC: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct2d: ElasticBatchNorm, SqueezeExcite: ElasticSqueezeExcite, ConvBnAct: ElasticConvBnAct,
     DepthwiseSeparableConv: ElasticDepthwiseSeparableConv, InvertedResidual: ElasticInvertedResidual,
-    EdgeResidual: ElasticEdgeResidual, Projection: ElasticProjection,
+    EdgeResidual: ElasticEdgeResidual, Projection: ElasticProjection, BlurPool2d: ElasticBlurPool2d,
+    ConvNormAct: ElasticConvNormAct, LayerScale2d: ElasticLayerScale2d,
+    UniversalInvertedResidual: ElasticUniversalInvertedResidual,
 }
 _CONVOLUTIONS: dict[type[nn.Module], tuple[type[ElasticConv2d], type[ElasticConv2d], type[ElasticConv2d]]] = {
     nn.Conv2d: (ElasticConv2d, ElasticDepthwiseConv2d, ElasticStem),
@@ -466,7 +525,8 @@ def make_elastic(module: nn.Module) -> None:
     for name, child in list(module.named_modules()):
         if type(child) in _CONVOLUTIONS:
             plain, depthwise, stem = _CONVOLUTIONS[type(child)]
-            child.__class__ = stem if name == 'conv_stem' else plain if child.groups == 1 else depthwise
+            separate = child.groups == child.in_channels > 1
+            child.__class__ = stem if name == 'conv_stem' else depthwise if separate else plain
             child.kernel_sizes, child.matrices = (child.kernel_size[0],), None
         elif type(child) in _ELASTIC:
             child.__class__ = _ELASTIC[type(child)]

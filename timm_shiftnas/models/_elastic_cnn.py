@@ -81,7 +81,8 @@ class ElasticCnn(TimmSupernet):
             return super().forward_head(x, pre_logits)
         x, last = self.global_pool(x), self.end_widths(arch, x).last
         if isinstance(self, MobileNetV3):  # the last convolution comes after pooling
-            x = self.act2(self.conv_head(x, out=last))
+            x = self.conv_head(x, out=last)
+            x = self.act2(x if isinstance(self.norm_head, nn.Identity) else normalize(self.norm_head, x, True))
         x = masked(x, last)
         if self.global_pool.pool_type:
             x = x.flatten(1)

@@ -5,19 +5,19 @@ arch is the base. A subnet is the base with smaller layers: an object of the sam
 """
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, BlurPool2d, Conv2dSame, ConvNormAct, LayerScale2d
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
     EdgeResidual,
     InvertedResidual,
     SqueezeExcite,
+    UniversalInvertedResidual,
 )
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
@@ -54,35 +54,36 @@ KERNELS = (3, 5, 7, 9)
 # -- the base ----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """A kind of block: its name in `CnnBlock`, its convolutions, and its norms.
-
-    Attributes:
-        kind: As in `CnnBlock`.
-        spatial: The convolution whose kernel size is elastic.
-        last: The convolution that gives the output.
-        pointwise: Convolutions of kernel size 1.
-        norms: BatchNorms.
-    """
-    kind: str
-    spatial: str
-    last: str
-    pointwise: tuple[str, ...]
-    norms: tuple[str, ...]
+_KINDS: dict[type[nn.Module], str] = {
+    InvertedResidual: 'ir', DepthwiseSeparableConv: 'ds', EdgeResidual: 'er', ConvBnAct: 'cn',
+    UniversalInvertedResidual: 'uir'}
+_POOLINGS: dict[type[nn.Module], str] = {nn.Identity: '', type(None): '', nn.AvgPool2d: 'avg', BlurPool2d: 'blur'}
 
 
-_BLOCKS: dict[type[nn.Module], _Kind] = {
-    InvertedResidual: _Kind('ir', 'conv_dw', 'conv_pwl', ('conv_pw', 'conv_pwl'), ('bn1', 'bn2', 'bn3')),
-    DepthwiseSeparableConv: _Kind('ds', 'conv_dw', 'conv_pw', ('conv_pw',), ('bn1', 'bn2')),
-    EdgeResidual: _Kind('er', 'conv_exp', 'conv_pwl', ('conv_pwl',), ('bn1', 'bn2')),
-    ConvBnAct: _Kind('cn', 'conv', 'conv', (), ('bn1',)),
-}
-
-
-def _kind_of(block: nn.Module) -> _Kind:
+def _kind_of(block: nn.Module) -> str:
     """The kind of a block of timm's, or of the elastic class that derives from it."""
-    return next(kind for cls, kind in _BLOCKS.items() if isinstance(block, cls))
+    return next(kind for cls, kind in _KINDS.items() if isinstance(block, cls))
+
+
+def _spatial_of(block: nn.Module) -> nn.Conv2d | None:
+    """The convolution whose kernel size is elastic, if there is one."""
+    kind = _kind_of(block)
+    if kind == 'uir':
+        holder = block.dw_start if isinstance(block.dw_mid, nn.Identity) else block.dw_mid
+        return getattr(holder, 'conv', None)
+    return getattr(block, dict(ir='conv_dw', ds='conv_dw', er='conv_exp', cn='conv')[kind])
+
+
+def _last_of(block: nn.Module) -> nn.Conv2d:
+    """The convolution from the inner channels to those of the output."""
+    kind = _kind_of(block)
+    return block.pw_proj.conv if kind == 'uir' else getattr(
+        block, dict(ir='conv_pwl', ds='conv_pw', er='conv_pwl', cn='conv')[kind])
+
+
+def _pooling_of(block: nn.Module) -> nn.Module | None:
+    """What reduces the size after the spatial convolution, if that does not."""
+    return getattr(block.dw_mid, 'aa', None) if _kind_of(block) == 'uir' else block.aa
 
 
 def why_cnn_is_not_elastic(net: nn.Module) -> str | None:
@@ -93,30 +94,52 @@ def why_cnn_is_not_elastic(net: nn.Module) -> str | None:
         return f'its global_pool is {net.global_pool.pool_type!r} and not one of {POOLS}'
     parts = [('conv_stem', net.conv_stem, 0), ('bn1', net.bn1, BatchNormAct2d)]
     if isinstance(net, MobileNetV3):
-        parts += [('conv_head', net.conv_head, 1), ('norm_head', net.norm_head, nn.Identity)]
+        parts += [('conv_head', net.conv_head, 1), ('norm_head', net.norm_head, (nn.Identity, BatchNormAct2d))]
     elif not isinstance(net.conv_head, nn.Identity):
         parts += [('conv_head', net.conv_head, 1), ('bn2', net.bn2, BatchNormAct2d)]
     for stage, blocks in enumerate(net.blocks):
         for position, block in enumerate(blocks):
             prefix = f'blocks.{stage}.{position}'
-            if type(block) not in _BLOCKS:
-                known = ', '.join(cls.__name__ for cls in _BLOCKS)
+            if type(block) not in _KINDS:
+                known = ', '.join(cls.__name__ for cls in _KINDS)
                 return f'its {prefix} is of the class {type(block).__name__} and not one of {known}'
-            kind = _BLOCKS[type(block)]
-            parts += [(f'{prefix}.conv_s2d', getattr(block, 'conv_s2d', None), type(None)),
-                      (f'{prefix}.aa', block.aa, nn.Identity)]
-            parts += [(f'{prefix}.{name}', getattr(block, name), BatchNormAct2d) for name in kind.norms]
-            parts += [(f'{prefix}.{name}', getattr(block, name), 1) for name in kind.pointwise]
-            parts.append((f'{prefix}.{kind.spatial}', getattr(block, kind.spatial), 0))
-            if kind.kind != 'cn' and type(block.se) is not nn.Identity:
-                parts.append((f'{prefix}.se', block.se, SqueezeExcite))
+            parts += [(f'{prefix}.{name}', module, expected) for name, module, expected in _parts_of(block)]
     for name, module, expected in parts:
-        if isinstance(expected, type):
-            if type(module) is not expected:
-                return f'its {name} is of the class {type(module).__name__} and not {expected.__name__}'
-        elif reason := _why_not_a_plain_convolution(module, name, expected):
-            return f'its {name} {reason}'
+        if isinstance(expected, int):
+            if reason := _why_not_a_plain_convolution(module, name, expected):
+                return f'its {name} {reason}'
+        elif type(module) not in (expected if isinstance(expected, tuple) else (expected,)):
+            wanted = expected[0] if isinstance(expected, tuple) else expected
+            return f'its {name} is of the class {type(module).__name__} and not {wanted.__name__}'
     return None
+
+
+def _parts_of(block: nn.Module) -> list[tuple[str, nn.Module | None, Any]]:
+    """Parts of a block with their names and what they must be: classes, or the kernel size of a convolution; 0: any."""
+    kind, pools = _kind_of(block), (nn.Identity, nn.AvgPool2d, BlurPool2d)
+    parts: list[tuple[str, nn.Module | None, Any]] = []
+    if kind == 'uir':
+        for name in ('dw_start', 'pw_exp', 'dw_mid', 'pw_proj', 'dw_end'):
+            module = getattr(block, name)
+            if name.startswith('pw') or not isinstance(module, nn.Identity):
+                parts.append((name, module, ConvNormAct))
+                parts += [(f'{name}.conv', getattr(module, 'conv', None), int(name.startswith('pw'))),
+                          (f'{name}.bn', getattr(module, 'bn', None), BatchNormAct2d)]
+                wanted = (type(None), *pools) if name == 'dw_mid' else type(None)
+                parts.append((f'{name}.aa', getattr(module, 'aa', None), wanted))
+        parts.append(('layer_scale', block.layer_scale, (nn.Identity, LayerScale2d)))
+    else:
+        norms, pointwise = dict(
+            ir=(('bn1', 'bn2', 'bn3'), ('conv_pw', 'conv_pwl')), ds=(('bn1', 'bn2'), ('conv_pw',)),
+            er=(('bn1', 'bn2'), ('conv_pwl',)), cn=(('bn1',), ()))[kind]
+        parts += [('conv_s2d', getattr(block, 'conv_s2d', None), type(None)),
+                  ('aa', block.aa, pools if kind in ('ir', 'er') else nn.Identity)]
+        parts += [(name, getattr(block, name), BatchNormAct2d) for name in norms]
+        parts += [(name, getattr(block, name), 1) for name in pointwise]
+        parts.append((dict(ir='conv_dw', ds='conv_dw', er='conv_exp', cn='conv')[kind], _spatial_of(block), 0))
+    if kind != 'cn':
+        parts.append(('se', block.se, (SqueezeExcite, nn.Identity)))
+    return parts
 
 
 def _why_not_a_plain_convolution(conv: nn.Module, name: str, kernel: int) -> str | None:
@@ -130,8 +153,10 @@ def _why_not_a_plain_convolution(conv: nn.Module, name: str, kernel: int) -> str
         return 'is dilated (output_stride)'
     if type(conv) is nn.Conv2d and conv.padding not in (size // 2, (size // 2, size // 2)):
         return f'has the padding {conv.padding}'
-    depthwise = name.endswith('conv_dw')
-    if conv.groups != (conv.in_channels if depthwise else 1) or (depthwise and conv.out_channels != conv.in_channels):
+    if name.rpartition('.')[2] == 'conv_dw' or '.dw_' in name:
+        if conv.groups != conv.in_channels or conv.out_channels != conv.in_channels:
+            return f'has {conv.groups} groups of channels'
+    elif conv.groups > 1 and not name.endswith('conv_exp'):
         return f'has {conv.groups} groups of channels'
     if conv.bias is not None and name != 'conv_head':
         return 'has a bias'
@@ -143,9 +168,9 @@ def _structure_of(net: nn.Module) -> tuple[CnnStructure, list[int]]:
     channels, rows = [net.conv_stem.out_channels], []
     for stage, blocks in enumerate(net.blocks):
         for position, block in enumerate(blocks):
-            kind = _kind_of(block)
-            spatial, last = getattr(block, kind.spatial), getattr(block, kind.last)
-            stride, width = spatial.stride[0], last.out_channels
+            kind, spatial, width = _kind_of(block), _spatial_of(block), _last_of(block).out_channels
+            pool = _POOLINGS[type(_pooling_of(block))]
+            stride = 2 if pool else 1 if spatial is None else spatial.stride[0]
             # what a shortcut adds has one width, and a block can be left out if it may keep its width
             tied = block.has_skip or (position > 0 and stride == 1 and width == channels[-1])
             if not tied:
@@ -153,9 +178,21 @@ def _structure_of(net: nn.Module) -> tuple[CnnStructure, list[int]]:
             se = getattr(block, 'se', None)
             reduced = se.conv_reduce.out_channels if isinstance(se, SqueezeExcite) else 0
             inner = se.conv_reduce.in_channels if reduced else 0
-            rows.append(CnnBlock(stage, kind.kind, stride, len(channels) - 1, reduced, inner))
+            row = CnnBlock(stage, kind, stride, len(channels) - 1, reduced, inner, pool)
+            if kind == 'er':
+                row = row._replace(groups=spatial.groups)
+            elif kind == 'uir':
+                start, end = (
+                    0 if isinstance(module, nn.Identity) else module.conv.kernel_size[0]
+                    for module in (block.dw_start, block.dw_end))
+                row = row._replace(
+                    start=start, end=end, middle=not isinstance(block.dw_mid, nn.Identity),
+                    scale=isinstance(block.layer_scale, LayerScale2d))
+            rows.append(row)
     convolution = None if isinstance(net.conv_head, nn.Identity) else net.conv_head
-    head = 'none' if convolution is None else 'efficient' if isinstance(net, MobileNetV3) else 'plain'
+    head = 'none' if convolution is None else 'plain'
+    if isinstance(net, MobileNetV3):
+        head = 'efficient' if isinstance(net.norm_head, nn.Identity) else 'efficient_norm'
     bias = convolution is not None and convolution.bias is not None
     structure = CnnStructure(tuple(rows), net.conv_stem.kernel_size[0], head, bias, ())
     return structure, channels if convolution is None else [*channels, convolution.out_channels]
@@ -178,17 +215,21 @@ def default_cnn_space(net: nn.Module, resolution: int) -> SearchSpace:
     blocks = [block for stage in net.blocks for block in stage]
     multiple = 32 if resolution >= 128 else 8
     resolutions = {max(round(resolution * share / multiple), 1) * multiple for share in RESOLUTIONS[:-1]}
-    kernels = [getattr(block, _kind_of(block).spatial).kernel_size[0] for block in blocks]
-    mids = [getattr(block, _kind_of(block).last).in_channels
-            for block, row in zip(blocks, structure.blocks, strict=True) if row.expands]
+    spatial = [_spatial_of(block) for block in blocks]
+    kernels = [1 if conv is None else conv.kernel_size[0] for conv in spatial]
+    expanding = [(row, _last_of(block)) for block, row in zip(blocks, structure.blocks, strict=True) if row.expands]
     depth = [
         [value for value in _steps(len(stage), DEPTHS) if value >= len(fixed)]
         for stage, fixed in zip(structure.stages, structure.fixed, strict=True)]
+    # channels of several groups are not elastic
+    grouped = {width for row, width in zip(structure.blocks, structure.inputs, strict=True) if row.groups > 1}
     return elastic_cnn_space(
         resolution=sorted({*(each for each in resolutions if each < resolution), resolution}),
-        width=[_steps(width, WIDTHS, 8) for width in channels], depth=depth,
-        kernel_size=[[size for size in KERNELS if size < kernel] + [kernel] for kernel in kernels],
-        mid_width=[_steps(mid, MIDS, 8) for mid in mids], **dict(structure, layer_order=None))
+        width=[[width] if group in grouped else _steps(width, WIDTHS, 8) for group, width in enumerate(channels)],
+        depth=depth, kernel_size=[[size for size in KERNELS if size < kernel] + [kernel] for kernel in kernels],
+        mid_width=[
+            [last.in_channels] if row.groups > 1 else _steps(last.in_channels, MIDS, 8) for row, last in expanding],
+        **dict(structure, layer_order=None))
 
 
 # -- supernets ---------------------------------------------------------------------------------------------------------
@@ -209,7 +250,9 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
         make_elastic(self)
         for (stage, position), sizes in zip(structure.places, kernels, strict=True):
             block = self.blocks[stage][position]
-            elastic_kernel(getattr(block, _kind_of(block).spatial), sizes)
+            spatial = _spatial_of(block)
+            if spatial is not None:
+                elastic_kernel(spatial, sizes)
             if not block.has_skip and position not in structure.fixed[stage]:
                 block.projection = Bypass()
         self.unbound_space = space.unbind()
@@ -223,7 +266,7 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
             masks = arch.to(like).masks
             widths = [
                 ConvWidths(
-                    hidden=None if inner is None else masks[inner], kernel_size=masks[f'kernel.{number}'],
+                    hidden=None if inner is None else masks[inner], kernel_size=masks.get(f'kernel.{number}'),
                     se=masks.get(f'se.{number}'), width_in=masks[f'width.{incoming}'], active=masks[f'active.{number}'])
                 for number, (inner, incoming) in enumerate(zip(table.inner, structure.inputs, strict=True))]
             places = structure.places
@@ -259,10 +302,10 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
         labels: tuple[str | None, ...] = (weight.rows,)
         if leaf == 'num_batches_tracked':
             labels = ()
-        elif leaf == 'weight' and not weight.is_norm:
+        elif leaf in ('weight', 'filt') and weight.matrix:
             labels = (weight.rows, weight.columns, None, None)
-        return tuple(
-            None if label is None or label in ('in_chans', 'num_classes') else UnitAxis(label) for label in labels)
+        units = self.split_masks(arch_masks(self.space, self.space.one_hot(self.space.smallest)))
+        return tuple(UnitAxis(label) if label in units else None for label in labels)
 
     def layer_of(self, name: str) -> str | None:
         owner = name.rpartition('.')[0]
@@ -270,7 +313,10 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
         return None if block is None else f'active.{block}'
 
     def split_masks(self, masks: CnnMasks) -> dict[str, Tensor]:
-        return {label: mask for label, mask in masks.masks.items() if not label.startswith('kernel.')}
+        frozen = cnn_table(self.unbound_space).frozen
+        return {
+            label: mask for label, mask in masks.masks.items()
+            if not label.startswith('kernel.') and label not in frozen}
 
     def join_masks(self, masks: Mapping[str, Tensor]) -> CnnMasks:
         full = arch_masks(self.space, self.space.one_hot(self.space.largest))
@@ -371,22 +417,21 @@ def _resize(module: nn.Module, rows: int | None, columns: int | None, kernel: in
         if old.dim() == 4:
             shape += [kernel or old.shape[2]] * 2
         new = cut(old.detach(), torch.Size(shape)).clone()
-        if isinstance(old, nn.Parameter):
-            module.register_parameter(name, nn.Parameter(new, requires_grad=old.requires_grad))
-        else:
-            module.register_buffer(name, new)
-    weight = module.weight
+        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    weight = getattr(module, 'weight', None)
     if isinstance(module, nn.Conv2d):
-        depthwise = module.groups > 1
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[0 if depthwise else 1]
-        module.groups = module.in_channels if depthwise else 1
+        if module.groups == module.in_channels > 1:
+            module.groups = rows or module.groups
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         module.kernel_size = tuple(weight.shape[2:])
         if not isinstance(module, Conv2dSame):
             module.padding = tuple(size // 2 for size in module.kernel_size)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    else:
+    elif isinstance(module, BatchNormAct2d):
         module.num_features = len(weight)
+    elif isinstance(module, BlurPool2d):
+        module.channels = len(module.filt)
 
 
 def make_cnn_static(

@@ -1,7 +1,7 @@
 """The family of elastic pretrained CNNs: its search space, the table of its weights, and what is read off the table.
 
-The networks are timm's `EfficientNet` and `MobileNetV3` made of four kinds of blocks: inverted residuals, depthwise
-separable convolutions, edge residuals and plain convolutions.
+The networks are timm's `EfficientNet` and `MobileNetV3` made of inverted residuals, depthwise separable convolutions,
+edge residuals, plain convolutions, and the universal inverted residuals of MobileNetV4.
 
 Channels that a shortcut adds up have one width: they form a *group*. A space has a width for each group, among them the
 stem and the last convolution. Every size depends on one choice, and MACs, parameters, masks, slices and permutations
@@ -27,8 +27,9 @@ __all__ = [
     'elastic_cnn_space_of', 'kept_blocks', 'kept_structure', 'output_side', 'se_width',
 ]
 
-HEADS = ('plain', 'efficient', 'none')
-KINDS = ('ir', 'ds', 'er', 'cn')  # as in timm's block strings
+HEADS = ('plain', 'efficient', 'efficient_norm', 'none')
+KINDS = ('ir', 'ds', 'er', 'cn', 'uir')  # as in timm's block strings
+POOLS = ('', 'avg', 'blur')
 _FIELDS = ('resolution', 'width', 'depth', 'kernel_size', 'mid_width')
 
 
@@ -40,22 +41,39 @@ class CnnBlock(NamedTuple):
 
     Attributes:
         stage: Number of its stage.
-        kind: 'ir': inverted residual; 'ds': depthwise separable; 'er': edge residual; 'cn': convolution.
+        kind: 'ir': inverted residual; 'ds': depthwise separable; 'er': edge residual; 'cn': convolution; 'uir':
+            universal inverted residual.
         stride: 1 or 2.
         width: The group of channels that its output belongs to.
         se: Channels inside squeeze-and-excitation of the base; 0 without it.
         inner: Channels that squeeze-and-excitation of the base scales.
+        pool: '', or the pooling that reduces the size in place of the convolution: 'avg' or 'blur'.
+        groups: Groups of the spatial convolution of an edge residual. Above 1, its channels are not elastic.
+        start, end: Kernel sizes of the depthwise convolutions before and after an 'uir'; 0 without them.
+        middle: Whether an 'uir' has a depthwise convolution inside.
+        scale: Whether its output is scaled (LayerScale).
     """
     stage: int
     kind: str
     stride: int
     width: int
-    se: int
-    inner: int
+    se: int = 0
+    inner: int = 0
+    pool: str = ''
+    groups: int = 1
+    start: int = 0
+    end: int = 0
+    middle: bool = True
+    scale: bool = False
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it has a spatial convolution."""
+        return self.kind != 'uir' or self.middle or self.start > 0
 
     @property
     def expands(self) -> bool:
-        return self.kind in ('ir', 'er')
+        return self.kind in ('ir', 'er', 'uir')
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,8 @@ class CnnStructure:
     Attributes:
         blocks: All blocks of the base.
         stem_kernel: Kernel size of the stem.
-        head: 'plain': the last convolution before pooling, with BatchNorm; 'efficient': after pooling, without; 'none':
-            no last convolution.
+        head: 'plain': the last convolution before pooling, with BatchNorm; 'efficient': after pooling, without;
+            'efficient_norm': after pooling, with; 'none': no last convolution.
         head_bias: Whether the last convolution has a bias.
         layer_order: For each stage its positions, the most important one first.
     """
@@ -150,6 +168,15 @@ def elastic_cnn_space(
         values[name] = tuple(ordered_values(name, each, int) for each in options)
     if wrong := [size for sizes in values['kernel_size'] for size in sizes if size % 2 == 0]:
         raise ValueError(f'kernel_size={wrong[0]} must be odd')
+    if not side_before(structure, values['resolution'][0], len(structure.blocks)):
+        raise ValueError(f'resolution={values["resolution"][0]} is too small for the strides of this network')
+    mids = iter(values['mid_width'])
+    for block, incoming in zip(structure.blocks, structure.inputs, strict=True):
+        inner = next(mids) if block.expands else ()
+        if block.groups > 1 and len(inner) + len(values['width'][incoming]) > 2:
+            raise ValueError(
+                f'mid_width={inner} and width={values["width"][incoming]} of a block with {block.groups} groups of '
+                'channels may have one value each')
     for stage, (depths, fixed) in enumerate(zip(values['depth'], structure.fixed, strict=True)):
         layers = len(structure.stages[stage])
         if depths[0] < len(fixed) or depths[-1] != layers:
@@ -160,11 +187,13 @@ def elastic_cnn_space(
 def _structure(blocks: Any, stem_kernel: int, head: str, head_bias: bool, layer_order: Any) -> CnnStructure:
     try:
         rows = tuple(CnnBlock(*row) for row in blocks)
-        numbers = all(type(value) is int and value >= 0 for row in rows for value in (row[0], *row[2:]))
+        numbers = all(type(value) is int and value >= 0 for row in rows for value in (
+            row.stage, row.stride, row.width, row.se, row.inner, row.groups - 1, row.start, row.end))
         steps = [b.stage - a.stage for a, b in itertools.pairwise(rows)]
         if not (0 < len(rows) <= 256 and numbers and rows[0].stage == 0 and {*steps} <= {0, 1}):
             raise ValueError
-        if any(row.kind not in KINDS or row.stride not in (1, 2) or row.width > len(rows) for row in rows):
+        if any(row.kind not in KINDS or row.stride not in (1, 2) or row.width > len(rows) or row.pool not in POOLS
+               for row in rows):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f'blocks={blocks!r} does not describe the blocks of a CNN; copy net.space.to_dict()') from None
@@ -257,10 +286,15 @@ def se_width(block: CnnBlock, inner: int) -> int:
 
 def output_side(space: SearchSpace, resolution: int) -> int:
     """Height and width of the last block's output for images of a resolution."""
-    stride = 2
-    for block in space.structure.blocks:
-        stride *= block.stride
-    return -(-resolution // stride)
+    return side_before(space.structure, resolution, len(space.structure.blocks))
+
+
+def side_before(structure: CnnStructure, resolution: int, block: int) -> int:
+    """Height and width of the input of a block: layers of stride 2 round up, average pooling rounds down."""
+    side = -(-resolution // 2)
+    for row in structure.blocks[:block]:
+        side = side // row.stride if row.pool == 'avg' else -(-side // row.stride)
+    return side
 
 
 # -- the table of weights ----------------------------------------------------------------------------------------------
@@ -277,6 +311,8 @@ class Weight(NamedTuple):
         pixels: Label of how often it is applied to an image.
         block: Number of its block, or `None` for stem and head.
         vectors: How many further parameters it has for every row: its bias, or weight and bias of a norm.
+        matrix: Whether it has a matrix or kernels, and not these vectors alone.
+        trained: Whether these are parameters.
     """
     name: str
     rows: str
@@ -286,24 +322,24 @@ class Weight(NamedTuple):
     pixels: str = 'one'
     block: int | None = None
     vectors: int = 0
-
-    @property
-    def is_norm(self) -> bool:
-        return self.vectors == 2
+    matrix: bool = True
+    trained: bool = True
 
 
 class CnnTable(NamedTuple):
     """All sizes and weights of the deepest network.
 
     Attributes:
-        sizes: By label. 'width.G' of group G; 'mid.B', 'se.B', 'kernel.B', 'area.B', 'active.B' of block B; 'pixels.S'
-            after the stride S. 'in_chans', 'num_classes', 'one' and 'unpooled' are the geometry's.
+        sizes: By label. 'width.G' of group G; 'mid.B', 'se.B', 'kernel.B', 'area.B', 'active.B' of block B; 'pixels.B'
+            of its input. 'in_chans', 'num_classes', 'one' and 'unpooled' are the geometry's.
         weights: In the order of the network.
         inner: Label of the channels inside each block; `None` for a plain convolution.
+        frozen: Labels of channels whose order means something: those of convolutions with several groups.
     """
     sizes: dict[str, Size]
     weights: tuple[Weight, ...]
     inner: tuple[str | None, ...]
+    frozen: frozenset[str]
 
     def at(self, space: SearchSpace, arch: Arch) -> dict[str, int]:
         """All sizes of an arch by label; those of blocks that it does not have are meaningless."""
@@ -319,15 +355,21 @@ def cnn_table(space: SearchSpace) -> CnnTable:
     groups = len(space.values('width'))
     sizes = {f'width.{group}': Size.of(space, int, index['width', group]) for group in range(groups)}
 
-    def pixels(stride: int) -> str:
-        sizes[f'pixels.{stride}'] = Size.of(space, lambda resolution: (-(-resolution // stride)) ** 2, 0)
-        return f'pixels.{stride}'
+    def pixels(block: int) -> str:
+        """The pixels of the input of a block."""
+        sizes[f'pixels.{block}'] = Size.of(space, lambda resolution: side_before(structure, resolution, block) ** 2, 0)
+        return f'pixels.{block}'
 
-    stride, mids = 2, itertools.count()
+    def constant(label: str, value: int) -> str:
+        sizes[label] = Size.of(space, lambda resolution: value, 0)
+        return label
+
+    mids = itertools.count()
     weights = [
-        Weight('conv_stem', 'width.0', 'in_chans', area='stem', pixels=pixels(stride)),
-        Weight('bn1', 'width.0', vectors=2)]
+        Weight('conv_stem', 'width.0', 'in_chans', area=constant('stem', structure.stem_kernel ** 2), pixels=pixels(0)),
+        Weight('bn1', 'width.0', vectors=2, matrix=False)]
     inner: list[str | None] = []
+    frozen: set[str] = set()
     for number, (block, (stage, position)) in enumerate(zip(structure.blocks, structure.places, strict=True)):
         rank = structure.layer_order[stage].index(position)
         sizes[f'active.{number}'] = Size.of(space, lambda depth, rank=rank: int(depth > rank), index['depth', stage])
@@ -341,41 +383,113 @@ def cnn_table(space: SearchSpace) -> CnnTable:
         sizes[label] = Size.of(space, int, choice)
         if block.se:
             sizes[f'se.{number}'] = Size.of(space, lambda channels, block=block: se_width(block, channels), choice)
-        before, stride = pixels(stride), stride * block.stride
+        columns = f'width.{incoming}'
+        if block.groups > 1:
+            sizes[f'grouped.{number}'] = Size.of(
+                space, lambda width, block=block: width // block.groups, index['width', incoming])
+            columns = f'grouped.{number}'
+            frozen |= {f'width.{incoming}', label}
+        fixed = {name: constant(f'{name}.{number}', value ** 2) for name, value in (
+            ('start', block.start), ('end', block.end), ('filter', 3 * (block.pool == 'blur'))) if value}
         weights += _block_weights(
-            block, number, f'blocks.{stage}.{position}', f'width.{incoming}', label, before, pixels(stride))
+            block, number, f'blocks.{stage}.{position}', f'width.{incoming}', columns, label, fixed,
+            pixels(number), pixels(number + 1))
     if structure.has_head:
         weights.append(Weight(
             'conv_head', f'width.{groups - 1}', f'width.{groups - 2}',
-            pixels='unpooled' if structure.head == 'efficient' else pixels(stride), vectors=int(structure.head_bias)))
-    if structure.head == 'plain':
-        weights.append(Weight('bn2', f'width.{groups - 1}', vectors=2))
+            pixels=pixels(len(structure.blocks)) if structure.head == 'plain' else 'unpooled',
+            vectors=int(structure.head_bias)))
+    if structure.head in ('plain', 'efficient_norm'):
+        norm = 'bn2' if structure.head == 'plain' else 'norm_head'
+        weights.append(Weight(norm, f'width.{groups - 1}', vectors=2, matrix=False))
     weights.append(Weight('classifier', 'num_classes', f'width.{groups - 1}', vectors=1))
-    return CnnTable(sizes, tuple(weights), tuple(inner))
+    return CnnTable(sizes, tuple(weights), tuple(inner), frozenset(frozen))
 
 
 def _block_weights(
-        block: CnnBlock, number: int, prefix: str, incoming: str, inner: str, before: str, after: str,
+        block: CnnBlock, number: int, prefix: str, incoming: str, columns: str, inner: str, fixed: Mapping[str, str],
+        before: str, after: str,
 ) -> list[Weight]:
-    """The weights of one block, with the labels of its incoming and inner channels and of its pixels."""
+    """The weights of one block.
+
+    Args:
+        block: Its row.
+        number: Its number.
+        prefix: Its name.
+        incoming, columns, inner: Labels of its incoming channels, as stored and as multiplied, and of its inner ones.
+        fixed: Labels of fixed areas of kernels.
+        before, after: Labels of the pixels of input and output.
+    """
     out = f'width.{block.width}'
-    spatial: dict[str, Any] = dict(kernel=f'kernel.{number}', area=f'area.{number}', pixels=after)
-    excite = [] if not block.se else [
-        ('se.conv_reduce', f'se.{number}', inner, dict(vectors=1)),
-        ('se.conv_expand', inner, f'se.{number}', dict(vectors=1))]
-    norm = dict(vectors=2)
-    rows: dict[str, list[tuple[str, str, str | None, dict[str, Any]]]] = dict(
-        ir=[('conv_pw', inner, incoming, dict(pixels=before)), ('bn1', inner, None, norm),
-            ('conv_dw', inner, None, spatial), ('bn2', inner, None, norm), *excite,
-            ('conv_pwl', out, inner, dict(pixels=after)), ('bn3', out, None, norm)],
-        ds=[('conv_dw', inner, None, spatial), ('bn1', inner, None, norm), *excite,
-            ('conv_pw', out, inner, dict(pixels=after)), ('bn2', out, None, norm)],
-        er=[('conv_exp', inner, incoming, spatial), ('bn1', inner, None, norm), *excite,
-            ('conv_pwl', out, inner, dict(pixels=after)), ('bn2', out, None, norm)],
-        cn=[('conv', out, incoming, spatial), ('bn1', out, None, norm)])
-    return [
-        Weight(f'{prefix}.{name}', a, b, block=number, **more)  # type: ignore[arg-type]
-        for name, a, b, more in rows[block.kind]]
+    rows: list[tuple[str, str, str | None, dict[str, Any]]] = []
+
+    def add(name: str, a: str, b: str | None = None, **more: Any) -> None:
+        rows.append((name, a, b, more))
+
+    def spatial(name: str, a: str, b: str | None = None, pixels: str = after) -> None:
+        """The convolution of elastic kernel size, and the pooling that may follow it."""
+        add(name, a, b, kernel=f'kernel.{number}', area=f'area.{number}', pixels=before if block.pool else pixels)
+
+    def norm(name: str, a: str) -> None:
+        add(name, a, vectors=2, matrix=False)
+
+    def pool(name: str) -> None:
+        if block.pool == 'blur':
+            add(name, inner, area=fixed['filter'], pixels=after, trained=False)
+
+    def excite() -> None:
+        if block.se:
+            add('se.conv_reduce', f'se.{number}', inner, vectors=1)
+            add('se.conv_expand', inner, f'se.{number}', vectors=1)
+
+    if block.kind == 'ir':
+        add('conv_pw', inner, incoming, pixels=before)
+        norm('bn1', inner)
+        spatial('conv_dw', inner)
+        norm('bn2', inner)
+        pool('aa')
+        excite()
+        add('conv_pwl', out, inner, pixels=after)
+        norm('bn3', out)
+    elif block.kind == 'ds':
+        spatial('conv_dw', inner)
+        norm('bn1', inner)
+        excite()
+        add('conv_pw', out, inner, pixels=after)
+        norm('bn2', out)
+    elif block.kind == 'er':
+        spatial('conv_exp', inner, columns)
+        norm('bn1', inner)
+        pool('aa')
+        excite()
+        add('conv_pwl', out, inner, pixels=after)
+        norm('bn2', out)
+    elif block.kind == 'cn':
+        spatial('conv', out, incoming)
+        norm('bn1', out)
+    else:
+        expanded = before if block.middle else after
+        if block.start and block.middle:
+            add('dw_start.conv', incoming, area=fixed['start'], pixels=before)
+        elif block.start:
+            spatial('dw_start.conv', incoming)
+        if block.start:
+            norm('dw_start.bn', incoming)
+        add('pw_exp.conv', inner, incoming, pixels=expanded)
+        norm('pw_exp.bn', inner)
+        if block.middle:
+            spatial('dw_mid.conv', inner)
+            norm('dw_mid.bn', inner)
+            pool('dw_mid.aa')
+        excite()
+        add('pw_proj.conv', out, inner, pixels=after)
+        norm('pw_proj.bn', out)
+        if block.end:
+            add('dw_end.conv', out, area=fixed['end'], pixels=after)
+            norm('dw_end.bn', out)
+        if block.scale:
+            add('layer_scale', out, vectors=1, matrix=False)
+    return [Weight(f'{prefix}.{name}', a, b, block=number, **more) for name, a, b, more in rows]
 
 
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
@@ -386,7 +500,7 @@ def _columns(space: SearchSpace) -> tuple[torch.Tensor, dict[str, list[int]]]:
     """All sizes as a linear map of the concatenated one-hots, and where each weight finds its own among them."""
     table, one_choice = cnn_table(space), list(itertools.accumulate(
         (len(choice.values) for choice in space.choices), initial=0))
-    fixed = ('one', 'unpooled', 'in_chans', 'num_classes', 'stem')
+    fixed = ('one', 'unpooled', 'in_chans', 'num_classes')
     position = {label: i for i, label in enumerate((*table.sizes, *fixed))}
     with torch.inference_mode(False):
         matrix = torch.zeros(one_choice[-1], len(table.sizes), dtype=torch.float64, device='cpu')
@@ -406,25 +520,17 @@ def _weight_sizes(space: SearchSpace, one_hots: OneHots) -> dict[str, torch.Tens
     g, (matrix, columns) = space.geometry, _columns(space.unbind())
     joint = torch.cat(tuple(one_hots), dim=-1)
     sizes = joint @ matrix.to(joint)
-    last = sizes[..., list(cnn_table(space.unbind()).sizes).index(f'pixels.{_total_stride(space)}')]
+    last = sizes[..., list(cnn_table(space.unbind()).sizes).index(f'pixels.{len(space.structure.blocks)}')]
     one = torch.ones_like(last)
     sizes = torch.cat([sizes, torch.stack([
-        one, one if g['global_pool'] else last, one * g['in_chans'], one * g['num_classes'],
-        one * space.structure.stem_kernel ** 2], dim=-1)], dim=-1)
+        one, one if g['global_pool'] else last, one * g['in_chans'], one * g['num_classes']], dim=-1)], dim=-1)
     return {name: sizes[..., index] for name, index in columns.items()}
-
-
-def _total_stride(space: SearchSpace) -> int:
-    stride = 2
-    for block in space.structure.blocks:
-        stride *= block.stride
-    return stride
 
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
     size = _weight_sizes(space, one_hots)
     products = torch.tensor(
-        [not weight.is_norm for weight in cnn_table(space.unbind()).weights], dtype=torch.float64).to(size['rows'])
+        [weight.matrix for weight in cnn_table(space.unbind()).weights], dtype=torch.float64).to(size['rows'])
     return (products * size['active'] * size['rows'] * size['columns'] * size['area'] * size['pixels']).sum(-1)
 
 
@@ -432,8 +538,8 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     size = _weight_sizes(space, one_hots)
     weights = cnn_table(space.unbind()).weights
     vectors, products = (
-        torch.tensor(values, dtype=torch.float64).to(size['rows'])
-        for values in ([weight.vectors for weight in weights], [not weight.is_norm for weight in weights]))
+        torch.tensor(values, dtype=torch.float64).to(size['rows']) for values in (
+            [weight.vectors for weight in weights], [weight.matrix and weight.trained for weight in weights]))
     matrices = products * size['columns'] * size['area']
     return (size['active'] * size['rows'] * (matrices + vectors)).sum(-1)
 
@@ -465,10 +571,10 @@ class CnnMasks(NamedTuple):
 def _masks(space: SearchSpace, one_hots: OneHots) -> CnnMasks:
     masks = {}
     for label, size in cnn_table(space.unbind()).sizes.items():
-        kind = label.partition('.')[0]
+        kind, _, number = label.partition('.')
         if kind in ('width', 'mid', 'se'):
             masks[label] = size.mask(one_hots)
-        elif kind == 'kernel':
+        elif kind == 'kernel' and space.structure.blocks[int(number)].has_kernel:
             masks[label] = size.rank_mask(one_hots)
         elif kind == 'active':
             masks[label] = size.value(one_hots)
