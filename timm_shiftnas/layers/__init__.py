@@ -1,11 +1,13 @@
 """Elastic layers of transformers and CNNs: timm's layers with a forward that takes the widths to compute."""
 from .conv import (
+    Bypass,
     ConvWidths,
     ElasticBatchNorm,
     ElasticConv2d,
     ElasticConvBnAct,
     ElasticDepthwiseConv2d,
     ElasticDepthwiseSeparableConv,
+    ElasticEdgeResidual,
     ElasticInvertedResidual,
     ElasticProjection,
     ElasticSqueezeExcite,
@@ -36,11 +38,11 @@ from .vit import (
 from .widths import masked
 
 __all__ = [
-    'BlockWidths', 'ConvWidths', 'ElasticAttention', 'ElasticBatchNorm', 'ElasticBlock', 'ElasticConv2d',
-    'ElasticConvBnAct', 'ElasticDepthwiseConv2d', 'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual',
-    'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp', 'ElasticPatchEmbed', 'ElasticProjection', 'ElasticQKV',
-    'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv',
-    'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock', 'RelativeIndex',
-    'RelativePosition2d', 'WidthShortcut', 'elastic_kernel', 'extend_table', 'keep_activations', 'make_elastic',
-    'masked', 'normalize', 'resize',
+    'BlockWidths', 'Bypass', 'ConvWidths', 'ElasticAttention', 'ElasticBatchNorm', 'ElasticBlock', 'ElasticConv2d',
+    'ElasticConvBnAct', 'ElasticDepthwiseConv2d', 'ElasticDepthwiseSeparableConv', 'ElasticEdgeResidual',
+    'ElasticInvertedResidual', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp', 'ElasticPatchEmbed',
+    'ElasticProjection', 'ElasticQKV', 'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut',
+    'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock',
+    'RelativeIndex', 'RelativePosition2d', 'WidthShortcut', 'elastic_kernel', 'extend_table', 'keep_activations',
+    'make_elastic', 'masked', 'normalize', 'resize',
 ]

@@ -19,8 +19,24 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath, SyncBatchNormAct
-from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
+from timm.layers import (
+    BatchNormAct2d,
+    BlurPool2d,
+    Conv2dSame,
+    ConvNormAct,
+    DropPath,
+    LayerScale2d,
+    SyncBatchNormAct,
+    pad_same,
+)
+from timm.models._efficientnet_blocks import (
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+    SqueezeExcite,
+    UniversalInvertedResidual,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -28,10 +44,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .widths import Width, check_channels, masked, prefix
 
 __all__ = [
-    'ConvWidths', 'ElasticBatchNorm', 'ElasticConv2d', 'ElasticConvBnAct', 'ElasticDepthwiseConv2d',
-    'ElasticDepthwiseSeparableConv', 'ElasticInvertedResidual', 'ElasticProjection', 'ElasticSqueezeExcite',
-    'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual',
-    'Projection', 'WidthShortcut', 'elastic_kernel', 'keep_activations', 'make_elastic', 'normalize', 'resize',
+    'Bypass', 'ConvWidths', 'ElasticBatchNorm', 'ElasticConv2d', 'ElasticConvBnAct', 'ElasticDepthwiseConv2d',
+    'ElasticDepthwiseSeparableConv', 'ElasticEdgeResidual', 'ElasticInvertedResidual', 'ElasticProjection',
+    'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv',
+    'ProjectedInvertedResidual', 'Projection', 'WidthShortcut', 'centre', 'elastic_kernel', 'keep_activations',
+    'leading', 'make_elastic', 'normalize', 'resize',
 ]
 
 
@@ -78,50 +95,52 @@ def resize(x: Tensor, resolution: int) -> Tensor:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
+def leading(weight: Tensor, *sizes: int | None) -> Tensor:
+    """The first entries of a tensor along its first dimensions; `None` and the full size take all.
+
+    Taking all returns the tensor itself: autograd would copy the gradient of a slice.
+    """
+    if all(size is None or size == full for size, full in zip(sizes, weight.shape, strict=False)):
+        return weight
+    return weight[tuple(map(slice, sizes))]
+
+
+def centre(weight: Tensor, size: int) -> Tensor:
+    """The inner kernel [..., size, size] of a weight [..., larger, larger]."""
+    border = (weight.shape[-1] - size) // 2
+    return weight[..., border:border + size, border:border + size] if border else weight
+
+
 class ElasticConv2d(nn.Conv2d):
-    """Convolution that computes its first `out` channels from the first `x.shape[1]` ones."""
-
-    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
-        out = prefix(out)
-        bias = None if self.bias is None else self.bias[:out]
-        return F.conv2d(x, self.weight[:out, :x.shape[1]], bias, self.stride, self.padding)
-
-
-class ElasticStem(ElasticConv2d):
-    """`ElasticConv2d` on images, whose channels are not elastic."""
-
-    def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
-        check_channels(x, self.in_channels)
-        return super().forward(x, out=out)
-
-
-class ElasticDepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution of the first `x.shape[1]` channels, at any of its kernel sizes.
+    """Convolution that computes its first `out` channels from the first `x.shape[1]` ones, at any of its kernel sizes.
 
     A smaller kernel is the centre of the next larger one. If `matrices` has an entry for the two sizes, the centre's
     values then pass through that linear map, which is the same for all channels (OFA).
 
     Attributes:
         kernel_sizes: The sizes, smallest first; the weight has the largest.
-        matrices: Learned maps [size * size, size * size] with the names '7to5', '5to3'; may be empty.
+        matrices: Learned maps [size * size, size * size] with the names '7to5', '5to3', or `None`.
     """
     kernel_sizes: tuple[int, ...]
-    matrices: nn.ParameterDict
+    matrices: nn.ParameterDict | None
 
-    def kernel(self, size: int, channels: int | None = None) -> Tensor:
-        """The weight [channels, 1, size, size]."""
-        weight: Tensor = self.weight[:channels]
+    def sliced(self, out: int | None, channels: int | None) -> Tensor:
+        """The weight of the first `out` channels, computed from the first `channels`."""
+        return leading(self.weight, out, None if channels is None else channels // self.groups)
+
+    def kernel(self, size: int | None = None, out: int | None = None, channels: int | None = None) -> Tensor:
+        """The weight [out, channels, size, size]."""
+        weight = self.sliced(out, channels)
         for larger, smaller in pairwise(self.kernel_sizes[::-1]):
-            if larger == size:
+            if size is None or larger == size:
                 break
-            border = (larger - smaller) // 2
-            weight = weight[:, :, border:border + smaller, border:border + smaller]
-            if len(self.matrices):
-                weight = F.linear(weight.flatten(1), self.matrices[f'{larger}to{smaller}']).view_as(weight)
+            weight = centre(weight, smaller)
+            if self.matrices is not None:
+                weight = F.linear(weight.flatten(2), self.matrices[f'{larger}to{smaller}']).view_as(weight)
         return weight
 
     def masked_kernel(self, mask: Tensor) -> Tensor:
-        """The weight for a nested mask over the sizes, [C, 1, largest, largest]: a sum of what each size adds."""
+        """The weight for a nested mask over the sizes, [out, in, largest, largest]: a sum of what each size adds."""
         total = torch.zeros_like(self.weight)
         previous: Tensor | int = 0
         for size, share in zip(self.kernel_sizes, mask, strict=True):
@@ -129,13 +148,53 @@ class ElasticDepthwiseConv2d(nn.Conv2d):
             total, previous = total + share * (kernel - previous), kernel
         return total
 
-    def forward(self, x: Tensor, *, size: Width = None) -> Tensor:
-        channels = x.shape[1]
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with padding that keeps the size, the stride aside."""
+        return F.conv2d(x, weight, bias, self.stride, weight.shape[-1] // 2, 1, x.shape[1] // weight.shape[1])
+
+    def forward(self, x: Tensor, *, out: Width = None, size: Width = None) -> Tensor:
+        out = prefix(out)
         if isinstance(size, Tensor):
             weight = self.masked_kernel(size)
         else:
-            weight = self.kernel(self.kernel_sizes[-1] if size is None else size, channels)
-        return F.conv2d(x, weight, None, self.stride, weight.shape[-1] // 2, groups=channels)
+            weight = self.kernel(size, out, x.shape[1])
+        return self.convolve(x, weight, None if self.bias is None else leading(self.bias, out))
+
+
+class ElasticStem(ElasticConv2d):
+    """`ElasticConv2d` on images, whose channels are not elastic."""
+
+    def forward(self, x: Tensor, *, out: Width = None, size: Width = None) -> Tensor:
+        check_channels(x, self.in_channels)
+        return super().forward(x, out=out, size=size)
+
+
+class ElasticDepthwiseConv2d(ElasticConv2d):
+    """Depthwise convolution of the first `x.shape[1]` channels, at any of its kernel sizes."""
+
+    def sliced(self, out: int | None, channels: int | None) -> Tensor:
+        return leading(self.weight, channels)
+
+
+class _SamePadding(ElasticConv2d):
+    """TensorFlow's padding, which depends on the size of the image; a smaller kernel still is the centre."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        groups = x.shape[1] // weight.shape[1]
+        x = pad_same(x, list(weight.shape[-2:]), list(self.stride))
+        return F.conv2d(x, weight, bias, self.stride, 0, 1, groups)
+
+
+class ElasticConv2dSame(_SamePadding):
+    """`ElasticConv2d` with TensorFlow's padding."""
+
+
+class ElasticStemSame(_SamePadding, ElasticStem):
+    """`ElasticStem` with TensorFlow's padding."""
+
+
+class ElasticDepthwiseConv2dSame(_SamePadding, ElasticDepthwiseConv2d):
+    """`ElasticDepthwiseConv2d` with TensorFlow's padding."""
 
 
 class ElasticBatchNorm(BatchNormAct2d):
@@ -145,7 +204,7 @@ class ElasticBatchNorm(BatchNormAct2d):
         if not elastic:
             return super().forward(x)
         channels = x.shape[1]
-        weight, bias = self.weight[:channels], self.bias[:channels]
+        weight, bias = leading(self.weight, channels), leading(self.bias, channels)
         if self.training:
             x = F.batch_norm(x, None, None, weight, bias, True, 0., self.eps)
         else:
@@ -185,11 +244,28 @@ class ElasticSqueezeExcite(SqueezeExcite):
         return x * self.gate(self.conv_expand(masked(gate, hidden), out=x.shape[1]))
 
 
-class ElasticConvBnAct(ConvBnAct):
-    """timm's convolution with BatchNorm and activation, computing its first `out` channels."""
+class ElasticConvNormAct(ConvNormAct):
+    """timm's convolution with BatchNorm, activation and pooling, computing its first `out` channels."""
 
-    def forward(self, x: Tensor, *, out: Width = None, elastic: bool = False) -> Tensor:
-        return normalize(self.bn1, self.conv(x, out=out), elastic)
+    def forward(self, x: Tensor, *, out: Width = None, size: Width = None, elastic: bool = False) -> Tensor:
+        x = normalize(self.bn, self.conv(x, out=out, size=size), elastic)
+        return x if self.aa is None else self.aa(x)
+
+
+class ElasticBlurPool2d(BlurPool2d):
+    """timm's blurring pooling of the first `x.shape[1]` channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        x = F.pad(x, self.padding, mode=self.pad_mode)  # type: ignore[arg-type]
+        return F.conv2d(x, leading(self.filt, channels), stride=self.stride, groups=channels)  # type: ignore[arg-type]
+
+
+class ElasticLayerScale2d(LayerScale2d):
+    """timm's LayerScale of the first `x.shape[1]` channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * leading(self.gamma, x.shape[1]).view(1, -1, 1, 1)
 
 
 # -- shortcuts ---------------------------------------------------------------------------------------------------------
@@ -239,6 +315,13 @@ class NoShortcut(_Shortcut):
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
         return branch
+
+
+class Bypass(_Shortcut):
+    """The branch alone; where the block does not exist, its input."""
+
+    def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
+        return branch if widths.active is None else branch + (1 - widths.active) * x
 
 
 class IdentityShortcut(_Shortcut):
@@ -307,6 +390,7 @@ class _ElasticBlock(nn.Module):
             `ElasticProjection` with this name.
     """
     projection: nn.Module
+    has_skip: bool
     drop_path: DropPath | nn.Identity
     se: nn.Module
 
@@ -316,7 +400,7 @@ class _ElasticBlock(nn.Module):
         y = masked(self.depthwise(y, widths), widths.hidden)
         y = self.squeeze_excite(y, widths)
         y = self.project(y, widths)
-        y = self.drop_path(y) if widths.drop else y
+        y = self.drop_path(y) if widths.drop and self.has_skip else y
         return self.shortcut(x, read=read, branch=masked(y, widths.active), widths=widths)
 
     @property
@@ -357,10 +441,64 @@ class ElasticInvertedResidual(_ElasticBlock, InvertedResidual):
         return normalize(self.bn1, self.conv_pw(read, out=widths.hidden), widths.elastic)
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
-        return normalize(self.bn2, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
+        x = normalize(self.bn2, self.conv_dw(x, size=widths.kernel_size), widths.elastic)
+        return self.aa(x)  # type: ignore[misc]
 
     def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
         return normalize(self.bn3, self.conv_pwl(x, out=widths.width_out), widths.elastic)
+
+
+class ElasticEdgeResidual(_ElasticBlock, EdgeResidual):
+    """timm's inverted residual block with one convolution in place of two, at the given widths."""
+
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        x = normalize(self.bn1, self.conv_exp(read, out=widths.hidden, size=widths.kernel_size), widths.elastic)
+        return self.aa(x)  # type: ignore[misc]
+
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return x
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return normalize(self.bn2, self.conv_pwl(x, out=widths.width_out), widths.elastic)
+
+
+class ElasticConvBnAct(_ElasticBlock, ConvBnAct):
+    """timm's convolution with BatchNorm and activation at the given widths; it has no inner ones."""
+
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        return read
+
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return x
+
+    def squeeze_excite(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return x
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        return normalize(self.bn1, self.conv(x, out=widths.width_out, size=widths.kernel_size), widths.elastic)
+
+
+class ElasticUniversalInvertedResidual(_ElasticBlock, UniversalInvertedResidual):
+    """timm's universal inverted residual block at the given widths.
+
+    The kernel size is that of the inner depthwise convolution; without that, of the first one.
+    """
+
+    def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
+        if isinstance(self.dw_start, ConvNormAct):  # channels do not mix before the mask
+            size = None if isinstance(self.dw_mid, ConvNormAct) else widths.kernel_size
+            read = masked(self.dw_start(x, size=size, elastic=widths.elastic), widths.width_in)
+        return self.pw_exp(read, out=widths.hidden, elastic=widths.elastic)
+
+    def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        if isinstance(self.dw_mid, nn.Identity):
+            return x
+        return self.dw_mid(x, size=widths.kernel_size, elastic=widths.elastic)
+
+    def project(self, x: Tensor, widths: ConvWidths) -> Tensor:
+        x = self.pw_proj(x, out=widths.width_out, elastic=widths.elastic)
+        x = x if isinstance(self.dw_end, nn.Identity) else self.dw_end(x, elastic=widths.elastic)
+        return self.layer_scale(x)
 
 
 # -- from timm's modules -----------------------------------------------------------------------------------------------
@@ -369,7 +507,13 @@ class ElasticInvertedResidual(_ElasticBlock, InvertedResidual):
 _ELASTIC: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct2d: ElasticBatchNorm, SqueezeExcite: ElasticSqueezeExcite, ConvBnAct: ElasticConvBnAct,
     DepthwiseSeparableConv: ElasticDepthwiseSeparableConv, InvertedResidual: ElasticInvertedResidual,
-    Projection: ElasticProjection,
+    EdgeResidual: ElasticEdgeResidual, Projection: ElasticProjection, BlurPool2d: ElasticBlurPool2d,
+    ConvNormAct: ElasticConvNormAct, LayerScale2d: ElasticLayerScale2d,
+    UniversalInvertedResidual: ElasticUniversalInvertedResidual,
+}
+_CONVOLUTIONS: dict[type[nn.Module], tuple[type[ElasticConv2d], type[ElasticConv2d], type[ElasticConv2d]]] = {
+    nn.Conv2d: (ElasticConv2d, ElasticDepthwiseConv2d, ElasticStem),
+    Conv2dSame: (ElasticConv2dSame, ElasticDepthwiseConv2dSame, ElasticStemSame),
 }
 
 
@@ -378,11 +522,12 @@ def make_elastic(module: nn.Module) -> None:
 
     Blocks get the shortcut that timm's have; assign `projection` where the widths of archs require another one.
     """
-    for child in list(module.modules()):
-        if type(child) is nn.Conv2d:
-            child.__class__ = ElasticConv2d if child.groups == 1 else ElasticDepthwiseConv2d
-            if isinstance(child, ElasticDepthwiseConv2d):
-                child.kernel_sizes, child.matrices = (child.kernel_size[0],), nn.ParameterDict()
+    for name, child in list(module.named_modules()):
+        if type(child) in _CONVOLUTIONS:
+            plain, depthwise, stem = _CONVOLUTIONS[type(child)]
+            separate = child.groups == child.in_channels > 1
+            child.__class__ = stem if name == 'conv_stem' else depthwise if separate else plain
+            child.kernel_sizes, child.matrices = (child.kernel_size[0],), None
         elif type(child) in _ELASTIC:
             child.__class__ = _ELASTIC[type(child)]
             if isinstance(child, _ElasticBlock):
@@ -399,9 +544,11 @@ def keep_activations(module: nn.Module) -> None:
             child.__class__ = SyncBatchNormAct
 
 
-def elastic_kernel(conv: ElasticDepthwiseConv2d, sizes: Sequence[int], transform: bool) -> None:
-    """Give a depthwise convolution several kernel sizes; if `transform`, learned matrices lead to the smaller ones."""
+def elastic_kernel(conv: ElasticConv2d, sizes: Sequence[int], transform: bool = False) -> None:
+    """Give a convolution several kernel sizes; if `transform`, learned matrices lead to the smaller ones."""
     conv.kernel_sizes = tuple(sizes)
-    for larger, smaller in pairwise(sizes[::-1]) if transform else ():
-        conv.matrices[f'{larger}to{smaller}'] = nn.Parameter(
-            torch.eye(smaller ** 2, device=conv.weight.device, dtype=conv.weight.dtype))
+    if transform and len(sizes) > 1:
+        conv.matrices = nn.ParameterDict()
+        for larger, smaller in pairwise(sizes[::-1]):
+            conv.matrices[f'{larger}to{smaller}'] = nn.Parameter(
+                torch.eye(smaller ** 2, device=conv.weight.device, dtype=conv.weight.dtype))

@@ -2,6 +2,7 @@
 from ._supernet import TimmSupernet, plain_state_dict
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
 from .elastic import elastic
+from .elastic_cnn import ElasticEfficientNet, ElasticMobileNetV3, ElasticPretrainedCnn
 from .elastic_vit import ElasticVisionTransformer
 from .importance import sort_by_importance
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
@@ -18,8 +19,9 @@ from .subnet import (
 )
 
 __all__ = [
-    'BatchNormCalibration', 'EfficientNetSupernet', 'ElasticVisionTransformer', 'MobileNetV3Supernet', 'ResizedInput',
-    'ShiftFormer', 'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics',
-    'bound_space', 'calibrate_bn', 'describe_images', 'elastic', 'extract', 'has_batch_norm', 'ofa_space',
-    'plain_state_dict', 'present_args', 'sort_by_importance', 'static_counts', 'static_space', 'stock_description',
+    'BatchNormCalibration', 'EfficientNetSupernet', 'ElasticEfficientNet', 'ElasticMobileNetV3', 'ElasticPretrainedCnn',
+    'ElasticVisionTransformer', 'MobileNetV3Supernet', 'ResizedInput', 'ShiftFormer', 'ShiftFormerSupernet',
+    'ShiftMobileNetSupernet', 'Subnet', 'TimmSupernet', 'bn_statistics', 'bound_space', 'calibrate_bn',
+    'describe_images', 'elastic', 'extract', 'has_batch_norm', 'ofa_space', 'plain_state_dict', 'present_args',
+    'sort_by_importance', 'static_counts', 'static_space', 'stock_description',
 ]

@@ -6,20 +6,31 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, create_model, get_pretrained_cfg, is_model, list_models, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import (
+    build_model_with_cfg,
+    create_model,
+    get_pretrained_cfg,
+    is_model,
+    is_model_in_modules,
+    list_models,
+    register_model,
+)
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..space.core import Arch, SearchSpace
 from ..space.families import space_of_family
-from .elastic_vit import ElasticVisionTransformer, default_vit_space, make_static, why_vit_is_not_elastic
+from ..utils.text import one_line
+from ._elastic_family import ElasticFamily
+from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
+from .elastic_vit import ELASTIC_VITS, make_vit_static
 
-__all__ = ['build_from_base', 'elastic', 'make_elastic']
+__all__ = ['FAMILIES', 'build_from_base', 'elastic', 'make_elastic', 'why_not_elastic']
 
+FAMILIES = (ELASTIC_VITS, ELASTIC_CNNS)
 Make = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
@@ -33,30 +44,34 @@ def elastic(
     """Turn a network of timm into a supernet whose largest arch it is.
 
     Args:
-        base: A name of timm, such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', or a network that timm created,
-            which stays as it is: the supernet gets copies of its weights.
+        base: A name of timm, such as 'vit_small_patch16_224.augreg_in21k_ft_in1k' or 'efficientnet_b0', or a network
+            that timm created, which stays as it is: the supernet gets copies of its weights.
         pretrained: Load the published weights of a base that is given by name.
         space: The search space, or the dict of its `to_dict`; nothing in it may be larger than in the base. Default:
             derived from the base.
-        **kwargs: Further arguments of the base: `num_classes`, `img_size`, `in_chans`, `drop_path_rate`, ...
+        **kwargs: Further arguments of the base: `num_classes`, `in_chans`, `drop_path_rate`, ... `img_size` also goes
+            with CNNs, and with a network that is one: it is the resolution of the largest arch.
 
     Returns:
         A supernet, with the preprocessing of the base in its `pretrained_cfg`.
 
     Raises:
-        ValueError: If the base is unknown or not elastic, or the space is larger than it.
+        ValueError: If the base is unknown or not elastic, the space is larger than it, or there are no weights.
     """
     if isinstance(base, str):
         return create_model('elastic_supernet', pretrained=pretrained, base=base, space=space, **kwargs)
     net = copy.deepcopy(unwrap_model(base))
-    cfg = getattr(net, 'pretrained_cfg', {})
+    cfg, family = getattr(net, 'pretrained_cfg', {}), _family_of(net)
+    size = kwargs.pop('img_size', None) if family is not None and family.sized else None
     if pretrained or kwargs or not cfg.get('architecture'):
         raise ValueError(
             f'this {type(net).__name__} was not created by timm, or comes with arguments that only a name takes; give '
             'a network of timm.create_model and space= alone, or the name of the base')
     args = dict(getattr(net, '_model_args', {}), base=cfg['architecture'], num_classes=net.num_classes)
+    if size is not None:
+        args['img_size'] = size
     net = make_elastic(space, net, args)
-    net.pretrained_cfg = net.default_cfg = _config_of_base(cfg, 'elastic_supernet')
+    net.pretrained_cfg = net.default_cfg = _config_of_base(cfg, 'elastic_supernet', size)
     return net
 
 
@@ -72,17 +87,92 @@ def make_elastic(
     Raises:
         ValueError: As in `elastic`.
     """
-    if reason := why_vit_is_not_elastic(net):
-        raise ValueError(f'base={model_args["base"]!r} is not elastic: {reason}')
-    own = default_vit_space(net)
+    family = _elastic_family_of(net, model_args['base'])
+    own = family.space(net, _side(net, model_args.get('img_size')) if family.sized else None)
     space = own if space is None else space_of_family(space, own.family)
+    _check_space(space, own, model_args['base'])
+    return family.make_elastic(net, space, model_args)
+
+
+def _check_space(space: SearchSpace, own: SearchSpace, base: str) -> None:
+    """Raise a `ValueError` unless the largest arch of a space is the base that has the space `own`."""
+    fixed, expected = (
+        {name: value for name, value in each.structure if name != 'layer_order'} for each in (space, own))
+    if fixed != expected:
+        raise ValueError(f'this space belongs to another base than {base}; change the values of elastic(...).space')
     for name, values in own.fields:
-        if space.values(name)[-1] != values[-1]:
+        if _last(space.values(name)) != _last(values):
             raise ValueError(
-                f'{name}={space.values(name)} of the space must end with {values[-1]}, which is what '
-                f'{model_args["base"]} has: the largest arch is the base')
-    net.__class__ = ElasticVisionTransformer
-    return net.make_elastic(space, model_args)
+                f'{name}={space.values(name)} of the space must end with {_last(values)}, which is what {base} has: '
+                'the largest arch is the base')
+
+
+def _last(values: Sequence[Any]) -> Any:
+    """The largest value of a field; if layers have their own values, a list of those."""
+    return values[-1] if values and not isinstance(values[0], tuple) else [each[-1] for each in values]
+
+
+def _side(net: nn.Module, img_size: Any) -> int:
+    """Height and width of the images of a base.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    size = net.pretrained_cfg['input_size'][1:] if img_size is None else img_size
+    sides = {size} if isinstance(size, int) else {*size}
+    if len(sides) != 1:
+        raise ValueError(f'img_size={size!r} must be the side of squares, such as {max(sides, default=224)}')
+    return sides.pop()
+
+
+# -- which networks are elastic ----------------------------------------------------------------------------------------
+
+
+def _family_of(net: nn.Module) -> ElasticFamily | None:
+    """The family that may make a network elastic."""
+    return next((family for family in FAMILIES if type(net) in family.bases), None)
+
+
+def why_not_elastic(net: nn.Module) -> str | None:
+    """Why a network of timm is not elastic, or `None` if it is."""
+    family = _family_of(net)
+    if family is None:
+        known = ', '.join(base.__name__ for family in FAMILIES for base in family.bases)
+        return f'its class is {type(net).__name__} and not one of {known}'
+    return family.why_not(net)
+
+
+def _elastic_family_of(net: nn.Module, base: str) -> ElasticFamily:
+    """The family of a base.
+
+    Raises:
+        ValueError: If it is not elastic.
+    """
+    if reason := why_not_elastic(net):
+        raise ValueError(f'base={base!r} is not elastic: {reason}; elastic are {", ".join(_elastic_names_near(base))}')
+    return next(family for family in FAMILIES if type(net) in family.bases)
+
+
+def _elastic_names_near(base: str) -> list[str]:
+    """Up to three names of elastic networks that resemble another name, first of all of the same module of timm."""
+    name = base.partition('.')[0]
+    family = _family_of_name(base)
+    modules = [module for module in family.modules if is_model_in_modules(name, [module])] if family else [
+        module for family in FAMILIES for module in family.modules]
+    known = [other for module in modules for other in list_models(module=module)]
+    near: list[str] = []
+    for other in difflib.get_close_matches(name, known, n=12, cutoff=.5):
+        if len(near) < 3 and why_not_elastic(create_model(other, device='meta')) is None:
+            near.append(other)
+    return near or ['vit_small_patch16_224', 'efficientnet_b0', 'mobilenetv3_large_100']
+
+
+def _family_of_name(base: str) -> ElasticFamily | None:
+    """The family whose modules of timm have a name."""
+    return next((family for family in FAMILIES if is_model_in_modules(base.partition('.')[0], family.modules)), None)
+
+
+# -- timm's registry ---------------------------------------------------------------------------------------------------
 
 
 def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretrained_cfg: Any,
@@ -98,28 +188,60 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         kwargs: Arguments of the base and of timm's builder.
 
     Raises:
-        ValueError: If timm does not know the base.
+        ValueError: If timm does not know the base, or its weights cannot be had.
     """
     if not is_model(base):
         near = difflib.get_close_matches(base.partition('.')[0], list_models(), 3) or ['vit_small_patch16_224']
         raise ValueError(f'base={base!r} is not a model of this timm; did you mean {", ".join(near)}?')
+    family = _family_of_name(base)
+    size = kwargs.pop('img_size', None) if family is not None and family.sized else None
     own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
-    cfg = pretrained_cfg or _config_of_base(get_pretrained_cfg(base).to_dict(), variant)
+    cfg = pretrained_cfg or _config_of_base(get_pretrained_cfg(base).to_dict(), variant, size)
 
     def create(**args: Any) -> nn.Module:
-        net = create_model(base, pretrained=pretrained and not own_weights, **args)
+        net = _create_base(base, pretrained and not own_weights, args)
         given = {name: value for name, value in args.items() if name not in ('device', 'dtype')}
-        return make(net, dict(given, base=base))
+        return make(net, dict(given, base=base) if size is None else dict(given, base=base, img_size=size))
 
+    levels = kwargs.pop('out_indices', 3 if family is None else family.levels)
     return build_model_with_cfg(
-        create, variant, pretrained and own_weights, pretrained_cfg=cfg, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **kwargs)
+        create, variant, pretrained and own_weights, pretrained_cfg=cfg,
+        pretrained_filter_fn=None if family is None else family.filter_fn,
+        feature_cfg=dict(out_indices=levels, feature_cls='getter'), **kwargs)
 
 
-def _config_of_base(cfg: Mapping[str, Any], variant: str) -> dict[str, Any]:
+def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """A base, with its published weights if `pretrained`.
+
+    Raises:
+        ValueError: If it is not elastic, or its weights cannot be had.
+    """
+    if not pretrained:
+        return create_model(base, **args)
+    _elastic_family_of(create_model(base, **dict(args, device='meta')), base)  # before anything is downloaded
+    if not get_pretrained_cfg(base).has_weights:
+        tags = [name for name in list_models(f'{base.partition(".")[0]}.*', pretrained=True)] or ['pretrained=False']
+        raise ValueError(f'timm has no weights of base={base!r}; type {", ".join(tags)}')
+    try:
+        return create_model(base, pretrained=True, **args)
+    except Exception as error:
+        if isinstance(error, (TypeError, KeyError)) and 'argument' in str(error):
+            raise
+        raise ValueError(
+            f'the weights of base={base!r} cannot be loaded: {one_line(error)}; connect to the internet, or create the '
+            'base from a file: timm.create_model(NAME, checkpoint_path=FILE)') from error
+
+
+def _config_of_base(cfg: Mapping[str, Any], variant: str, img_size: Any = None) -> dict[str, Any]:
     """timm's configuration of the base, for a network with another name and without a source of weights."""
-    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
-    return dict({name: value for name, value in cfg.items() if name not in sources}, architecture=variant)
+    dropped: tuple[str, ...] = (
+        'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
+    config = dict(cfg, architecture=variant)
+    if img_size is not None:
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        config['input_size'] = (cfg['input_size'][0], *sides)
+        dropped = (*dropped, 'pool_size', 'test_input_size')
+    return {name: value for name, value in config.items() if name not in dropped}
 
 
 @register_model
@@ -144,5 +266,31 @@ def elastic_vit_subnet(
         **kwargs,
 ) -> nn.Module:
     """A static ViT of an arch: a base of timm with smaller layers. Without `arch=`, the base itself."""
-    return build_from_base(
-        lambda net, args: make_static(arch, net, args), 'elastic_vit_subnet', pretrained, base, pretrained_cfg, kwargs)
+
+    def make(net: nn.Module, args: dict[str, Any]) -> nn.Module:
+        _elastic_family_of(net, base)
+        return make_vit_static(arch, net, args)
+
+    return build_from_base(make, 'elastic_vit_subnet', pretrained, base, pretrained_cfg, kwargs)
+
+
+@register_model
+def elastic_cnn_subnet(
+        pretrained: bool = False,
+        base: str = 'test_efficientnet',
+        arch: Arch | Mapping[str, Any] | None = None,
+        layer_order: Sequence[Sequence[int]] | None = None,
+        pretrained_cfg: Any = None,
+        **kwargs,
+) -> nn.Module:
+    """A static CNN of an arch: a base of timm with smaller layers. Without `arch=`, the base itself.
+
+    `layer_order` says which blocks an arch of less than full depth has; see `elastic_cnn_space`.
+    """
+    kwargs.pop('img_size', None)  # the arch has the resolution
+
+    def make(net: nn.Module, args: dict[str, Any]) -> nn.Module:
+        _elastic_family_of(net, base)
+        return make_cnn_static(arch, net, args, layer_order)
+
+    return build_from_base(make, 'elastic_cnn_subnet', pretrained, base, pretrained_cfg, kwargs)

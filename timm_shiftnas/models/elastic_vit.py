@@ -11,22 +11,28 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, Format, LayerNorm, Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..layers.vit import BlockWidths, make_vit_elastic
+from ..layers.vit import BlockWidths
+from ..layers.vit import make_vit_elastic as make_layers_elastic
 from ..space.core import Arch, SearchSpace
 from ..space.elastic_vit import elastic_vit_space, elastic_vit_space_of, hidden_width, kept_layers, parameter_axes
+from ..space.shiftformer import ShiftFormerMasks
+from ._elastic_family import ElasticFamily
 from ._elastic_vit import ElasticViT
+from ._sortable import SortableSupernet, UnitAxis
 
-__all__ = ['ElasticVisionTransformer', 'default_vit_space', 'make_static', 'why_vit_is_not_elastic']
+__all__ = [
+    'ELASTIC_VITS', 'ElasticVisionTransformer', 'default_vit_space', 'make_vit_static', 'why_vit_is_not_elastic',
+]
 
 WIDTHS, HEADS, RATIOS = (.5, .625, .75, .875, 1.), (.5, 2 / 3, 5 / 6, 1.), (.25, .5, .75, 1.)  # shares of the base
 DEPTHS = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.)
 
 
 def why_vit_is_not_elastic(net: nn.Module) -> str | None:
-    """The first part of a network that this family does not make elastic, or `None` if there is none."""
+    """The first part of a ViT that is not elastic, or `None` if there is none."""
     if type(net) is not VisionTransformer:
         return f'its class is {type(net).__name__} and not VisionTransformer'
     expected = dict(
@@ -73,7 +79,7 @@ def fix_input_size(net: VisionTransformer) -> None:
     net.patch_embed.strict_img_size, net.patch_embed.dynamic_img_pad = True, False
 
 
-class ElasticVisionTransformer(ElasticViT, VisionTransformer):
+class ElasticVisionTransformer(SortableSupernet, ElasticViT, VisionTransformer):
     """A pretrained ViT whose depth and widths are chosen per call: `net(x, arch)`; create it with `elastic`.
 
     A smaller width is a prefix of a larger one, and an arch of depth d consists of the first d layers of the space's
@@ -82,7 +88,7 @@ class ElasticVisionTransformer(ElasticViT, VisionTransformer):
 
     def make_elastic(self, space: SearchSpace, model_args: dict[str, Any]) -> ElasticVisionTransformer:
         """Complete a network whose class has just been changed to this one."""
-        make_vit_elastic(self)
+        make_layers_elastic(self)
         fix_input_size(self)
         self.unbound_space = space.unbind()
         self.model_args = model_args
@@ -101,6 +107,36 @@ class ElasticVisionTransformer(ElasticViT, VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         super().set_input_size(img_size, patch_size)
         self.model_args['img_size'] = self.patch_embed.img_size
+
+    # -- sorting -------------------------------------------------------------------------------------------------------
+
+    def unit_axes(self, name: str) -> tuple[UnitAxis | None, ...]:
+        layer, size = name.split('.')[1] if name.startswith('blocks.') else '', self.blocks[0].attn.head_dim
+        units = {
+            'embed': UnitAxis('embed'), 'hidden': UnitAxis(f'hidden.{layer}'),
+            'heads': UnitAxis(f'heads.{layer}', size=size), 'qkv': UnitAxis(f'heads.{layer}', 3, size), None: None}
+        return tuple(units[axis] for axis in parameter_axes(name))
+
+    def layer_of(self, name: str) -> str | None:
+        return f'layer.{name.split(".")[1]}' if name.startswith('blocks.') else None
+
+    def split_masks(self, masks: ShiftFormerMasks) -> dict[str, Tensor]:
+        split = {'embed': masks.embed_dim}
+        for label, stacked in (('layer', masks.depth), ('heads', masks.num_heads), ('hidden', masks.hidden)):
+            split |= {f'{label}.{layer}': mask for layer, mask in enumerate(stacked)}
+        return split
+
+    def join_masks(self, masks: Mapping[str, Tensor]) -> ShiftFormerMasks:
+        layers = range(len(self.blocks))
+        depth, heads, hidden = (
+            torch.stack([masks[f'{label}.{layer}'] for layer in layers]) for label in ('layer', 'heads', 'hidden'))
+        return ShiftFormerMasks(masks['embed'], depth, heads, hidden)
+
+    def with_layer_order(self, scores: Mapping[str, Tensor]) -> SearchSpace:
+        order = sorted(range(len(self.blocks)), key=lambda layer: -scores[f'layer.{layer}'].item())
+        return elastic_vit_space(**dict(self.unbound_space.fields), layer_order=order)
+
+    # -- extraction ----------------------------------------------------------------------------------------------------
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch: leading slices of the kept layers, in q, k and v each."""
@@ -157,20 +193,29 @@ def shrink(net: VisionTransformer, arch: Arch) -> None:
     net.patch_embed.proj.out_channels = net.embed_dim = net.num_features = net.head_hidden_size = dim
     net.feature_info = [dict(info, num_chs=dim) for info in net.feature_info[:arch.depth]]
     if net.attn_pool is not None:
-        make_vit_elastic(net.attn_pool)  # timm's reads tokens as wide as its own heads only
+        make_layers_elastic(net.attn_pool)  # timm's reads tokens as wide as its own heads only
 
 
-def make_static(
+def make_vit_static(
         arch: Arch | Mapping[str, Any] | None, net: VisionTransformer, model_args: dict[str, Any]) -> VisionTransformer:
     """Turn a base into the static network of an arch, in place; without an arch, of the largest one.
 
     Raises:
-        ValueError: If the base is not elastic, or the arch is not one of this family.
+        ValueError: If the arch is not one of this family.
     """
-    if reason := why_vit_is_not_elastic(net):
-        raise ValueError(f'base={model_args["base"]!r} is not elastic: {reason}')
     space, arch = elastic_vit_space_of(arch or default_vit_space(net).largest)
     shrink(net, arch)
     fix_input_size(net)
     net.arch, net.static_space, net.model_args = arch, space, model_args
     return net
+
+
+def make_vit_elastic(net: VisionTransformer, space: SearchSpace, model_args: dict[str, Any]) -> nn.Module:
+    """Turn a base into a supernet, in place."""
+    net.__class__ = ElasticVisionTransformer
+    return net.make_elastic(space, model_args)
+
+
+ELASTIC_VITS = ElasticFamily(
+    bases=(VisionTransformer,), modules=('vision_transformer', 'deit'), why_not=why_vit_is_not_elastic,
+    space=lambda net, img_size: default_vit_space(net), make_elastic=make_vit_elastic, filter_fn=checkpoint_filter_fn)

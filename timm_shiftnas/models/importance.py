@@ -1,12 +1,12 @@
 """Sorting an elastic network by importance: the same function, most important units first.
 
 A smaller arch keeps the first channels, heads and hidden units and the layers of `layer_order`. In a pretrained network
-their order means nothing, so that a subnet would lose units at random. Permuting them changes no output: LayerNorm,
-attention and MLPs do not depend on the order of their units.
+their order means nothing, so that a subnet would lose units at random. Permuting them changes no output: norms,
+attention, MLPs, depthwise convolutions and squeeze-and-excitation do not depend on the order of their units.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -16,10 +16,9 @@ from huggingface_hub.utils import tqdm
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..space.elastic_vit import elastic_vit_space, parameter_axes
+from ..space.families import Masks
 from ..space.matrix_mapping import arch_masks
-from ..space.shiftformer import ShiftFormerMasks
-from .elastic_vit import ElasticVisionTransformer
+from ._sortable import SortableSupernet
 
 __all__ = ['magnitude_scores', 'sort_by_importance', 'taylor_scores']
 
@@ -51,7 +50,7 @@ def sort_by_importance(
         ValueError: If `net` is not an elastic pretrained network, or the loader is empty.
     """
     inner = unwrap_model(net)
-    if not isinstance(inner, ElasticVisionTransformer):
+    if not isinstance(inner, SortableSupernet):
         raise ValueError(f'{type(inner).__name__} cannot be sorted; sort_by_importance takes a network of elastic(...)')
     if loader is None:
         scores = magnitude_scores(inner)
@@ -59,11 +58,11 @@ def sort_by_importance(
         scores = taylor_scores(inner, tqdm(
             islice(loader, num_batches), total=num_batches, desc='scoring units', unit='batch',
             disable=None if progress else True))
-    reorder(inner, scores)
+    reorder(inner, inner.split_masks(scores))
     return net
 
 
-def taylor_scores(net: ElasticVisionTransformer, batches: Iterable[Any]) -> ShiftFormerMasks:
+def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
     """Importance of every unit, in the shapes of the masks: the sum over batches of |d loss / d mask|.
 
     The derivative with respect to the mask of a unit is the sum of activation times gradient over the batch: the
@@ -77,23 +76,22 @@ def taylor_scores(net: ElasticVisionTransformer, batches: Iterable[Any]) -> Shif
         ValueError: If there are no batches.
     """
     weight = next(net.parameters())
-    one_hots = net.space.one_hot(net.space.largest)
-    masks = ShiftFormerMasks(*(
-        mask.to(weight).requires_grad_() for mask in arch_masks(net.space, one_hots)))
-    total: list[Tensor] = []
-    training = net.training
+    masks = {label: mask.to(weight).requires_grad_() for label, mask in _largest_masks(net).items()}
+    total = {label: torch.zeros_like(mask, requires_grad=False) for label, mask in masks.items()}
+    seen, training = 0, net.training
     net.eval()
     try:
         for batch in batches:
             images, targets = (batch, None) if isinstance(batch, Tensor) else batch
-            gradients = torch.autograd.grad(_loss(net(images.to(weight), masks), targets), masks)
-            scores = [gradient.abs() for gradient in gradients]
-            total = scores if not total else [a + b for a, b in zip(total, scores, strict=True)]
+            seen += len(images)
+            loss = _loss(net(images.to(weight), net.join_masks(masks)), targets)
+            for label, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
+                total[label] += gradient.abs()
     finally:
         net.train(training)
-    if not total:
+    if not seen:
         raise ValueError('the loader has no batches to score units with; give training images')
-    return ShiftFormerMasks(*total)
+    return net.join_masks(total)
 
 
 def _loss(outputs: Tensor, targets: Tensor | None) -> Tensor:
@@ -103,47 +101,37 @@ def _loss(outputs: Tensor, targets: Tensor | None) -> Tensor:
     return F.cross_entropy(outputs, targets.to(outputs.device))
 
 
-def magnitude_scores(net: ElasticVisionTransformer) -> ShiftFormerMasks:
-    """Importance of every unit, in the shapes of the masks: the sum of squares of the weights that it owns."""
-    layers, heads = len(net.blocks), net.blocks[0].attn.num_heads
-    scores = ShiftFormerMasks(
-        *(torch.zeros(size, dtype=torch.float64) for size in (
-            net.embed_dim, layers, (layers, heads), (layers, net.blocks[0].mlp.fc1.out_features))))
+def magnitude_scores(net: Any) -> Masks:
+    """Importance of every unit, in the shapes of the masks: the sum of squares of the weights that it owns.
+
+    Vectors (norms and biases) do not count.
+    """
+    scores = {
+        label: torch.zeros(mask.shape, dtype=torch.float64) for label, mask in _largest_masks(net).items()}
     for name, parameter in net.named_parameters():
-        axes, squares = parameter_axes(name), parameter.detach().double().cpu().square()
-        layer = int(name.split('.')[1]) if name.startswith('blocks.') else None
-        if len(axes) < 2 and 'hidden' not in axes and 'qkv' not in axes:
-            continue  # norms and biases of the stream say little about a channel
-        for dim, axis in enumerate(axes):
-            each = squares.transpose(0, dim).flatten(1).sum(1) if squares.dim() > 1 else squares
-            if axis == 'embed':
-                scores.embed_dim.add_(each)
-            elif axis == 'hidden':
-                scores.hidden[layer] += each
-            elif axis in ('qkv', 'heads'):
-                roles = 3 if axis == 'qkv' else 1
-                scores.num_heads[layer] += each.view(roles, heads, -1).sum((0, 2))
+        if parameter.dim() < 2:
+            continue
+        squares, layer = parameter.detach().double().cpu().square(), net.layer_of(name)
+        for dim, axis in enumerate(net.unit_axes(name)):
+            if axis is not None:
+                scores[axis.units] += axis.scores(squares.transpose(0, dim).flatten(1).sum(1))
         if layer is not None:
-            scores.depth[layer] += squares.sum()
-    return scores
+            scores[layer] += squares.sum()
+    return net.join_masks(scores)
+
+
+def _largest_masks(net: Any) -> dict[str, Tensor]:
+    """The masks of the largest arch, by label."""
+    return net.split_masks(arch_masks(net.space, net.space.one_hot(net.space.largest)))
 
 
 @torch.no_grad()
-def reorder(net: ElasticVisionTransformer, scores: ShiftFormerMasks) -> None:
+def reorder(net: Any, scores: Mapping[str, Tensor]) -> None:
     """Permute the units of a network by falling scores, in place; its space gets the order of the layers."""
-    head_dim = net.blocks[0].attn.head_dim
-    embed = scores.embed_dim.argsort(descending=True, stable=True)
-    for name, parameter in net.named_parameters():
-        order = dict(embed=embed)
-        if name.startswith('blocks.'):
-            layer = int(name.split('.')[1])
-            heads = scores.num_heads[layer].argsort(descending=True, stable=True)
-            rows = torch.arange(len(heads) * head_dim, device=heads.device).view(-1, head_dim)[heads].flatten()
-            order['heads'] = rows
-            order['qkv'] = torch.cat([rows + role * len(rows) for role in range(3)])
-            order['hidden'] = scores.hidden[layer].argsort(descending=True, stable=True)
-        for dim, axis in enumerate(parameter_axes(name)):
-            if axis in order:
-                parameter.copy_(parameter.index_select(dim, order[axis].to(parameter.device)))
-    layers = scores.depth.argsort(descending=True, stable=True).tolist()
-    net.unbound_space = elastic_vit_space(**dict(net.unbound_space.fields), layer_order=layers)
+    orders = {
+        label: score.argsort(descending=True, stable=True) for label, score in scores.items() if score.dim()}
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        for dim, axis in enumerate(net.unit_axes(name)):
+            if axis is not None:
+                tensor.copy_(tensor.index_select(dim, axis.rows(orders[axis.units]).to(tensor.device)))
+    net.unbound_space = net.with_layer_order(scores)

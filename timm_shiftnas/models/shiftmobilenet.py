@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_act_layer, make_divisible
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
@@ -29,18 +28,13 @@ from torch import Tensor, nn
 from ..layers.conv import (
     ConvWidths,
     ElasticDepthwiseConv2d,
-    ElasticStem,
     ProjectedDepthwiseSeparableConv,
     ProjectedInvertedResidual,
     Projection,
     WidthShortcut,
     elastic_kernel,
-    keep_activations,
     make_elastic,
-    normalize,
-    resize,
 )
-from ..layers.widths import Width, masked
 from ..space.core import Arch, SearchSpace
 from ..space.families import space_of_family
 from ..space.shiftmobilenet import (
@@ -54,12 +48,10 @@ from ..space.shiftmobilenet import (
     stock_blocks,
 )
 from ._checkpoint import check_fits, weights_of
+from ._elastic_cnn import ElasticCnn, EndWidths, check_pool
 from ._published import convert_mobilenet, is_published_mobilenet
-from ._supernet import TimmSupernet
 
 __all__ = ['EfficientNetSupernet', 'MobileNetV3Supernet', 'ShiftMobileNetSupernet', 'checkpoint_filter_fn', 'ofa_space']
-
-_POOLS = ('avg', 'max', 'avgmax')
 
 
 def _cfg(**kwargs) -> dict[str, Any]:
@@ -86,11 +78,6 @@ def _stock_args(space: SearchSpace, arch: Arch) -> dict[str, Any]:
             SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels))
 
 
-def _check_pool(global_pool: str, num_classes: int) -> None:
-    if global_pool not in _POOLS and (global_pool or num_classes):
-        raise ValueError(f"global_pool={global_pool!r} is not supported; choose one of {_POOLS}, or '' without classes")
-
-
 def _create_subnet(
         arch: Arch | Mapping[str, Any],
         structure: Mapping[str, Any],
@@ -113,7 +100,7 @@ def _create_subnet(
     Raises:
         ValueError: If arch and structure describe no network.
     """
-    _check_pool(global_pool, num_classes)
+    check_pool(global_pool, num_classes)
     space, arch = shiftmobilenet_space_of(arch, structure)
     shapes = block_shapes(space, arch)
     net = _stock_class(space)(
@@ -154,15 +141,7 @@ def _projection(width_in: int, width_out: int, stride: int, convolution: bool, d
 # -- supernets ---------------------------------------------------------------------------------------------------------
 
 
-class _EndWidths(NamedTuple):
-    """What stem and head compute: ints, or masks of full width."""
-    stem: Width
-    stage: Width
-    expanded: Width
-    last: Width
-
-
-class ShiftMobileNetSupernet(TimmSupernet):
+class ShiftMobileNetSupernet(ElasticCnn):
     """A MobileNet whose resolution, widths, depths and kernel sizes are chosen per call: `net(x, arch)`.
 
     The network owns the weights of every arch of its space; a smaller width or depth is a prefix of a larger one, a
@@ -196,7 +175,7 @@ class ShiftMobileNetSupernet(TimmSupernet):
             device=None,
             dtype=None,
     ) -> None:
-        _check_pool(global_pool, num_classes)
+        check_pool(global_pool, num_classes)
         if drop_archs not in ('largest', 'all'):
             raise ValueError(f"drop_archs={drop_archs!r} is unknown; choose 'largest' or 'all'")
         super().__init__(
@@ -204,13 +183,11 @@ class ShiftMobileNetSupernet(TimmSupernet):
             dtype=dtype, **_stock_args(space, space.largest))
         self.unbound_space = space.unbind()
         self._largest = space.largest
-        self._efficient_head = space.structure.has_efficient_head
         self._drop_all_archs = drop_archs == 'all'
         self.model_args = dict(
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate, drop_archs=drop_archs)
         make_elastic(self)
-        self.conv_stem.__class__ = ElasticStem
         self._make_blocks_elastic(zero_init_last, device, dtype)
         rows = block_table(self.unbound_space).blocks
         _set_drop_path(
@@ -232,94 +209,49 @@ class ShiftMobileNetSupernet(TimmSupernet):
             if zero_init_last and (block.has_skip or isinstance(block.projection, Projection)):
                 nn.init.zeros_((block.bn3 if row.expands else block.bn2).weight)
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As in torch; tools that replace modules call this for the children, too."""
-        super().add_module(name, module)
-        keep_activations(self)
-
-    # -- forward -------------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor, arch: Arch | ShiftMobileNetMasks | None = None) -> Tensor:
-        """Logits [B, num_classes] for images [B, in_chans, H, W].
-
-        Args:
-            x: Images; with an arch, they are resized to its resolution.
-            arch: The subnet; `None` is the full network on images as they are. Masks compute the same at full width,
-                differentiably.
-        """
-        return self.forward_head(self.forward_features(x, arch), arch=arch)
-
-    def forward_features(self, x: Tensor, arch: Arch | ShiftMobileNetMasks | None = None) -> Tensor:
-        if arch is None:
-            return super().forward_features(x)
-        blocks, ends = self._block_widths(arch, x), self._end_widths(arch, x)
-        x = normalize(self.bn1, self.conv_stem(resize(x, arch.resolution), out=ends.stem), True)
-        for block, widths in blocks:
-            run = partial(block, widths=widths)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
-        x = masked(x, ends.stage)
-        if self._efficient_head:
-            return masked(self.blocks[-1][0](x, out=ends.expanded, elastic=True), ends.expanded)
-        return normalize(self.bn2, self.conv_head(x, out=ends.last), True)
-
-    def forward_head(
-            self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftMobileNetMasks | None = None) -> Tensor:
-        if arch is None:
-            return super().forward_head(x, pre_logits)
-        x, last = self.global_pool(x), self._end_widths(arch, x).last
-        if self._efficient_head:
-            x = self.act2(self.conv_head(x, out=last))
-        x = masked(x, last)
-        if self.global_pool.pool_type:
-            x = x.flatten(1)
-        if self.drop_rate > 0 and self._drops(arch):
-            x = F.dropout(x, self.drop_rate, self.training)
-        if pre_logits or isinstance(self.classifier, nn.Identity):
-            return x
-        return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
-
-    def _block_widths(self, arch: Arch | ShiftMobileNetMasks, like: Tensor) -> list[tuple[nn.Module, ConvWidths]]:
-        """The blocks of an arch, first to last, and what each computes; masks with the dtype and device of `like`."""
-        drop = self._drops(arch)
+    def block_widths(self, arch: Arch | ShiftMobileNetMasks, like: Tensor) -> list[tuple[nn.Module, ConvWidths]]:
+        drop, space = self.drops(arch), self.unbound_space
         if isinstance(arch, ShiftMobileNetMasks):
-            rows = block_table(self.unbound_space).blocks
-            return [
-                (self.blocks[row.stage][row.position], ConvWidths(
-                    hidden=masks.hidden, kernel_size=masks.kernel_size, se=masks.se, width_in=masks.width_in,
-                    equal=masks.equal, active=masks.active, drop=drop))
-                for row, masks in zip(rows, arch.to(like).blocks, strict=True)]
-        return [
-            (self.blocks[shape.stage][shape.position], ConvWidths(
-                hidden=shape.hidden, width_out=shape.width_out, kernel_size=shape.kernel_size, se=shape.se, drop=drop))
-            for shape in block_shapes(self.unbound_space, arch)]
+            masks = arch.to(like)
+            widths = [
+                ConvWidths(
+                    hidden=block.hidden, kernel_size=block.kernel_size, se=block.se, width_in=block.width_in,
+                    equal=block.equal, active=block.active, drop=drop)
+                for block in masks.blocks]
+            places = [(row.stage, row.position) for row in block_table(space).blocks]
+            expansion = ConvWidths(width_in=masks.stage)
+        else:
+            shapes = block_shapes(space, arch)
+            widths = [
+                ConvWidths(
+                    hidden=shape.hidden, width_out=shape.width_out, kernel_size=shape.kernel_size, se=shape.se,
+                    drop=drop)
+                for shape in shapes]
+            places = [(shape.stage, shape.position) for shape in shapes]
+            expansion = ConvWidths(width_out=HEAD_RATIO * arch.width[-2])
+        if space.structure.has_efficient_head:
+            places, widths = [*places, (-1, 0)], [*widths, expansion]
+        return [(self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)]
 
-    def _end_widths(self, arch: Arch | ShiftMobileNetMasks, like: Tensor) -> _EndWidths:
+    def end_widths(self, arch: Arch | ShiftMobileNetMasks, like: Tensor) -> EndWidths:
+        efficient = self.unbound_space.structure.has_efficient_head
         if isinstance(arch, ShiftMobileNetMasks):
-            return _EndWidths(None, arch.stage.to(like), arch.expanded.to(like), arch.last.to(like))
-        return _EndWidths(arch.width[0], arch.width[-2], HEAD_RATIO * arch.width[-2], arch.width[-1])
+            return EndWidths(None, (arch.expanded if efficient else arch.stage).to(like), arch.last.to(like))
+        return EndWidths(arch.width[0], arch.width[-2] * (HEAD_RATIO if efficient else 1), arch.width[-1])
 
-    def _drops(self, arch: Arch | ShiftMobileNetMasks) -> bool:
-        """Whether dropout and drop path apply."""
+    def drops(self, arch: Arch | ShiftMobileNetMasks) -> bool:
         return self._drop_all_archs or arch == self._largest
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool is not None:
-            _check_pool(global_pool, num_classes)
-        super().reset_classifier(num_classes, global_pool)
-        self.model_args.update(num_classes=num_classes, global_pool=self.global_pool.pool_type)
+    def output_side(self, resolution: int) -> int:
+        return output_side(self.unbound_space, resolution)
 
     # -- extraction ----------------------------------------------------------------------------------------------------
 
     def subnet_args(self, arch: Arch) -> dict[str, Any]:
         args = {name: value for name, value in self.model_args.items() if name != 'drop_archs'}
-        if not self._drops(arch):
+        if not self.drops(arch):
             args.update(drop_rate=0., drop_path_rate=0.)
         return dict(args, structure=self.unbound_space.structure.to_dict())
-
-    def subnet_cfg(self, arch: Arch) -> dict[str, Any]:
-        return dict(
-            super().subnet_cfg(arch), input_size=(self.in_chans, arch.resolution, arch.resolution),
-            pool_size=(output_side(self.unbound_space, arch.resolution),) * 2)
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch: leading slices, and kernels of its sizes."""
@@ -327,7 +259,7 @@ class ShiftMobileNetSupernet(TimmSupernet):
         for name, weight in state.items():
             owner = self.get_submodule(name.rpartition('.')[0])
             if isinstance(owner, ElasticDepthwiseConv2d):
-                state[name] = owner.kernel(weight.shape[-1], weight.shape[0])
+                state[name] = owner.kernel(weight.shape[-1], channels=weight.shape[0])
         return state
 
 
