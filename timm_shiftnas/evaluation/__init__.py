@@ -3,6 +3,9 @@
 `accuracy` and `search` are not imported here: they need `timm.task`, which saving and loading models does not.
 """
 from .plots import plot_accuracy, plot_shift
-from .tables import COLUMNS, format_table, write_budgets_csv, write_shift_csv
+from .tables import COLUMNS, format_table, read_budgets_csv, write_budgets_csv, write_shift_csv
 
-__all__ = ['COLUMNS', 'format_table', 'plot_accuracy', 'plot_shift', 'write_budgets_csv', 'write_shift_csv']
+__all__ = [
+    'COLUMNS', 'format_table', 'plot_accuracy', 'plot_shift', 'read_budgets_csv', 'write_budgets_csv',
+    'write_shift_csv',
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = ['plot_accuracy', 'plot_shift']
 
 SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
+OTHERS = GREY, '#3f9a5f', '#8a4fb5'
 
 _logger = logging.getLogger(__name__)
 
@@ -26,16 +27,14 @@ _logger = logging.getLogger(__name__)
 def plot_accuracy(
         path: str | os.PathLike,
         rows: Sequence[Row],
-        baseline: Sequence[Row] | None = None,
-        baseline_name: str = 'baseline',
+        others: Mapping[str, Sequence[Row]] | None = None,
 ) -> bool:
     """Draw top-1 against MACs as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
-        baseline: Subnets of another run, or before training, drawn in grey for comparison.
-        baseline_name: What the legend calls them.
+        others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -44,8 +43,10 @@ def plot_accuracy(
         return False
     figure = _figure()
     ax = figure.add_subplot()
-    scale, unit = _unit(max(row['macs'] for row in [*rows, *(baseline or [])]))
-    _draw_subnets(ax, baseline or [], scale, GREY, GREY, baseline_name)
+    others = others or {}
+    scale, unit = _unit(max(row['macs'] for each in (rows, *others.values()) for row in each))
+    for (name, each), colour in zip(others.items(), OTHERS):
+        _draw_subnets(ax, each, scale, colour, colour, name)
     ends = _draw_subnets(ax, rows, scale, BLUE, ORANGE, 'subnets for a budget')
     ax.margins(x=0.05, y=0.12)
     for name, point in ends:

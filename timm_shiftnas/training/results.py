@@ -143,9 +143,8 @@ class Results:
         task, space = self.task, net.space
         write_budgets_csv(self.output / 'budgets.csv', rows)
         before = self.output / BEFORE
-        plot_accuracy(
-            self.output / 'accuracy.png', rows, read_budgets_csv(before) if before.exists() else None,
-            baseline_name='before training')
+        others = {'before training': read_budgets_csv(before)} if before.exists() else None
+        plot_accuracy(self.output / 'accuracy.png', rows, others)
         write_shift_csv(self.output / 'shift.csv', task.history)
         noise = stream(self.args.seed, 'histogram', 0)
         uniform = macs(space, [space.sample(noise) for _ in range(2000)]).tolist()
