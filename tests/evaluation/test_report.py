@@ -89,7 +89,7 @@ def test_accuracy_picture(tmp_path):
     assert ys[left].min() > 400 and xs[left].max() < 120 and ys[~left].max() < 120 and xs[~left].min() > 800
 
     baseline = [{**r, 'top1': r['top1'] - 2} for r in ROWS]
-    assert plot_accuracy(tmp_path / 'b.png', ROWS, baseline)
+    assert plot_accuracy(tmp_path / 'b.png', ROWS, dict(before=baseline))
     assert count(rgb(tmp_path / 'b.png'), GREY) > 300
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
 

@@ -1,11 +1,14 @@
 """Elastic pretrained CNNs against their bases, extracted networks, counters and a plain masked forward."""
 import copy
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from support.elastic_table import MODULES, created, rows
 from support.flops import counted_macs
 from support.networks import rng
 from timm.layers import get_act_layer
@@ -16,6 +19,7 @@ from timm.models.mobilenetv3 import MobileNetV3
 from torch import nn
 
 import timm_shiftnas as tsn
+from timm_shiftnas.models.elastic import make_elastic, why_not_elastic
 from timm_shiftnas.models.elastic_cnn import kept_blocks
 from timm_shiftnas.models.importance import magnitude_scores, taylor_scores
 from timm_shiftnas.space import CnnMasks, arch_masks, space_from_dict
@@ -360,3 +364,87 @@ def test_shortcuts_tie_widths():
     structure = tsn.elastic('mobilenetv3_large_100', device='meta').space.structure
     assert structure.blocks[0].width == 0 and structure.blocks[1].width == 1
     assert len(structure.fixed[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('module', MODULES)
+def test_every_name_of_timm(module):
+    """Elastic, or refused with the reason that the table of the documentation gives."""
+    reasons = {}
+    for name in timm.list_models(module=module):
+        base = created(name)
+        reasons[name] = why_not_elastic(base)
+        if reasons[name] is None:
+            keys, count = list(base.state_dict()), sum(weight.numel() for weight in base.parameters())
+            net = make_elastic(None, base, dict(base=name))
+            assert list(net.state_dict()) == keys and net.params(net.space.largest) == count, name
+            if module not in ('vision_transformer', 'deit'):  # of these, two layers alone are created
+                assert net.macs(net.space.largest) > 4 * net.macs(net.space.smallest), name
+    elastic = [name for name, reason in reasons.items() if reason is None]
+    assert len(elastic) >= dict(
+        vision_transformer=130, deit=12, efficientnet=88, mobilenetv3=27, hardcorenas=6)[module]
+    text = (Path(__file__).parents[2] / 'docs' / 'elastic.md').read_text()
+    assert '\n'.join(rows(module, reasons)) in text, 'run python -m support.elastic_table'
+
+
+@pytest.mark.parametrize('base, named', [
+    ('mixnet_s', 'blocks.1.0.conv_pw.*MixedConv2d.*tinynet'),
+    ('test_efficientnet_ln', 'bn1.*LayerNorm.*test_efficientnet'),
+    ('vit_base_patch16_rpn_224', 'ResPostBlock.*vit_base_patch16_'), ('resnet18', 'ResNet.*efficientnet_b0'),
+    ('efficentnet_b0', 'efficientnet_b0'), ('mobilenetv1_100h.nope', 'nope.*ra4_e3600')])
+def test_bases_that_are_not_elastic(base, named):
+    with pytest.raises(ValueError, match=f"base='{base}'.*{named}"):
+        tsn.elastic(base, device='meta')
+
+
+@pytest.mark.parametrize('arguments, named', [
+    (dict(output_stride=8), 'dilated'), (dict(global_pool='catavgmax'), 'catavgmax'), (dict(img_size=(32, 64)), '64'),
+    (dict(img_size=48), 'resolution=.*48'), (dict(base='mobilenetv3_small_050'), 'another base'),
+    (dict(base='test_vit', img_size=None), 'another base')])
+def test_arguments_that_do_not_fit(arguments, named):
+    space = tsn.elastic('test_efficientnet', img_size=32, device='meta').space.unbind().to_dict()
+    with pytest.raises(ValueError, match=named):
+        timm.create_model('elastic_supernet', device='meta', space=space, **dict(
+            dict(base='test_efficientnet', img_size=32), **arguments))
+
+
+@pytest.mark.parametrize('change, named', [
+    (dict(width=[[16, 32]]), 'width.*24'), (dict(depth=[3]), 'depth'), (dict(blocks=3), 'blocks'),
+    (dict(kernel_size=[[2, 3]]), 'kernel_size=2'), (dict(resolution=[32, 8000]), '8000'),
+    (dict(layer_order=[[1, 0]]), 'layer_order'), (dict(head='other'), 'other')])
+def test_spaces_that_do_not_fit(change, named):
+    space = tsn.elastic('test_efficientnet', img_size=32, device='meta').space.unbind().to_dict()
+    for name, value in change.items():
+        space[name] = value if name in ('blocks', 'head', 'resolution') else value + space[name][1:]
+    with pytest.raises(ValueError, match=named):
+        tsn.elastic('test_efficientnet', img_size=32, device='meta', space=space)
+
+
+def test_archs_that_do_not_fit():
+    largest = tsn.elastic('test_efficientnet', img_size=32, device='meta').space.largest.to_dict()
+    for arch, named in ((dict(largest, width=[1000] * 7), '1000'), (dict(largest, depth=[9] * 5), 'depth'),
+                        (dict(depth=3), 'resolution, width'), (dict(largest, width=[8]), 'width')):
+        with pytest.raises(ValueError, match=named):
+            timm.create_model('elastic_cnn_subnet', base='test_efficientnet', arch=arch)
+    for name, base in (('elastic_cnn_subnet', 'test_vit'), ('elastic_vit_subnet', 'test_efficientnet')):
+        with pytest.raises(ValueError, match=f"base='{base}'"):
+            timm.create_model(name, base=base)
+
+
+def test_weights_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(ValueError, match="^the weights of base='test_efficientnet' cannot be loaded: [^\n]*internet"):
+        tsn.elastic('test_efficientnet', pretrained=True)
+    with pytest.raises(ValueError, match="no weights of base='efficientnet_b6'"):
+        tsn.elastic('efficientnet_b6', pretrained=True)
+
+
+def test_a_saved_network_whose_base_is_unknown(tmp_path):
+    net = timm.create_model('elastic_supernet', base='test_efficientnet', img_size=32)
+    tsn.save_pretrained(tmp_path / 'sub', tsn.extract(net, net.space.smallest))
+    path = tmp_path / 'sub' / 'config.json'
+    config = json.loads(path.read_text())
+    config['model_args']['base'] = 'test_efficientnet_of_tomorrow'
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="base='test_efficientnet_of_tomorrow' is not a model of this timm[^\n]*$"):
+        tsn.from_pretrained(tmp_path / 'sub')

@@ -22,7 +22,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..space.core import Arch, SearchSpace
-from ..space.families import space_of_family
+from ..space.families import space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
@@ -62,7 +62,7 @@ def elastic(
         return create_model('elastic_supernet', pretrained=pretrained, base=base, space=space, **kwargs)
     net = copy.deepcopy(unwrap_model(base))
     cfg, family = getattr(net, 'pretrained_cfg', {}), _family_of(net)
-    size = kwargs.pop('img_size', None) if family is not None and family.sized else None
+    size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
     if pretrained or kwargs or not cfg.get('architecture'):
         raise ValueError(
             f'this {type(net).__name__} was not created by timm, or comes with arguments that only a name takes; give '
@@ -88,8 +88,9 @@ def make_elastic(
         ValueError: As in `elastic`.
     """
     family = _elastic_family_of(net, model_args['base'])
-    own = family.space(net, _side(net, model_args.get('img_size')) if family.sized else None)
-    space = own if space is None else space_of_family(space, own.family)
+    size = model_args.get('img_size') or _square(net.pretrained_cfg['input_size'][1:]) if family.sized else None
+    own = family.space(net, size)
+    space = own if space is None else space if isinstance(space, SearchSpace) else space_from_dict(space)
     _check_space(space, own, model_args['base'])
     return family.make_elastic(net, space, model_args)
 
@@ -98,7 +99,7 @@ def _check_space(space: SearchSpace, own: SearchSpace, base: str) -> None:
     """Raise a `ValueError` unless the largest arch of a space is the base that has the space `own`."""
     fixed, expected = (
         {name: value for name, value in each.structure if name != 'layer_order'} for each in (space, own))
-    if fixed != expected:
+    if space.family != own.family or fixed != expected:
         raise ValueError(f'this space belongs to another base than {base}; change the values of elastic(...).space')
     for name, values in own.fields:
         if _last(space.values(name)) != _last(values):
@@ -112,17 +113,17 @@ def _last(values: Sequence[Any]) -> Any:
     return values[-1] if values and not isinstance(values[0], tuple) else [each[-1] for each in values]
 
 
-def _side(net: nn.Module, img_size: Any) -> int:
-    """Height and width of the images of a base.
+def _square(img_size: Any) -> int | None:
+    """The side of square images, given as such or as height and width.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If it is neither.
     """
-    size = net.pretrained_cfg['input_size'][1:] if img_size is None else img_size
-    sides = {size} if isinstance(size, int) else {*size}
-    if len(sides) != 1:
-        raise ValueError(f'img_size={size!r} must be the side of squares, such as {max(sides, default=224)}')
-    return sides.pop()
+    sides = {*img_size} if isinstance(img_size, (list, tuple)) else {img_size}
+    side = sides.pop() if len(sides) == 1 else 0
+    if side is not None and (type(side) is not int or side < 1):
+        raise ValueError(f'img_size={img_size!r} must be the side of square images, such as 224')
+    return side
 
 
 # -- which networks are elastic ----------------------------------------------------------------------------------------
@@ -149,16 +150,22 @@ def _elastic_family_of(net: nn.Module, base: str) -> ElasticFamily:
         ValueError: If it is not elastic.
     """
     if reason := why_not_elastic(net):
-        raise ValueError(f'base={base!r} is not elastic: {reason}; elastic are {", ".join(_elastic_names_near(base))}')
+        near = _elastic_names_near(base)
+        hint = 'it is without this option' if base.partition('.')[0] in near else f'elastic are {", ".join(near)}'
+        raise ValueError(f'base={base!r} is not elastic: {reason}; {hint}')
     return next(family for family in FAMILIES if type(net) in family.bases)
+
+
+def _check_is_of(family: ElasticFamily, net: nn.Module, base: str) -> None:
+    """Raise a `ValueError` unless a base is elastic, and of a family."""
+    if _elastic_family_of(net, base) is not family:
+        raise ValueError(f'base={base!r} is not of the class {" or ".join(each.__name__ for each in family.bases)}')
 
 
 def _elastic_names_near(base: str) -> list[str]:
     """Up to three names of elastic networks that resemble another name, first of all of the same module of timm."""
-    name = base.partition('.')[0]
-    family = _family_of_name(base)
-    modules = [module for module in family.modules if is_model_in_modules(name, [module])] if family else [
-        module for family in FAMILIES for module in family.modules]
+    name, family = base.partition('.')[0], _family_of_name(base)
+    modules = [module for module in family.modules if is_model_in_modules(name, [module])] if family else []
     known = [other for module in modules for other in list_models(module=module)]
     near: list[str] = []
     for other in difflib.get_close_matches(name, known, n=12, cutoff=.5):
@@ -193,10 +200,18 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     if not is_model(base):
         near = difflib.get_close_matches(base.partition('.')[0], list_models(), 3) or ['vit_small_patch16_224']
         raise ValueError(f'base={base!r} is not a model of this timm; did you mean {", ".join(near)}?')
-    family = _family_of_name(base)
-    size = kwargs.pop('img_size', None) if family is not None and family.sized else None
+    published = f'{base.partition(".")[0]}.*'
+    try:
+        base_cfg = get_pretrained_cfg(base)
+    except RuntimeError as error:
+        raise ValueError(f'base={base!r}: {error} Type one of {list_models(published, include_tags=True)}') from None
     own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
-    cfg = pretrained_cfg or _config_of_base(get_pretrained_cfg(base).to_dict(), variant, size)
+    if pretrained and not own_weights and not base_cfg.has_weights:
+        known = list_models(published, pretrained=True) or ['pretrained=False']
+        raise ValueError(f'timm has no weights of base={base!r}; type {", ".join(known)}')
+    family = _family_of_name(base)
+    size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
+    cfg = pretrained_cfg or _config_of_base(base_cfg.to_dict(), variant, size)
 
     def create(**args: Any) -> nn.Module:
         net = _create_base(base, pretrained and not own_weights, args)
@@ -216,30 +231,23 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
     Raises:
         ValueError: If it is not elastic, or its weights cannot be had.
     """
-    if not pretrained:
-        return create_model(base, **args)
-    _elastic_family_of(create_model(base, **dict(args, device='meta')), base)  # before anything is downloaded
-    if not get_pretrained_cfg(base).has_weights:
-        tags = [name for name in list_models(f'{base.partition(".")[0]}.*', pretrained=True)] or ['pretrained=False']
-        raise ValueError(f'timm has no weights of base={base!r}; type {", ".join(tags)}')
+    if pretrained:  # before anything is downloaded
+        _elastic_family_of(create_model(base, **dict(args, device='meta')), base)
     try:
-        return create_model(base, pretrained=True, **args)
-    except Exception as error:
-        if isinstance(error, (TypeError, KeyError)) and 'argument' in str(error):
-            raise
+        return create_model(base, pretrained=pretrained, **args)
+    except OSError as error:
         raise ValueError(
             f'the weights of base={base!r} cannot be loaded: {one_line(error)}; connect to the internet, or create the '
             'base from a file: timm.create_model(NAME, checkpoint_path=FILE)') from error
 
 
-def _config_of_base(cfg: Mapping[str, Any], variant: str, img_size: Any = None) -> dict[str, Any]:
+def _config_of_base(cfg: Mapping[str, Any], variant: str, img_size: int | None = None) -> dict[str, Any]:
     """timm's configuration of the base, for a network with another name and without a source of weights."""
     dropped: tuple[str, ...] = (
         'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
     config = dict(cfg, architecture=variant)
     if img_size is not None:
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        config['input_size'] = (cfg['input_size'][0], *sides)
+        config['input_size'] = (cfg['input_size'][0], img_size, img_size)
         dropped = (*dropped, 'pool_size', 'test_input_size')
     return {name: value for name, value in config.items() if name not in dropped}
 
@@ -268,7 +276,7 @@ def elastic_vit_subnet(
     """A static ViT of an arch: a base of timm with smaller layers. Without `arch=`, the base itself."""
 
     def make(net: nn.Module, args: dict[str, Any]) -> nn.Module:
-        _elastic_family_of(net, base)
+        _check_is_of(ELASTIC_VITS, net, base)
         return make_vit_static(arch, net, args)
 
     return build_from_base(make, 'elastic_vit_subnet', pretrained, base, pretrained_cfg, kwargs)
@@ -290,7 +298,7 @@ def elastic_cnn_subnet(
     kwargs.pop('img_size', None)  # the arch has the resolution
 
     def make(net: nn.Module, args: dict[str, Any]) -> nn.Module:
-        _elastic_family_of(net, base)
+        _check_is_of(ELASTIC_CNNS, net, base)
         return make_cnn_static(arch, net, args, layer_order)
 
     return build_from_base(make, 'elastic_cnn_subnet', pretrained, base, pretrained_cfg, kwargs)
