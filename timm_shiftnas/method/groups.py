@@ -84,10 +84,10 @@ class BudgetGroups:
         share = torch.rand(count, generator=generator, dtype=torch.float64)
         return low[group] + share * (high - low)[group]
 
-    def lowest_budget(self, progress: float) -> float:
-        """The lowest budget of a curriculum, which falls linearly from the largest (progress 0) to the smallest (1)."""
+    def lowest_budget(self, update: int, length: int) -> float:
+        """The lowest budget, in MACs, of a curriculum: over `length` updates it falls from the largest to the smallest."""
         low, high = self.edges[0], self.edges[-1]
-        return high - min(progress, 1.) * (high - low)
+        return high - (high - low) * update / length if update < length else low
 
     def spread(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """`count` budgets, float64 [count]: uniform over the whole range, with both of its ends among them."""

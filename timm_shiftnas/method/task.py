@@ -247,15 +247,10 @@ class ShiftNASTask(ClassificationTask):
             # Draw all archs up to the next step of the generator at once.
             noise = stream(config.seed, 'arch', self._micro_step)
             total = (config.generator_interval or DRAW_AHEAD) * (config.accum_steps or 1) * count
-            budgets = self.groups.draw(self.shift.probabilities, total, noise, self._lowest_budget)
+            lowest = self.groups.lowest_budget(self.update, config.curriculum_updates)
+            budgets = self.groups.draw(self.shift.probabilities, total, noise, lowest)
             self._archs.extend(self.generator.sample(budgets, noise))
         return [self._archs.popleft() for _ in range(count)]
-
-    @property
-    def _lowest_budget(self) -> float:
-        """The least MACs of a budget: less and less during the curriculum, then those of the smallest arch."""
-        length = self.config.curriculum_updates
-        return self.groups.lowest_budget(self.update / length if length else 1.)
 
     # -- learning to draw them -----------------------------------------------------------------------------------------
 
@@ -283,7 +278,8 @@ class ShiftNASTask(ClassificationTask):
         part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm needs two images
         noise = stream(config.seed, 'generator', self.update)
         spread = self.groups.spread(config.resource_batch, noise)
-        drawn = self.groups.draw(self.shift.probabilities, 1, noise, self._lowest_budget)
+        lowest = self.groups.lowest_budget(self.update, config.curriculum_updates)
+        drawn = self.groups.draw(self.shift.probabilities, 1, noise, lowest)
         budgets = torch.cat([drawn, spread])
         with torch.enable_grad():
             rollout = generator(budgets, noise=noise, tau=self._tau)
