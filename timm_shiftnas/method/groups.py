@@ -85,7 +85,7 @@ class BudgetGroups:
         return low[group] + share * (high - low)[group]
 
     def lowest_budget(self, update: int, length: int) -> float:
-        """The lowest budget of a curriculum: in `length` updates it falls from that of the largest arch to the smallest."""
+        """The lowest budget of a curriculum: it falls from the largest to the smallest in `length` updates."""
         low, high = self.edges[0], self.edges[-1]
         return high - (high - low) * update / length if update < length else low
 
