@@ -23,7 +23,8 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
-from ..layers.conv import Bypass, ConvWidths, centre, elastic_kernel, leading, make_elastic
+from ..layers.conv import Bypass, ConvWidths, centre, elastic_kernel, make_elastic
+from ..layers.widths import leading
 from ..space.core import Arch, SearchSpace
 from ..space.elastic_cnn import (
     CnnBlock,
