@@ -13,7 +13,7 @@ from support.flops import counted_macs
 from support.networks import rng
 from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import decode_arch_def
+from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import nn
@@ -32,10 +32,11 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def cnn_of_options(pretrained=False, blocks=(), efficient=False, act='relu', **kwargs):
+def cnn_of_options(pretrained=False, blocks=(), efficient=False, act='relu', exact=False, **kwargs):
     """A small network of timm's classes with any blocks."""
     args = dict(
-        stem_size=16, num_features=40, act_layer=get_act_layer(act), norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        stem_size=16, num_features=40, round_chs_fn=int if exact else round_channels,
+        act_layer=get_act_layer(act), norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
         block_args=decode_arch_def([[block] if isinstance(block, str) else block for block in blocks]))
     return build_model_with_cfg(
         MobileNetV3 if efficient else EfficientNet, 'cnn_of_options', pretrained, **dict(args, **kwargs))
@@ -68,8 +69,7 @@ OPTIONS = {
     'grouped': dict(
         blocks=['cn_r1_k3_s1_e1_c16_skip', 'er_r2_k3_s2_e2_c32_gs8', 'ir_r3_k5_s2_e3_c48', 'ir_r1_k3_s1_e3_c64'],
         num_features=200),
-    'irregular': dict(blocks=['ds_r1_k3_s1_e1_c12', 'ir_r2_k3_s2_e2.5_c20_se0.3'], fix_stem=True, num_classes=3,
-                      round_chs_fn=int),
+    'irregular': dict(blocks=['ds_r1_k3_s1_e1_c12', 'ir_r2_k3_s2_e2.5_c20_se0.3'], exact=True, num_classes=3),
 }
 
 
@@ -448,3 +448,38 @@ def test_a_saved_network_whose_base_is_unknown(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="base='test_efficientnet_of_tomorrow' is not a model of this timm[^\n]*$"):
         tsn.from_pretrained(tmp_path / 'sub')
+
+
+def test_checkpointing_changes_no_gradient(pair):
+    _, net = pair
+    arch, gradients = net.space.smallest, []
+    for enabled in (False, True):
+        changed = copy.deepcopy(net).train()
+        changed.set_grad_checkpointing(enabled)
+        torch.manual_seed(0)
+        changed(images(net), arch).square().sum().backward()
+        gradients.append([weight.grad for weight in changed.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_a_reset_head_is_saved_and_extracted(pair, tmp_path):
+    net = copy.deepcopy(pair[1]).float()
+    net.reset_classifier(3)
+    arch = net.space.smallest
+    assert net.params(arch) == sum(weight.numel() for weight in tsn.extract(net, arch).parameters())
+    tsn.save_pretrained(tmp_path / 'sub', tsn.extract(net, arch))
+    x = resized(images(net).float(), arch.resolution)
+    torch.testing.assert_close(tsn.from_pretrained(tmp_path / 'sub')(x), net(x, arch))
+    net.reset_classifier(0)
+    assert net(x, arch).shape == tsn.extract(net, arch)(x).shape == (2, arch.width[-1])
+
+
+def test_feature_maps_and_replaced_norms():
+    base = create_base(blocks=INVERTED)
+    net = timm.layers.convert_sync_batchnorm(tsn.elastic(base)).eval()
+    for arch in archs_of(net, 1):
+        torch.testing.assert_close(
+            net(images(net), arch), tsn.extract(net, arch)(resized(images(net), arch.resolution)), rtol=0, atol=1e-12)
+    features = timm.create_model('elastic_supernet', base='test_efficientnet', features_only=True)
+    assert [each.shape[-1] for each in features(torch.randn(1, 3, 64, 64))] == [32, 16, 8, 4, 2]

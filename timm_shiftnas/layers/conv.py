@@ -41,14 +41,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .widths import Width, check_channels, masked, prefix
+from .widths import Width, check_channels, leading, masked, prefix
 
 __all__ = [
     'Bypass', 'ConvWidths', 'ElasticBatchNorm', 'ElasticConv2d', 'ElasticConvBnAct', 'ElasticDepthwiseConv2d',
     'ElasticDepthwiseSeparableConv', 'ElasticEdgeResidual', 'ElasticInvertedResidual', 'ElasticProjection',
     'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut', 'ProjectedDepthwiseSeparableConv',
     'ProjectedInvertedResidual', 'Projection', 'WidthShortcut', 'centre', 'elastic_kernel', 'keep_activations',
-    'leading', 'make_elastic', 'normalize', 'resize',
+    'make_elastic', 'normalize', 'resize',
 ]
 
 
@@ -93,16 +93,6 @@ def resize(x: Tensor, resolution: int) -> Tensor:
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
-
-
-def leading(weight: Tensor, *sizes: int | None) -> Tensor:
-    """The first entries of a tensor along its first dimensions; `None` and the full size take all.
-
-    Taking all returns the tensor itself: autograd would copy the gradient of a slice.
-    """
-    if all(size is None or size == full for size, full in zip(sizes, weight.shape, strict=False)):
-        return weight
-    return weight[tuple(map(slice, sizes))]
 
 
 def centre(weight: Tensor, size: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..space.shiftformer import HEAD_DIM
 from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex
-from .widths import Width, check_channels, masked, prefix
+from .widths import Width, check_channels, leading, masked, prefix
 
 __all__ = [
     'BlockWidths', 'ElasticAttention', 'ElasticBlock', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp',
@@ -47,8 +47,8 @@ class ElasticLinear(nn.Linear):
 
     def forward(self, x: Tensor, *, out: Width = None) -> Tensor:
         out = prefix(out)
-        bias = None if self.bias is None else self.bias[:out]
-        return F.linear(x, self.weight[:out, :x.shape[-1]], bias)
+        bias = None if self.bias is None else leading(self.bias, out)
+        return F.linear(x, leading(self.weight, out, x.shape[-1]), bias)
 
 
 class ElasticQKV(nn.Linear):
@@ -72,6 +72,8 @@ class ElasticQKV(nn.Linear):
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 * head width * heads, dim] and bias of the first `heads` heads."""
         rows = heads * self.head_dim
+        if 3 * rows == self.out_features and dim == self.in_features and not torch.compiler.is_compiling():
+            return self.weight, self.bias
         # always copies: views, which are possible for some numbers of heads only, would add compiled graphs
         layout = torch.contiguous_format
         weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].clone(memory_format=layout).view(-1, dim)
@@ -90,7 +92,7 @@ class ElasticQKV(nn.Linear):
             # active heads read the bias of a network with as many heads, inactive ones that of the full network
             rows = int(heads.detach().sum().round()) * HEAD_DIM
             bias = torch.cat([bias[:3 * rows].view(3, rows), bias.view(3, -1)[:, rows:]], dim=1).flatten()
-        return F.linear(x, self.weight[:, :x.shape[-1]], bias)
+        return F.linear(x, leading(self.weight, None, x.shape[-1]), bias)
 
 
 class ElasticLayerNorm(LayerNorm):
@@ -103,7 +105,7 @@ class ElasticLayerNorm(LayerNorm):
         """The output before it is masked: for a norm whose output is the residual stream itself."""
         if not isinstance(width, Tensor):
             dim = x.shape[-1]
-            return F.layer_norm(x, (dim,), self.weight[:dim], self.bias[:dim], self.eps)
+            return F.layer_norm(x, (dim,), leading(self.weight, dim), leading(self.bias, dim), self.eps)
         count = width.sum()
         x = x - (x * width).sum(-1, keepdim=True) / count
         variance = (x * x * width).sum(-1, keepdim=True) / count
@@ -120,8 +122,8 @@ class ElasticPatchEmbed(PatchEmbed):
                 f'input of size {tuple(x.shape[-2:])} for a network of {tuple(self.img_size)}; '
                 'resize the images or call set_input_size')
         out = prefix(out)
-        bias = None if self.proj.bias is None else self.proj.bias[:out]
-        x = F.conv2d(x, self.proj.weight[:out], bias, self.proj.stride)
+        bias = None if self.proj.bias is None else leading(self.proj.bias, out)
+        x = F.conv2d(x, leading(self.proj.weight, out), bias, self.proj.stride)
         return x.flatten(2).transpose(1, 2)
 
 
@@ -177,7 +179,7 @@ class ElasticLayerScale(LayerScale):
     """timm's LayerScale of the first `x.shape[-1]` channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma[:x.shape[-1]]
+        return x * leading(self.gamma, x.shape[-1])
 
 
 class ElasticAttentionPool(AttentionPoolLatent):

@@ -1,9 +1,10 @@
 """Widths of elastic layers: an int slices, a 0/1 mask of full width multiplies, `None` is the full width."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ['Width', 'check_channels', 'masked', 'prefix']
+__all__ = ['Width', 'check_channels', 'leading', 'masked', 'prefix']
 
 Width = int | Tensor | None
 
@@ -23,6 +24,18 @@ def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
 def prefix(width: Width) -> int | None:
     """How many channels to compute, as a slice bound: masks compute all."""
     return None if isinstance(width, Tensor) else width
+
+
+def leading(weight: Tensor, *sizes: int | None) -> Tensor:
+    """The first entries of a tensor along its first dimensions; `None` and the full size take all.
+
+    Taking all returns the tensor itself: autograd would copy the gradient of a slice. A compiled graph always slices,
+    so that the full size needs no graph of its own.
+    """
+    if not torch.compiler.is_compiling() and all(
+            size is None or size == full for size, full in zip(sizes, weight.shape, strict=False)):
+        return weight
+    return weight[tuple(map(slice, sizes))]
 
 
 def check_channels(images: Tensor, channels: int) -> None:

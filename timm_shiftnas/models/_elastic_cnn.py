@@ -9,8 +9,8 @@ from timm.models import checkpoint
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
-from ..layers.conv import ConvWidths, keep_activations, leading, normalize, resize
-from ..layers.widths import Width, masked
+from ..layers.conv import ConvWidths, keep_activations, normalize, resize
+from ..layers.widths import Width, leading, masked
 from ..space.core import Arch
 from ..space.families import Masks
 from ._supernet import TimmSupernet

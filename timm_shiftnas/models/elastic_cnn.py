@@ -23,7 +23,8 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
-from ..layers.conv import Bypass, ConvWidths, centre, elastic_kernel, leading, make_elastic
+from ..layers.conv import Bypass, ConvWidths, centre, elastic_kernel, make_elastic
+from ..layers.widths import leading
 from ..space.core import Arch, SearchSpace
 from ..space.elastic_cnn import (
     CnnBlock,
@@ -255,6 +256,7 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
                 elastic_kernel(spatial, sizes)
             if not block.has_skip and position not in structure.fixed[stage]:
                 block.projection = Bypass()
+        _create_filters(self)
         self.unbound_space = space.unbind()
         self.model_args = model_args
         return self
@@ -454,8 +456,17 @@ def make_cnn_static(
     full = elastic_cnn_space(**dict(own.fields), **dict(own.structure, layer_order=order))
     static_space, arch = elastic_cnn_space_of(arch, full.structure)
     shrink(net, _space_with(full, arch), arch)
+    _create_filters(net)
     net.arch, net.static_space, net.model_args = arch, static_space, dict(model_args, layer_order=layer_order)
     return net
+
+
+def _create_filters(net: nn.Module) -> None:
+    """Give poolings on the meta device their filters: these are constants, which no state_dict holds."""
+    for module in net.modules():
+        if isinstance(module, BlurPool2d) and module.filt.is_meta:
+            module.filt = torch.empty_like(module.filt, device='cpu')
+            module.init_non_persistent_buffers()
 
 
 def _space_with(own: SearchSpace, arch: Arch) -> SearchSpace:

@@ -56,20 +56,10 @@ def extract(net: nn.Module, arch: Arch) -> nn.Module:
     with torch.inference_mode(False):  # so that the weights can be trained even if extracted in inference mode
         state = {name: tensor.detach().clone() for name, tensor in net.subnet_state_dict(arch, subnet).items()}
     subnet.load_state_dict(state, strict=True, assign=True)
-    _create_constants(subnet, weight.device)
     for name in {'image_mode', 'upright'} & {*vars(net)}:
         setattr(subnet, name, getattr(net, name))
-    return subnet.requires_grad_(True).train(net.training)
-
-
-def _create_constants(net: nn.Module, device: torch.device) -> None:
-    """Move what is not in a state_dict, such as the filters of a blurring pooling, from the meta device to another."""
-    for module in net.modules():
-        constants = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in constants:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if constants:
-            module.init_non_persistent_buffers()
+    # what is not in a state_dict, such as the filters of a blurring pooling, may be on another device
+    return subnet.to(weight.device).requires_grad_(True).train(net.training)
 
 
 def describe_images(
