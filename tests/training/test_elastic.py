@@ -11,6 +11,7 @@ from support import stock_script
 from support.processes import call, ranks
 from support.small_runs import load, run_script, same
 from timm.data import create_loader
+from timm.models import save_for_hf
 
 import timm_shiftnas as tsn
 import timm_shiftnas_cli
@@ -18,6 +19,7 @@ from timm_shiftnas.data.datasets import create_dataset
 from timm_shiftnas.method import BudgetGroups, ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.training import trainer as train
+from timm_shiftnas.training.elastic import open_base
 
 SIZE = dict(img_size=16, patch_size=4)
 BASE = ['--elastic', 'test_vit', '--model-kwargs', 'patch_size=4', '--img-size', '16']
@@ -117,6 +119,23 @@ def test_a_head_of_other_classes_is_replaced(weights, tmp_path, caplog):
     # the same features in another order
     torch.testing.assert_close(pooled.sort(-1).values, expected.sort(-1).values, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(pooled, expected, atol=1e-3)
+
+
+def test_a_network_that_timm_has_saved(tmp_path):
+    """Its folder says which network it is; what is made of it can be created without the folder."""
+    base = create_base(7)
+    save_for_hf(base, tmp_path / 'base', model_args=SIZE, safe_serialization=True)
+    device = torch.device('cpu')
+    net = open_base(f'local-dir:{tmp_path / "base"}', dict(img_size=16, drop_path_rate=None), num_classes=10,
+                    device=device).net
+    assert_same_function(net, base)
+    assert (net.model_args['base'], net.model_args['patch_size']) == ('test_vit', 4)
+
+    cnn = timm.create_model('test_efficientnet', num_classes=7)
+    save_for_hf(cnn, tmp_path / 'cnn', safe_serialization=True)
+    net = open_base(f'local-dir:{tmp_path / "cnn"}', dict(img_size=32), device=device).net
+    assert net.space.largest.resolution == 32 and net.num_classes == 7
+    assert_same_function(net, cnn)
 
 
 @pytest.mark.slow

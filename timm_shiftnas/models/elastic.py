@@ -44,8 +44,9 @@ def elastic(
     """Turn a network of timm into a supernet whose largest arch it is.
 
     Args:
-        base: A name of timm, such as 'vit_small_patch16_224.augreg_in21k_ft_in1k' or 'efficientnet_b0', or a network
-            that timm created, which stays as it is: the supernet gets copies of its weights.
+        base: A name of timm, such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'efficientnet_b0' or
+            'hf-hub:OWNER/NAME', or a network that timm created, which stays as it is: the supernet gets copies of its
+            weights.
         pretrained: Load the published weights of a base that is given by name.
         space: The search space, or the dict of its `to_dict`; nothing in it may be larger than in the base. Default:
             derived from the base.
@@ -58,8 +59,13 @@ def elastic(
     Raises:
         ValueError: If the base is unknown or not elastic, the space is larger than it, or there are no weights.
     """
-    if isinstance(base, str):
+    if isinstance(base, str) and ':' not in base:
         return create_model('elastic_supernet', pretrained=pretrained, base=base, space=space, **kwargs)
+    if isinstance(base, str):  # a repository or a folder says itself which network it is
+        family, size = _family_of(create_model(base, device='meta')), {}
+        if family is not None and family.sized and 'img_size' in kwargs:
+            size['img_size'] = kwargs.pop('img_size')
+        return elastic(create_model(base, pretrained=pretrained, **kwargs), space=space, **size)
     net = copy.deepcopy(unwrap_model(base))
     cfg, family = getattr(net, 'pretrained_cfg', {}), _family_of(net)
     size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None

@@ -13,7 +13,7 @@ from timm.data import resolve_input_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ..models import sort_by_importance
+from ..models import elastic, sort_by_importance
 from ..space.families import space_from_dict
 from ..utils.distributed import Ranks
 from ..utils.text import one_line
@@ -24,8 +24,6 @@ from .timm_flags import BASE
 __all__ = ['Base', 'elastic_network', 'open_base', 'sort_units']
 
 _logger = logging.getLogger('train')
-
-ELASTIC = 'elastic_supernet'
 
 
 class Base:
@@ -92,7 +90,7 @@ def open_base(
             model_args, num_classes=classes,
             pretrained_cfg_overlay=dict(file=file, source='', num_classes=classes))
     try:
-        net = timm.create_model(ELASTIC, base=name, pretrained=True, **model_args)
+        net = elastic(name, pretrained=True, **model_args)
     except Exception as error:  # unknown names and arguments, weights of another network, no connection, ...
         hint = '' if file else '; --pretrained-path FILE takes weights from a file'
         raise ValueError(f'cannot make {name} elastic: {one_line(error, 300)}{hint}') from error

@@ -99,7 +99,7 @@ def network(name: str) -> str:
     if not Path(folder).is_dir():
         raise argparse.ArgumentTypeError(
             f'{name!r} is not a network of timm_shiftnas; choose one of {", ".join(known)}, local-dir:DIR with the '
-            'directory of a saved model, or hf-hub:OWNER/NAME')
+            'directory of a saved model, or hf-hub:OWNER/NAME; --elastic NAME makes one of a network of timm')
     return f'local-dir:{folder}'
 
 
