@@ -483,3 +483,25 @@ def test_feature_maps_and_replaced_norms():
             net(images(net), arch), tsn.extract(net, arch)(resized(images(net), arch.resolution)), rtol=0, atol=1e-12)
     features = timm.create_model('elastic_supernet', base='test_efficientnet', features_only=True)
     assert [each.shape[-1] for each in features(torch.randn(1, 3, 64, 64))] == [32, 16, 8, 4, 2]
+
+
+def test_squeeze_and_excitation_keeps_its_share():
+    base = create_base(blocks=['dsa_r1_k3_s1_c16_se0.25', 'ir_r1_k3_s2_e3_c24_se0.25'])
+    net = tsn.elastic(base)
+    fields = dict(net.space.largest.to_dict(), mid_width=[24], width=[8, 16, 24, 40])
+    sub = tsn.extract(net, net.space.arch(**fields))
+    for stage, inner in ((0, 8), (1, 24)):
+        full, small = base.blocks[stage][0].se.conv_reduce, sub.blocks[stage][0].se.conv_reduce
+        assert small.in_channels == inner
+        assert small.out_channels == max(round(full.out_channels * inner / full.in_channels), 1)
+
+
+@pytest.mark.parametrize('pool', ['avg', 'blur', None])
+def test_macs_at_odd_sizes(pool):
+    """Average pooling rounds down, everything else up."""
+    base = create_base(blocks=['er_r1_k3_s2_e2_c24', 'ir_r1_k3_s2_e2_c24', 'ir_r1_k3_s2_e2_c32'], aa_layer=pool)
+    net = tsn.elastic(base, img_size=44)
+    assert net.space.values('resolution') == (24, 32, 40, 44)
+    for resolution in (44, 40, 24):
+        arch = net.space.arch(**dict(net.space.largest.to_dict(), resolution=resolution))
+        assert net.macs(arch) == counted_macs(base, images(net, resolution, 1))
