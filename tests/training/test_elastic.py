@@ -18,6 +18,7 @@ import timm_shiftnas_cli
 from timm_shiftnas.data.datasets import create_dataset
 from timm_shiftnas.method import BudgetGroups, ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
+from timm_shiftnas.models import static_counts
 from timm_shiftnas.training import trainer as train
 from timm_shiftnas.training.elastic import open_base
 
@@ -136,6 +137,16 @@ def test_a_network_that_timm_has_saved(tmp_path):
     net = open_base(f'local-dir:{tmp_path / "cnn"}', dict(img_size=32), device=device).net
     assert net.space.largest.resolution == 32 and net.num_classes == 7
     assert_same_function(net, cnn)
+
+
+def test_a_cnn_that_is_trained_first_has_the_size_of_the_images(tmp_path):
+    """What is trained with `--model elastic_cnn_subnet --img-size 32` counts its MACs at that size."""
+    net = timm.create_model('elastic_cnn_subnet', base='test_efficientnet', img_size=32, num_classes=3)
+    supernet = tsn.elastic('test_efficientnet', img_size=32, num_classes=3)
+    assert (net.arch, static_counts(net)[0]) == (supernet.space.largest, supernet.macs(supernet.space.largest))
+    tsn.save_pretrained(tmp_path / 'net', net)
+    again = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+    assert again.arch == net.arch and again.pretrained_cfg['input_size'] == (3, 32, 32)
 
 
 @pytest.mark.slow

@@ -297,11 +297,12 @@ def elastic_cnn_subnet(
         pretrained_cfg: Any = None,
         **kwargs,
 ) -> nn.Module:
-    """A static CNN of an arch: a base of timm with smaller layers. Without `arch=`, the base itself.
+    """A static CNN of an arch: a base of timm with smaller layers. Without `arch=`, the base itself, for images of `img_size`.
 
     `layer_order` says which blocks an arch of less than full depth has; see `elastic_cnn_space`.
     """
-    kwargs.pop('img_size', None)  # the arch has the resolution
+    if arch is not None:
+        kwargs.pop('img_size', None)  # the arch has the resolution
 
     def make(net: nn.Module, args: dict[str, Any]) -> nn.Module:
         _check_is_of(ELASTIC_CNNS, net, base)

@@ -450,7 +450,8 @@ def make_cnn_static(
     Raises:
         ValueError: If the arch is not one of this base.
     """
-    own = default_cnn_space(net, net.pretrained_cfg['input_size'][-1] if hasattr(net, 'pretrained_cfg') else 224)
+    size = model_args.pop('img_size', None) or getattr(net, 'pretrained_cfg', dict(input_size=[224]))['input_size'][-1]
+    own = default_cnn_space(net, size)
     arch = arch or own.largest
     order = own.structure.layer_order if layer_order is None else layer_order
     full = elastic_cnn_space(**dict(own.fields), **dict(own.structure, layer_order=order))
