@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ SOURCES = (
 SIDE, PATCH = 384, 48  # pixels of the shorter side of a photograph, and of a patch
 CROPS = 64  # images for each of sorting, calibration and agreement
 EPOCHS, GROUPS, COMPARED = 8, 4, (1, 3)  # COMPARED: groups whose archs are also trained alone
+ALONE = {'pretrained weights': [], 'random weights': ['--from-scratch']}  # flags of train_subnet.py
+WEIGHTS = 'model.safetensors'
 TRAIN = f'''
     --elastic {NETWORK} --workers 0 --img-size 64 --crop-pct 1 --batch-size 32 --epochs {EPOCHS}
     --val-interval {EPOCHS} --lr 1e-3 --warmup-epochs 1 --warmup-lr 1e-4 --scale 0.5 1 --color-jitter 0
@@ -214,27 +217,31 @@ def write_patches(folder: Path) -> None:
                 image.crop(box).convert('RGB').save(path)
 
 
-def adapt(output: Path, data: Path, weights: Path) -> str:
-    """Adapt the base with `train.py`, train some of its archs alone, and compare them."""
-    flags = [*TRAIN, '--pretrained-path', str(weights), '--data-dir', str(data)]
-    folder = output / 'adapted'
+def adapt(output: Path, jobs: int) -> str:
+    """Adapt the base with `train.py`, train some of its archs alone, and compare them.
+
+    Args:
+        output: Folder of the trainings, which has the weights and the patches.
+        jobs: Number of processes.
+    """
+    flags = [*TRAIN, '--pretrained-path', str(output / WEIGHTS), '--data-dir', str(output / 'patches')]
+    folder, archs = output / 'adapted', output / 'archs.json'
     runs.execute([('adaptation', folder, [
-        sys.executable, 'train.py', *flags, '--output', str(output), '--experiment', folder.name])], 1)
+        sys.executable, 'train.py', *flags, '--output', str(output), '--experiment', folder.name])], jobs)
     rows = {row['name']: row for row in runs.read_csv(folder / 'budgets.csv')}
-    archs = output / 'archs.json'
     runs.write(archs, json.dumps([json.loads(rows[f'group {group}']['arch']) for group in COMPARED]))
-    alone = {}
-    for title, options in (('pretrained weights', []), ('random weights', ['--from-scratch'])):
-        place = output / title.replace(' ', '-')
-        runs.execute([(title, place, [
-            sys.executable, 'benchmarks/train_subnet.py', *flags, '--archs', str(archs), *options, '--results-file',
-            str(place / 'subnets.json')])], 1)
+    places = {title: output / title.replace(' ', '-') for title in ALONE}
+    runs.execute([(title, place, [
+        sys.executable, 'benchmarks/train_subnet.py', *flags, '--archs', str(archs), *ALONE[title], '--results-file',
+        str(place / 'subnets.json')]) for title, place in places.items()], jobs)
+    alone = []
+    for place in places.values():
         found = json.loads((place / 'subnets.json').read_text())
-        alone[title] = {f'group {group}': row['top1'] for group, row in zip(COMPARED, found, strict=True)}
+        alone.append({f'group {group}': row['top1'] for group, row in zip(COMPARED, found, strict=True)})
     lines = [[
         name, f'{int(row["macs"]) / 1e6:.1f}M', f'{float(row["top1"]):.1f}',
-        *(f'{found[name]:.1f}' if name in found else '' for found in alone.values())] for name, row in rows.items()]
-    return runs.markdown_table(['subnet', 'MACs', 'one adaptation', *(f'alone, {title}' for title in alone)], lines)
+        *(f'{found[name]:.1f}' if name in found else '' for found in alone)] for name, row in rows.items()]
+    return runs.markdown_table(['subnet', 'MACs', 'one adaptation', *(f'alone, {title}' for title in ALONE)], lines)
 
 
 REPORT = '''# Real weights
@@ -279,6 +286,8 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks/real_weights'), metavar='DIR',
                         help='of weights, patches and trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of the page')
+    parser.add_argument('--jobs', type=runs.positive, default=os.cpu_count(), metavar='N',
+                        help='processes, of one thread each')
     args = parser.parse_args()
     output = args.output.resolve()
     try:
@@ -286,21 +295,20 @@ def main() -> None:
         images = [photograph(name) for name in PHOTOGRAPHS]
     except ImportError as error:
         sys.exit(f'{error.name} is missing; run: {INSTALL}')
-    output.mkdir(parents=True, exist_ok=True)
-    runs.write(output / 'model.safetensors', lambda path: save_file(weights, path))
+    runs.write(output / WEIGHTS, lambda path: save_file(weights, path))
     write_patches(output / 'patches')
+    training, testing = (
+        sum(1 for _ in (output / 'patches' / split).rglob('*.png')) for split in ('train', 'validation'))
     transform = create_transform(**resolve_data_config(timm.get_pretrained_cfg(NETWORK).to_dict()))
     equality = equality_table(weights, torch.stack([transform(image) for image in images]))
     named, reduced = naming_tables(weights)
-    training, testing = (
-        sum(1 for _ in (output / 'patches' / split).rglob('*.png')) for split in ('train', 'validation'))
-    adapted = adapt(output, output / 'patches', output / 'model.safetensors')
-    text = REPORT.format(
+    print(equality, named, reduced, sep='\n\n', flush=True)
+    adapted = adapt(output, args.jobs)
+    print(f'\n{adapted}')
+    runs.write(args.results / 'real_weights.md', REPORT.format(
         network=NETWORK, photographs=len(images), equality=equality, named=named, reduced=reduced, crops=CROPS,
         classes=len(SOURCES), patch=PATCH, side=SIDE, training=training, testing=testing, epochs=EPOCHS,
-        adapted=adapted)
-    runs.write(args.results / 'real_weights.md', text)
-    print(text)
+        adapted=adapted))
 
 
 if __name__ == '__main__':
