@@ -97,7 +97,8 @@ def main() -> None:
         plain = ResizedInput(timm_shiftnas.extract(net, arch).to(device))
         inherited = evaluate(plain, loaders.validation, device)[0]
         if own.from_scratch:
-            plain = ResizedInput(timm_shiftnas.extract(create_network(args, device), arch))
+            new = net.build_subnet(arch) if args.elastic else timm_shiftnas.extract(create_network(args, device), arch)
+            plain = ResizedInput(new.to(device))
         train(plain, loaders, args, device)
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
                             top1=evaluate(plain, loaders.validation, device)[0]))

@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from support.networks import tiny_supernet
 from support.paths import ROOT
 from support.processes import call, run_file
@@ -122,6 +123,23 @@ def test_subnets_trained_separately(tmp_path):
             top1 = 100 * float((net(images, arch).argmax(1) == targets).float().mean())
         assert result['inherited'] == pytest.approx(top1, abs=1e-3) and result['macs'] == net.macs(arch)
         assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10
+
+
+def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):
+    """Nothing of the base, which is not a number anywhere, is left in a subnet that is trained from scratch."""
+    base = timm.create_model('test_efficientnet', num_classes=10)
+    save_file({name: torch.full_like(weight, math.nan) if weight.is_floating_point() else weight
+               for name, weight in base.state_dict().items()}, tmp_path / 'base.safetensors')
+    space = tsn.elastic('test_efficientnet', num_classes=10, img_size=32).space
+    (tmp_path / 'archs.json').write_text(json.dumps([space.smallest.to_dict()]))
+    flags = ['--elastic', 'test_efficientnet', '--pretrained-path', tmp_path / 'base.safetensors', '--elastic-sort',
+             'none', '--from-scratch', '--archs', tmp_path / 'archs.json', '--results-file', tmp_path / 'subnets.json',
+             '--dataset', 'sklearn/digits', '--img-size', '32', '--workers', '0', '--epochs', '2', '--batch-size', '32',
+             '--opt', 'muon', '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug', '--generator-fit-steps', '1']
+    code, _, err = call(run_file, BENCHMARKS / 'train_subnet.py', *flags, folder=tmp_path)
+    assert code == 0, err
+    result, = json.loads((tmp_path / 'subnets.json').read_text())
+    assert space.from_dict(result['arch']) == space.smallest and result['inherited'] < 15 < 30 < result['top1']
 
 
 def test_speed_prints_a_ratio_for_each_arch(tmp_path):

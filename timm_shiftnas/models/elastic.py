@@ -297,7 +297,7 @@ def elastic_cnn_subnet(
         pretrained_cfg: Any = None,
         **kwargs,
 ) -> nn.Module:
-    """A static CNN of an arch: a base of timm with smaller layers. Without `arch=`, the base itself, for images of `img_size`.
+    """A static CNN of an arch: a base of timm with smaller layers. Without `arch=`, the base for images of `img_size`.
 
     `layer_order` says which blocks an arch of less than full depth has; see `elastic_cnn_space`.
     """
