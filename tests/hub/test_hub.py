@@ -270,6 +270,7 @@ def test_budgets_are_read_in_units(saved, net):
     assert net.macs(subnet.arch) <= 1.5e6 and subnet.arch == from_pretrained(saved, flops=1_500_000).arch
 
 
+@pytest.mark.slow
 def test_subnet_for_params(saved, net, generator):
     subnet = from_pretrained(saved, params='100k')
     assert sum(weight.numel() for weight in subnet.parameters()) <= 100_000
@@ -390,6 +391,8 @@ def test_subnet_directory(saved_subnet, net, mixed):
         load_supernet(saved_subnet)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_timm_loads_the_subnet_in_a_fresh_process(saved_subnet, net, mixed, tmp_path):
     code = (
         'import sys, timm, torch, timm_shiftnas\n'
@@ -410,6 +413,7 @@ def test_a_subnet_of_create_model(tmp_path, net, mixed):
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(subnet))
 
 
+@pytest.mark.slow
 def test_a_saved_subnet_has_to_satisfy_the_request(saved_subnet, net, mixed):
     macs, params = net.macs(mixed), net.params(mixed)
     for kwargs in (dict(flops=macs), dict(params=params), dict(arch=mixed), dict(arch=mixed.to_dict())):
@@ -806,6 +810,7 @@ def test_a_save_that_fails_midway_leaves_nothing_loadable(folder, net, generator
     assert torch.equal(logits(load_supernet(folder)[0]), logits(net))
 
 
+@pytest.mark.process
 def test_a_killed_save_leaves_the_old_model_whole(folder, net, generator):
     """A process that saves other weights is killed while it writes them; `fsync` holds it there."""
     code = (

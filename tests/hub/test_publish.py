@@ -20,6 +20,8 @@ from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.push import published_files
 from timm_shiftnas.models import bn_statistics
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 ROOT = Path(__file__).parents[2]
 BUDGET = 3_276_000.  # of a group
 FILES = {'config.json', 'model.safetensors', 'generator.safetensors', 'bn_stats.safetensors'}

@@ -67,6 +67,8 @@ def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
         runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', ''])], 1)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize('script, flags, message', [
     ('compare_samplers', ['--samplers', 'generator'], '--match images'),
     ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator'),
@@ -81,6 +83,8 @@ def test_wrong_flags_are_errors_before_training(script, flags, message, tmp_path
     assert code == 2 and message in err and not (tmp_path / 'runs').exists()
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_comparison_from_the_command_line(tmp_path):
     flags = ['--task', 'digits', '--epochs', '1', '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match',
              'images', '--output', tmp_path / 'runs', '--results', tmp_path / 'results', '--reference', 'uniform',
@@ -101,6 +105,8 @@ def test_comparison_from_the_command_line(tmp_path):
     assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_subnets_trained_separately(tmp_path):
     """Inherited accuracy is that of the supernet at the arch, and training increases it."""
     net = tiny_supernet()
@@ -124,6 +130,8 @@ def test_subnets_trained_separately(tmp_path):
         assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_speed_prints_a_ratio_for_each_arch(tmp_path):
     flags = ['supernet', '--model', 'test_shiftformer_supernet', '--rounds', '1', '--batch-size', '4']
     _, out, err = call(run_file, BENCHMARKS / 'speed.py', *flags, folder=tmp_path)

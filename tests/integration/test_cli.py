@@ -129,7 +129,8 @@ def test_info_checks_the_files(capsys, folder, name):
 # -- extract -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('option, value', [('--flops', '2M'), ('--params', '100k'), ('--arch', json.dumps(ARCH))])
+@pytest.mark.parametrize('option, value', [
+    ('--flops', '2M'), pytest.param('--params', '100k', marks=pytest.mark.slow), ('--arch', json.dumps(ARCH))])
 def test_extract(capsys, saved, net, generator, tmp_path, option, value):
     code, out, err = run(capsys, 'extract', saved, option, value, '--output', tmp_path / 'new' / 'sub')
     assert (code, err) == (0, '')
@@ -203,6 +204,7 @@ def checkpoint(tmp_path_factory):
     return folder / 'last.pth.tar'
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('flags, key', [([], 'state_dict_ema'), (['--no-ema'], 'state_dict')])
 def test_convert(capsys, checkpoint, tmp_path, flags, key):
     code, out, err = run(capsys, 'convert', checkpoint, tmp_path / 'model', *flags)
@@ -229,6 +231,7 @@ def test_convert(capsys, checkpoint, tmp_path, flags, key):
     assert run(capsys, 'convert', checkpoint, tmp_path / 'model', '--overwrite')[0] == 0
 
 
+@pytest.mark.process
 def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     def convert(path, message):
         refused(capsys, message, 'convert', path, tmp_path / 'out')
@@ -254,6 +257,7 @@ def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     assert (tmp_path / 'full' / 'thesis.tex').read_text() == 'years'
 
 
+@pytest.mark.process
 def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
     """Intact files of another kind, and checkpoints of other programs: one line each."""
     net = torch.nn.Linear(2, 2)
@@ -379,6 +383,7 @@ def test_terminal_escapes_of_a_config_are_not_printed(capsys, folder):
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('argv, code', [
     (['--help'], 0), (['--version'], 0), (['extract', '--help'], 0), (['inform'], 2), (['info', '/nowhere'], 2),
     (['extract', '.', '--flops', '2M'], 2), (['evaluate', '.', '--data-dir', '.', '--bn-images', 'x'], 2),
@@ -409,6 +414,8 @@ def test_train_is_the_training_script(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith('timm-shiftnas train: error: ')
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_console_script(saved, tmp_path):
     script = shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
     done = subprocess.run(
@@ -417,6 +424,7 @@ def test_console_script(saved, tmp_path):
     assert from_pretrained(tmp_path / 'sub', flops='2M')
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('argv', [['--version'], ['info', 'SAVED']])
 def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
@@ -430,6 +438,7 @@ def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
     assert (done.returncode, done.stderr) == (141, '')
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has a device that is always full')
 def test_output_to_a_full_disk_is_one_line():
     with open('/dev/full', 'w') as full:
@@ -449,6 +458,8 @@ def open_for_reader(fifo, child):
             time.sleep(.01)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ctrl_c(folder, tmp_path):
     """The process waits while it reads config.json, which is a FIFO; its output directory does not appear."""
     (folder / 'config.json').unlink()

@@ -33,6 +33,7 @@ def test_own_space(tmp_path):
     assert len(lines) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_own_loop(tmp_path):
     lines = run('own_loop.py', '--updates', '11', folder=tmp_path)

@@ -63,6 +63,7 @@ def train(task, shift_batches, updates, lr=1e-3, optimizer=None):
 # -- the signal --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('epsilon, tolerance', [(1e-5, 1e-4), (1e-3, 2e-2)])
 def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, tolerance):
     def double(n):
@@ -91,6 +92,7 @@ def test_more_groups_than_held_out_images(fitted, shift_batches):
     assert bool(task.shift_scores(task.get_trainable_module()).isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('signal', ['hypergradient', 'grad_norm', 'variation'])
 def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
     task = make_task(fitted, shift_batches, shift=signal)
@@ -116,6 +118,7 @@ def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
         torch.testing.assert_close(scores, task.shift_scores(net), rtol=2e-2, atol=1e-3)  # float32, also under autocast
 
 
+@pytest.mark.slow
 def test_p_rises_for_an_untrained_group(fitted, shift_batches):
     """Train only the subnets of the middle and the last group; the first group gains the most from training."""
     task = make_task(fitted, shift_batches, shift_lr=.2)
@@ -137,6 +140,7 @@ def test_p_rises_for_an_untrained_group(fitted, shift_batches):
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_archs_are_a_function_of_seed_and_step(fitted, shift_batches):
     first = train(make_task(fitted, shift_batches), shift_batches, 8)
     torch.manual_seed(123)
@@ -163,6 +167,7 @@ def test_budgets_follow_p(fitted, shift_batches):
     assert float((budgets > task.groups.edges[2]).double().mean()) > .7
 
 
+@pytest.mark.slow
 def test_the_sandwich_rule_trains_both_ends_and_others(fitted, shift_batches):
     """Loss and gradient are means over the largest, the smallest and sampled archs."""
     task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6)
@@ -227,11 +232,13 @@ def test_the_teacher_gets_images_in_its_own_normalisation():
     assert not any(p.requires_grad for p in teacher.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_inplace_distillation_needs_the_sandwich_rule(fitted):
     with pytest.raises(ValueError, match='sandwich=True'):
         make_task(fitted, None, shift='none', archs_per_step=2, inplace_distillation=True)
 
 
+@pytest.mark.slow
 def test_compilation_gives_one_graph_for_each_depth():
     """One graph serves all archs of a depth, unless a choice has the value 1, which torch treats as a constant."""
     graphs = []
@@ -279,6 +286,7 @@ def test_group_weights_fix_p(fitted):
             make_task(fitted, None, shift='none', group_weights=wrong)
 
 
+@pytest.mark.slow
 def test_the_generator_stays_as_fitted_with_interval_0(fitted, shift_batches):
     task = make_task(fitted, None, shift='none', generator_interval=0)
     before = {name: value.clone() for name, value in task.generator.state_dict().items()}
@@ -287,6 +295,7 @@ def test_the_generator_stays_as_fitted_with_interval_0(fitted, shift_batches):
     assert len(set(archs)) > 3
 
 
+@pytest.mark.slow
 def test_warmup_keeps_p_uniform_and_measures_the_noise(fitted, shift_batches):
     task = make_task(fitted, shift_batches, warmup_updates=9, warmup_sampler='uniform', seed=2)
     archs = train(task, shift_batches, 9)
@@ -344,6 +353,7 @@ def test_the_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches
 # -- the contract of timm's task ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_state_saves_and_restores(fitted, shift_batches, tmp_path):
     whole = make_task(fitted, shift_batches)
     optimizer = torch.optim.SGD(whole.get_trainable_module().parameters(), lr=1e-2)

@@ -75,6 +75,7 @@ def test_the_older_exporter_writes_cnns(name, tmp_path):
     assert not check(net, tmp_path / 'x.onnx')['Dropout']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(MODELS.keys() - {'no_class_token'}))
 def test_export_onnx_of_all_families(name, tmp_path):
     net = subnet(name)

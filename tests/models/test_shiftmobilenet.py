@@ -479,6 +479,7 @@ def test_extracted_equals_supernet(name):
     torch.testing.assert_close(net.double()(images(), SPACES[name].largest), exact(images(), SPACES[name].largest))
 
 
+@pytest.mark.slow
 def test_torch_export():
     for space in (STAGEWISE, IDENTITY):
         net = create(space).eval()
@@ -629,6 +630,7 @@ def test_bad_subnet_arguments(args, message):
         timm.create_model('shiftmobilenet_subnet', **{**good, **args})
 
 
+@pytest.mark.slow
 def test_generator_uses_the_budget():
     space = timm.create_model('test_shiftmobilenet_supernet', device='meta').space
     generator = tsn.ArchitectureGenerator(space).fit(steps=150, progress=False)

@@ -96,6 +96,7 @@ def test_known_figures(spaces):
     assert tsn.macs(spaces['T'], spaces['T'].smallest) == 196 * 768 * 192 + 12 * layer + 1000 * 192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_published_spaces_against_the_counter(name):
     net = timm.create_model(NAMES[name], device='meta')

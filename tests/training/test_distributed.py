@@ -24,6 +24,8 @@ from timm_shiftnas.method.config import ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.utils import Ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 IMAGES, UPDATES = 16, 5
 VARIANTS = {
     # depths differ between the micro-batches of an update, so that its last one leaves blocks without gradients

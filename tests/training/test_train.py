@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     return path / 'run', flags
 
 
+@pytest.mark.slow
 def test_output_files(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
@@ -75,6 +76,7 @@ def test_output_files(finished):
         assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_args_yaml_holds_the_given_learning_rate(tmp_path):
     """Not the scaled one, which depends on the number of processes."""
     given = [*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]
@@ -116,6 +118,7 @@ def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
         assert made.run.schedule.lr == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
 
 
+@pytest.mark.slow
 def test_the_model_directory_holds_the_evaluated_weights(finished):
     """The subnet for a group's budget has the accuracy of the table, and its weights are the averaged ones."""
     output, _ = finished
@@ -133,6 +136,8 @@ def test_the_model_directory_holds_the_evaluated_weights(finished):
     assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(tmp_path):
     """Speed and time left go to stderr, the table to stdout."""
     ours, terminal = pty.openpty()
@@ -150,6 +155,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path):
     assert re.search(r'epoch 1/1: +\d+%.*\d+/\d+ \[\d+:\d+<\d+:\d+, .*batch', seen.decode(errors='replace')), seen
 
 
+@pytest.mark.slow
 def test_uniform_baseline_searches(tmp_path, capsys):
     assert run(tmp_path, '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3') == 0
     rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
@@ -162,6 +168,7 @@ def test_uniform_baseline_searches(tmp_path, capsys):
     assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
 
 
+@pytest.mark.slow
 def test_image_folder_accumulation_and_one_channel(tmp_path):
     digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
     for i in range(120):
@@ -198,6 +205,7 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_streamed_dataset(shards, tmp_path):
     """A CNN, which reads the training images again for its statistics; resumed in the middle of an epoch."""
     flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
@@ -220,6 +228,7 @@ def test_streamed_dataset(shards, tmp_path):
     same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
 
 
+@pytest.mark.slow
 def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     tsn.save_pretrained(tmp_path, net)
@@ -239,6 +248,7 @@ def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     assert 'streams its images' in line
 
 
+@pytest.mark.slow
 def test_tracking(tmp_path, monkeypatch):
     """TensorBoard's own reader finds the values of the CSV; Weights & Biases keeps an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -260,6 +270,7 @@ def test_tracking(tmp_path, monkeypatch):
     assert saved['metric'] == float(rows[1]['eval_top1_largest'])
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_device_module(tmp_path, capsys):
     """A supernet teaches another one; --device-modules are imported."""
     teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
@@ -301,6 +312,7 @@ def trainer_of(tmp_path, *flags):
     return train.Trainer(train.parse_args([*ONE, '--output', str(tmp_path), *map(str, flags)]))
 
 
+@pytest.mark.slow
 def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved, tmp_path, caplog):
     """Flags of supernets are ignored, and named."""
     flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--epochs', '2', '--val-interval', '2',
@@ -360,6 +372,7 @@ def test_a_subnet_from_scratch(tmp_path):
     assert tsn.from_pretrained(trainer.run.output / 'model').arch.to_dict() == arch
 
 
+@pytest.mark.slow
 def test_a_teacher_of_one_network(saved, tmp_path):
     """loss = 0 * task + 1 * divergence from itself is 0 without dropout."""
     subnet = f'local-dir:{saved / "subnet"}'
@@ -391,6 +404,7 @@ def test_frozen_modules_of_a_cnn_keep_weights_and_statistics(saved_cnn, tmp_path
     assert changed == {name for name in before if not name.startswith(('conv_stem.', 'bn1.', 'blocks.0.'))}
 
 
+@pytest.mark.slow
 def test_frozen_modules_are_part_of_what_resumes(saved, tmp_path, capsys):
     flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--output', str(tmp_path), '--experiment', 'run',
              '--val-interval', '9', '--epochs']
@@ -442,6 +456,7 @@ def test_a_saved_model_of_one_channel_gets_images_of_one_channel(tmp_path):
     assert next(iter(trainer.read_batches(0)))[0].shape[1] == trainer.run.net.in_chans == 1
 
 
+@pytest.mark.slow
 def test_networks_that_are_not_ours_or_do_not_fit(saved, seven, capsys, tmp_path, finished):
     subnet = f'local-dir:{saved / "subnet"}'
     (tmp_path / 'empty').mkdir()
@@ -494,7 +509,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--model', 'resnet18'], 'shiftformer_tiny_supernet'),
+    pytest.param(['--model', 'resnet18'], 'shiftformer_tiny_supernet', marks=pytest.mark.slow),
     (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
     (['--num-classes', '3'], '10 classes'),
     (['--num-groups', '1001'], '1 to 1000'),
@@ -528,6 +543,7 @@ def test_wrong_flags(capsys, flags, words, tmp_path):
     assert not list(tmp_path.iterdir())  # no file is left
 
 
+@pytest.mark.slow
 def test_resume_of_another_space(capsys, finished, tmp_path):
     output, _ = finished
     line = one_line_error(
@@ -557,6 +573,7 @@ def test_config_file_gives_defaults(tmp_path):
     assert args.model_kwargs == dict(relative_position=False)
 
 
+@pytest.mark.slow
 def test_resume_with_another_split(capsys, finished, tmp_path):
     output, flags = finished
     resume = ['--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path)]
@@ -564,6 +581,7 @@ def test_resume_with_another_split(capsys, finished, tmp_path):
     assert '--seed 42 and not 7' in line and 'args.yaml' in line
 
 
+@pytest.mark.slow
 def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     output, flags = finished
     resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
@@ -573,11 +591,14 @@ def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
 
 
+@pytest.mark.slow
 def test_mixup_switched_off_without_prefetcher(tmp_path):
     flags = ['--shift', 'none', '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1']
     assert run(tmp_path, *flags) == 0
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
     command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
     process = subprocess.Popen(
