@@ -175,7 +175,7 @@ def test_resume_in_the_middle_of_an_epoch_needs_the_same_batch_size(whole, tmp_p
     state['task_state']['loop'].update(epoch=2, batch=4)
     torch.save(state, tmp_path / 'middle.pth.tar')
     assert train.main([*RICH, '--resume', str(tmp_path / 'middle.pth.tar'), '--output', str(tmp_path), '-b', '64']) == 2
-    assert 'batch_size=128, and not 64' in capsys.readouterr().err
+    assert 'batch_size=70, and not 64' in capsys.readouterr().err
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------

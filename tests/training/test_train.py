@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
 import termios
@@ -22,8 +21,8 @@ import timm
 import torch
 from PIL import Image, ImageOps
 from support.networks import rng, tiny_supernet
-from support.processes import Job
-from support.small_runs import FAST, ROOT, load, run_script, same, train
+from support.processes import Job, run_file
+from support.small_runs import FAST, ROOT, TINY, load, run_script, same, train
 from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
@@ -85,7 +84,7 @@ def test_args_yaml_holds_the_given_learning_rate(tmp_path):
     before = dict(vars(args))
     trainer = train.Trainer(args)
     assert vars(args) == before and trainer.args.num_classes == 10
-    assert trainer.args.lr == trainer.run.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
+    assert trainer.args.lr == trainer.run.optimizer.param_groups[0]['lr'] == 5e-4 * 70 / 512
     again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
     assert again.lr is None and scaled_lr(again, processes=2) == 2 * trainer.args.lr
 
@@ -176,13 +175,13 @@ def test_image_folder_accumulation_and_one_channel(tmp_path):
             folder = tmp_path / 'data' / split / str(digits.target[i] % 2)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
-    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3',
+    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '8', '--grad-accum-steps', '3',
              '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher',
              '--shift', 'none', '--clip-grad', '1', '--mixup', '0.1', '--amp',
              '--amp-dtype', 'bfloat16', '--grad-checkpointing']
     assert run(tmp_path, *flags) == 0
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
-    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 16: three updates of 3, 3 and 1
+    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 8: three updates of 3, 3 and 1
     net = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
     assert net.num_classes == 2 and net.in_chans == 1
 
@@ -208,7 +207,7 @@ def shards(tmp_path_factory):
 @pytest.mark.slow
 def test_streamed_dataset(shards, tmp_path):
     """A CNN, which reads the training images again for its statistics; resumed in the middle of an epoch."""
-    flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+    flags = [*TINY, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
              '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
              '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '32', '--shift', 'none', '-j', '1',
              '--epochs', '2', '--val-interval', '9', '--recovery-interval', '2', '--bn-images', '64',
@@ -275,7 +274,8 @@ def test_a_teacher_and_a_device_module(tmp_path, capsys):
     """A supernet teaches another one; --device-modules are imported."""
     teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
-    flags = ['--epochs', '1', '--kd-model', 'test_shiftformer_supernet', '--distill-loss-weight', '1']
+    flags = ['--img-size', '32', '--epochs', '1', '--kd-model', 'test_shiftformer_supernet',
+             '--distill-loss-weight', '1']
     assert run(tmp_path, *flags, '--kd-model-path', str(tmp_path / 'teacher.pth'), '--device-modules', 'colorsys',
                '--archs-per-step', '3', '--sandwich', '--inplace-distillation', '--head-init-scale', '.1') == 0
     assert 'colorsys' in sys.modules
@@ -523,7 +523,6 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
     (['--in-chans', '5'], 'RGB have 3'),
     (['--input-img-mode', 'P'], 'give one of L, LA, RGB'),
-    (['--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64'], '--input-size 3 64 64'),
     (['--opt-betas', '0.9'], '--opt adamw'),
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
@@ -541,6 +540,11 @@ def test_broken_image(capsys, folder, workers, tmp_path):
 def test_wrong_flags(capsys, flags, words, tmp_path):
     assert words in one_line_error(capsys, '--output', str(tmp_path), *flags)
     assert not list(tmp_path.iterdir())  # no file is left
+
+
+def test_a_mobilenet_needs_square_images(capsys, tmp_path):
+    flags = [*ONE, '--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64']
+    assert train.main([*flags, '--output', str(tmp_path)]) == 2 and '--input-size 3 64 64' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -600,24 +604,22 @@ def test_mixup_switched_off_without_prefetcher(tmp_path):
 @pytest.mark.process
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
-    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
-        # background jobs of a shell ignore SIGINT, and so would their children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    flags = [*FAST, '--shift', 'none', '--epochs']
+    argv = [*flags, '500', '--output', str(tmp_path), '--experiment', 'run']
+    process = Job(run_file, ROOT / 'train.py', *argv, out=tmp_path / 'out.txt', err=tmp_path / 'err.txt')
     last = tmp_path / 'run' / 'last.pth.tar'
-    while process.poll() is None and not last.exists():
-        time.sleep(.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Traceback' not in err, err
+    while process.alive and not last.exists():
+        time.sleep(.01)
+    os.kill(process.pid, signal.SIGINT)
+    code, err = process.wait()
+    assert code == 130 and 'Traceback' not in err, err
     assert err.strip().splitlines()[-1] == f'train.py: interrupted; continue with --resume {last}'
     epoch = load(last)['epoch']
-    flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
-    assert train.main([*FAST, *flags]) == 0  # stays in the same folder
+    flags += [str(epoch + 2), '--resume', str(last)]
+    assert train.main(flags) == 0  # stays in the same folder
     assert load(last)['epoch'] == epoch + 1
     (tmp_path / 'run' / 'budgets.csv').unlink()
-    assert train.main([*FAST, *flags]) == 0  # no epoch is left: evaluates only
+    assert train.main(flags) == 0  # no epoch is left: evaluates only
     assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1
 
 
