@@ -19,26 +19,35 @@ from timm_shiftnas.space import arch_masks
 from timm_shiftnas.training.checkpoints import check_checkpoint
 from timm_shiftnas.utils import stream
 
-STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+STATS = dict(mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+
+
+def supernet(num_classes=10, size=16):
+    return timm.create_model('test_shiftformer_supernet', num_classes=num_classes, img_size=size)
+
+
+def digits(size):
+    train, held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .2)
+    train, held_out = (StepBatches(images, 64, seed, input_size=(3, size, size), **STATS)
+                       for seed, images in ((1, train), (2, held_out)))
+    return lambda n: (train.batch(n), held_out.batch(n))
 
 
 @pytest.fixture(scope='module')
 def shift_batches():
-    train, held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .2)
-    train, held_out = StepBatches(train, 64, 1, **STATS), StepBatches(held_out, 64, 2, **STATS)
-    return lambda n: (train.batch(n), held_out.batch(n))
+    return digits(16)
 
 
 @pytest.fixture(scope='module')
 def fitted():
     """State of a generator that meets budgets roughly."""
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    net = supernet()
     return ArchitectureGenerator(net.space).fit(steps=60, progress=False).state_dict()
 
 
-def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, **config):
+def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, size=16, **config):
     torch.manual_seed(0)
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10).to(dtype)
+    net = supernet(size=size).to(dtype)
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(fitted)
     defaults = dict(shift='hypergradient', total_updates=100, generator_interval=4, shift_interval=3)
@@ -119,14 +128,16 @@ def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
 
 
 @pytest.mark.slow
-def test_p_rises_for_an_untrained_group(fitted, shift_batches):
+def test_p_rises_for_an_untrained_group(fitted):
     """Train only the subnets of the middle and the last group; the first group gains the most from training."""
-    task = make_task(fitted, shift_batches, shift_lr=.2)
+    shift_batches = digits(32)
+    task = make_task(fitted, shift_batches, size=32, shift_lr=.2)
+    batches = [shift_batches(number)[0] for number in range(18)]  # one pass over the images
     net = task.get_trainable_module()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     archs = task.generator.propose_many(task.groups.budgets)
     for number in range(250):
-        images, targets = shift_batches(number)[0]
+        images, targets = batches[number % 18]
         F.cross_entropy(net(images[:32], archs[1 + number % 2]), targets[:32]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -380,7 +391,7 @@ def test_the_state_of_another_run_raises(fitted, shift_batches, tmp_path):
         make_task(fitted, shift_batches, groups=4).load_task_state(state)
     with pytest.raises(ValueError, match='grad_norm'):
         make_task(fitted, shift_batches, shift='grad_norm').load_task_state(state)
-    other = timm.create_model('test_shiftformer_supernet', num_classes=7).space
+    other = supernet(num_classes=7).space
     torch.save(dict(task_state=state, state_dict={}), tmp_path / 'a.pt')
     check_checkpoint(tmp_path / 'a.pt', task.space)
     with pytest.raises(ValueError, match='num_classes is 10, here it is 7'):
@@ -408,7 +419,7 @@ def test_the_contract_of_timms_tasks(fitted, shift_batches):
 
 def test_parts_that_do_not_fit_raise(fitted, shift_batches):
     task = make_task(fitted, shift_batches)
-    other = timm.create_model('test_shiftformer_supernet', num_classes=3)
+    other = supernet(num_classes=3)
     with pytest.raises(ValueError, match='another search space'):
         ShiftNASTask(other, config=task.config, generator=task.generator, groups=task.groups,
                      shift_batches=shift_batches)

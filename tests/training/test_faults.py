@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.processes import Job, call, run_code
-from support.small_runs import FAST, ROOT, load, run_script, same, train
+from support.small_runs import FAST, ROOT, TINY, load, run_script, same, train
 
 from timm_shiftnas.data.glyphs import Glyphs
 from timm_shiftnas.training.checkpoints import Checkpoints, Position, Saver, check_checkpoint, newest_checkpoint
@@ -547,7 +547,7 @@ def test_float16_fails_once_every_scale_has_overflowed(tmp_path):
     with pytest.raises(ValueError, match='no scale of the loss.*bfloat16') as error:
         updates = 0
         while updates < 100:
-            loss = trainer.run.net(torch.randn(2, 3, 32, 32)).sum() * 1e38
+            loss = trainer.run.net(torch.randn(2, 3, 16, 16)).sum() * 1e38
             trainer.update.scaled(loss * 1e38).backward()
             trainer.update.step(torch.ones(1), epoch=0, update=1)
             updates += 1
@@ -559,7 +559,7 @@ def test_float16_fails_once_every_scale_has_overflowed(tmp_path):
 
 
 def test_broken_images_are_skipped(folder, tmp_path, caplog):
-    flags = [*FAST, '--dataset', '', '--data-dir', str(folder), '-b', '8', '--shift', 'none', '--output', str(tmp_path),
+    flags = [*TINY, '--dataset', '', '--data-dir', str(folder), '-b', '8', '--shift', 'none', '--output', str(tmp_path),
              '--epochs', '1', '--skip-broken-images']
     broken = folder / 'train' / 'a' / '3.png'
     broken.write_bytes(b'no image')
