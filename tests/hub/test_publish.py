@@ -255,8 +255,9 @@ result = torch.equal(a(x), b(x))
 
 
 def test_train_publishes(hub, client, tmp_path):
-    flags = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '256', '--epochs',
-             '1', '--num-groups', '2', '--generator-fit-steps', '5', '--output', str(tmp_path), '--hub-private']
+    flags = ['--dataset', 'sklearn/digits', '--held-out', '0.5', '--model', 'test_shiftformer_supernet', '--img-size',
+             '16', '-j', '0', '-b', '256', '--epochs', '1', '--num-groups', '2', '--generator-fit-steps', '5',
+             '--output', str(tmp_path), '--hub-private']
     code = client('''
 import sys
 sys.path.insert(0, root)

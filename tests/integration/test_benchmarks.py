@@ -88,7 +88,7 @@ def test_wrong_flags_are_errors_before_training(script, flags, message, tmp_path
 def test_comparison_from_the_command_line(tmp_path):
     flags = ['--task', 'digits', '--epochs', '1', '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match',
              'images', '--output', tmp_path / 'runs', '--results', tmp_path / 'results', '--reference', 'uniform',
-             '--train-flags=--generator-fit-steps 20 --search-samples 2']
+             '--train-flags=--generator-fit-steps 20 --search-samples 2 --img-size 16 --held-out 0.1']
     code, out, err = call(run_file, BENCHMARKS / 'compare_samplers.py', *flags, folder=tmp_path)
     assert code == 0, err
     assert '2 runs, 0 of them done' in err and '| grad_norm | 1 |' in out
@@ -109,20 +109,20 @@ def test_comparison_from_the_command_line(tmp_path):
 @pytest.mark.slow
 def test_subnets_trained_separately(tmp_path):
     """Inherited accuracy is that of the supernet at the arch, and training increases it."""
-    net = tiny_supernet()
+    net = tiny_supernet(img_size=16)
     tsn.save_pretrained(tmp_path / 'model', net, tsn.ArchitectureGenerator(net.space).fit(5, progress=False))
     archs = [net.space.sample(torch.Generator().manual_seed(1))]
     (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
     flags = ['--supernet', tmp_path / 'model', '--archs', tmp_path / 'archs.json', '--results-file',
              tmp_path / 'out' / 'subnets.json', '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet',
-             '--workers', '0', '--epochs', '3', '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2',
-             '--warmup-epochs', '0', '--no-aug']
+             '--img-size', '16', '--workers', '0', '--epochs', '3', '--batch-size', '64', '--opt', 'muon',
+             '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug']
     code, _, err = call(run_file, BENCHMARKS / 'train_subnet.py', *flags, folder=tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / 'out' / 'subnets.json').read_text())
     images, targets = StepBatches(
         create_dataset('sklearn/digits', None, 'validation'), 360, 0,
-        **timm.data.resolve_data_config(model=net)).batch(0)
+        **timm.data.resolve_data_config(dict(img_size=16), model=net)).batch(0)
     for arch, result in zip(archs, results, strict=True):
         with torch.no_grad():
             top1 = 100 * float((net(images, arch).argmax(1) == targets).float().mean())

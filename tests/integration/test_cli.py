@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from support import stock_script
-from support.processes import call
+from support.processes import Job, call, run_module
 
 from timm_shiftnas import cli, extract
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
@@ -414,26 +414,32 @@ def test_train_is_the_training_script(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith('timm-shiftnas train: error: ')
 
 
+def console_script():
+    return shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_console_script(saved, tmp_path):
-    script = shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
     done = subprocess.run(
-        [script, 'extract', saved, '--flops', '2M', '--output', tmp_path / 'sub'], capture_output=True, text=True)
+        [console_script(), 'extract', saved, '--flops', '2M', '--output', tmp_path / 'sub'], capture_output=True,
+        text=True)
     assert (done.returncode, done.stderr) == (0, '') and 'MACs' in done.stdout
     assert from_pretrained(tmp_path / 'sub', flops='2M')
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('argv', [['--version'], ['info', 'SAVED']])
 def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
     """`timm-shiftnas info DIR | head -0`, with a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, '-m', 'timm_shiftnas', *(str(saved) if arg == 'SAVED' else arg for arg in argv)]
+    argv = [str(saved) if arg == 'SAVED' else arg for arg in argv]
     done = subprocess.run(
-        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
+        [console_script(), *argv], stdout=writer, stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, '')
 
@@ -451,7 +457,7 @@ def test_output_to_a_full_disk_is_one_line():
 def open_for_reader(fifo, child):
     """Open a FIFO for writing, once the process has opened it for reading."""
     while True:
-        assert child.poll() is None
+        assert child.alive, child.wait()
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -464,16 +470,14 @@ def test_ctrl_c(folder, tmp_path):
     """The process waits while it reads config.json, which is a FIFO; its output directory does not appear."""
     (folder / 'config.json').unlink()
     os.mkfifo(folder / 'config.json')
-    command = [sys.executable, '-m', 'timm_shiftnas', 'extract', folder, '--flops', '2M', '--output', tmp_path / 'out']
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore SIGINT
+    argv = ['extract', str(folder), '--flops', '2M', '--output', str(tmp_path / 'out')]
+    child = Job(run_module, 'timm_shiftnas', *argv, out=tmp_path / 'out.txt', err=tmp_path / 'err.txt')
     pipe = open_for_reader(folder / 'config.json', child)
     time.sleep(.5)  # a signal between opening and reading would be handled only after the read
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=120)
+    os.kill(child.pid, signal.SIGINT)
+    code, err = child.wait()
     os.close(pipe)
-    assert (child.returncode, out, err) == (130, '', 'timm-shiftnas: interrupted\n')
+    assert (code, (tmp_path / 'out.txt').read_text(), err) == (130, '', 'timm-shiftnas: interrupted\n')
     assert not (tmp_path / 'out').exists()
 
 

@@ -22,7 +22,7 @@ def test_examples_are_at_most_40_lines():
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     lines = run('quickstart.py', '--output', tmp_path, '--epochs', '1', '--num-groups', '2', '--generator-fit-steps',
-                '20', '--shift', 'none', folder=tmp_path)
+                '20', '--shift', 'none', '--held-out', '0.5', folder=tmp_path)
     assert [line.split(' MACs: top-1')[0] for line in lines[-3:]] == ['2M', '4M', '8M']
 
 
