@@ -281,6 +281,7 @@ def test_step_batches_are_a_function_of_seed_and_step(digits):
     assert tuple(batches.indices(9)) == chosen[3, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_step_batches_are_the_same_with_workers(digits, workers):
     here = StepBatches(digits, 8, 0, **CONFIG)

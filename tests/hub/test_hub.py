@@ -204,6 +204,7 @@ def test_preprocessing_and_labels_come_back(saved, mixed):
         assert net.pretrained_cfg['label_names'][3] == 'class 3' and net.pretrained_cfg.get('tag') is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs', [
     dict(img_size=(48, 32), in_chans=1, num_classes=3, global_pool='token', norm_eps=1e-3),
     dict(relative_position=False, qkv_bias=False, fc_norm=True, class_token=False, no_embed_class=True, drop_rate=.5),
@@ -345,6 +346,7 @@ def test_impossible_requests(saved, kwargs, named):
         from_pretrained(saved, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('budget', [
     np.int64(2_000_000), np.float32(2e6), Decimal('2e6'), Fraction(2_000_000), torch.tensor(2_000_000),
     torch.tensor(2e6), np.array(2e6),
@@ -508,6 +510,7 @@ def test_flipped_bit(folder, name):
         refused(folder, name, 'sha256')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
 def test_truncated_or_missing_file(folder, name):
     good = (folder / name).read_bytes()
@@ -541,6 +544,7 @@ def test_a_file_of_another_format(folder, name, data):
     refused(folder, name, 'not a safetensors file')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [WEIGHTS, GENERATOR])
 @pytest.mark.parametrize('change', ['other shape', 'missing', 'unknown', 'integers'])
 def test_tensors_of_another_network(folder, name, change):
@@ -703,6 +707,7 @@ def test_a_network_is_bounded_whatever_the_names_of_its_arguments(folder):
     assert time.process_time() - started < 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('space, named', [
     (dict(depth=[999, 1000, 998]), '2,997'),
     (dict(embed_dim=list(range(64, 264))), '200 values of embed_dim'),
@@ -740,6 +745,7 @@ def test_a_checkpoint_builds_only_networks_of_this_package(tmp_path, net, genera
         assert named in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change, named', [
     (lambda x: x.fill_(math.nan), 'NaN'), (lambda x: x.view(-1)[0].fill_(math.inf), 'infinite'),
     (lambda x: x.half(), 'float16'), (lambda x: x.to(torch.float8_e4m3fn), 'float8_e4m3fn'),

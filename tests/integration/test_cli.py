@@ -204,6 +204,7 @@ def checkpoint(tmp_path_factory):
     return folder / 'last.pth.tar'
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize('flags, key', [([], 'state_dict_ema'), (['--no-ema'], 'state_dict')])
 def test_convert(capsys, checkpoint, tmp_path, flags, key):

@@ -55,6 +55,7 @@ def fused(request):
     set_fused_attn(True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', VITS)
 def test_the_older_exporter_writes_vits(name, fused, tmp_path):

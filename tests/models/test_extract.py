@@ -143,6 +143,7 @@ def test_copies():
     assert torch.equal(torch.load(file, weights_only=False)(x), sub(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIONS)
 def test_loads_into_a_created_network(name):
     """`model_args` and the arch of a subnet, as JSON, are enough to create it again."""

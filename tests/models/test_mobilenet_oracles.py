@@ -151,6 +151,7 @@ def test_ofa_subnets_are_stock_networks_of_the_published_blocks():
 # -- logits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_macs_and_params(mini):
     for key, arch in mini.archs.items():
         row = mini.meta['archs'][key]

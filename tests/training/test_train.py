@@ -89,6 +89,7 @@ def test_args_yaml_holds_the_given_learning_rate(tmp_path):
     assert again.lr is None and scaled_lr(again, processes=2) == 2 * trainer.args.lr
 
 
+@pytest.mark.slow
 def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
     """timm's flags reach timm."""
     flags = [*FAST, '--shift', 'none', '--epochs', '4', '--output', str(tmp_path)]
@@ -354,6 +355,7 @@ def accuracy(net):
         return float((net.eval()(images).argmax(1) == targets).float().mean()) * 100
 
 
+@pytest.mark.slow
 def test_a_cnn_subnet_is_evaluated_with_its_running_statistics(saved_cnn, tmp_path):
     assert train.main([*ONE, '--model', f'local-dir:{saved_cnn / "subnet"}', '--epochs', '1', '--experiment', 'run',
                        '--output', str(tmp_path)]) == 0
@@ -363,6 +365,7 @@ def test_a_cnn_subnet_is_evaluated_with_its_running_statistics(saved_cnn, tmp_pa
     assert not torch.equal(net.bn1.running_mean, tsn.from_pretrained(saved_cnn / 'subnet').bn1.running_mean)
 
 
+@pytest.mark.slow
 def test_a_subnet_from_scratch(tmp_path):
     arch = tiny_supernet().space.smallest.to_dict()
     trainer = trainer_of(
@@ -386,6 +389,7 @@ def test_a_teacher_of_one_network(saved, tmp_path):
     assert float(trainer.task(images, torch.zeros(4, dtype=torch.long))['loss'].detach()) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_linear_probe_trains_the_classifier_alone(saved, tmp_path):
     """A supernet with all of its archs; the optimizer holds nothing else."""
     trainer = trainer_of(tmp_path, '--model', saved / 'supernet', '--freeze', 'backbone', '--epochs', 1,
