@@ -281,6 +281,7 @@ def test_step_batches_are_a_function_of_seed_and_step(digits):
     assert tuple(batches.indices(9)) == chosen[3, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_step_batches_are_the_same_with_workers(digits, workers):
     here = StepBatches(digits, 8, 0, **CONFIG)
@@ -341,6 +342,8 @@ def test_step_batches_name_a_broken_image_and_continue_when_it_is_repaired(tmp_p
     batches.close()
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_step_batches_survive_a_killed_worker_and_the_end_of_the_interpreter():
     code = f"""
 import os, signal

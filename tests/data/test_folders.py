@@ -415,6 +415,7 @@ def test_training_validation_shift_and_calibration_read_images_alike(plain_and_o
     assert_identical(batches('plain'), batches(odd))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('odd', ['odd', 'odd.tar'])
 def test_evaluate_and_extract_read_images_as_training_does(plain_and_odd, tmp_path, capsys, odd):
     torch.manual_seed(0)

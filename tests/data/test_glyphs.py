@@ -64,6 +64,7 @@ def test_symbol_fonts_are_left_out():
     assert not {'cmsy10.ttf', 'cmex10.ttf', 'LastResortHE-Regular.ttf', 'STIXSizOneSymReg.ttf'} & set(names)
 
 
+@pytest.mark.slow
 def test_difficulty_adds_noise():
     spread = []
     for difficulty in (0.0, 0.3, 1.0):

@@ -20,6 +20,8 @@ from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.push import published_files
 from timm_shiftnas.models import bn_statistics
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 ROOT = Path(__file__).parents[2]
 BUDGET = 3_276_000.  # of a group
 FILES = {'config.json', 'model.safetensors', 'generator.safetensors', 'bn_stats.safetensors'}
@@ -253,8 +255,9 @@ result = torch.equal(a(x), b(x))
 
 
 def test_train_publishes(hub, client, tmp_path):
-    flags = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '256', '--epochs',
-             '1', '--num-groups', '2', '--generator-fit-steps', '5', '--output', str(tmp_path), '--hub-private']
+    flags = ['--dataset', 'sklearn/digits', '--held-out', '0.5', '--model', 'test_shiftformer_supernet', '--img-size',
+             '16', '-j', '0', '-b', '256', '--epochs', '1', '--num-groups', '2', '--generator-fit-steps', '5',
+             '--output', str(tmp_path), '--hub-private']
     code = client('''
 import sys
 sys.path.insert(0, root)

@@ -68,6 +68,8 @@ def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
         runs.execute([('bad', tmp_path / 'bad', [sys.executable, '-c', ''])], 1)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize('script, flags, message', [
     ('compare_samplers', ['--samplers', 'generator'], '--match images'),
     ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator'),
@@ -82,10 +84,12 @@ def test_wrong_flags_are_errors_before_training(script, flags, message, tmp_path
     assert code == 2 and message in err and not (tmp_path / 'runs').exists()
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_comparison_from_the_command_line(tmp_path):
     flags = ['--task', 'digits', '--epochs', '1', '--seeds', '1', '--samplers', 'uniform', 'grad_norm', '--match',
              'images', '--output', tmp_path / 'runs', '--results', tmp_path / 'results', '--reference', 'uniform',
-             '--train-flags=--generator-fit-steps 20 --search-samples 2']
+             '--train-flags=--generator-fit-steps 20 --search-samples 2 --img-size 16 --held-out 0.1']
     code, out, err = call(run_file, BENCHMARKS / 'compare_samplers.py', *flags, folder=tmp_path)
     assert code == 0, err
     assert '2 runs, 0 of them done' in err and '| grad_norm | 1 |' in out
@@ -102,22 +106,24 @@ def test_comparison_from_the_command_line(tmp_path):
     assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_subnets_trained_separately(tmp_path):
     """Inherited accuracy is that of the supernet at the arch, and training increases it."""
-    net = tiny_supernet()
+    net = tiny_supernet(img_size=16)
     tsn.save_pretrained(tmp_path / 'model', net, tsn.ArchitectureGenerator(net.space).fit(5, progress=False))
     archs = [net.space.sample(torch.Generator().manual_seed(1))]
     (tmp_path / 'archs.json').write_text(json.dumps([arch.to_dict() for arch in archs]))
     flags = ['--supernet', tmp_path / 'model', '--archs', tmp_path / 'archs.json', '--results-file',
              tmp_path / 'out' / 'subnets.json', '--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet',
-             '--workers', '0', '--epochs', '3', '--batch-size', '64', '--opt', 'muon', '--lr', '1e-2',
-             '--warmup-epochs', '0', '--no-aug']
+             '--img-size', '16', '--workers', '0', '--epochs', '3', '--batch-size', '64', '--opt', 'muon',
+             '--lr', '1e-2', '--warmup-epochs', '0', '--no-aug']
     code, _, err = call(run_file, BENCHMARKS / 'train_subnet.py', *flags, folder=tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / 'out' / 'subnets.json').read_text())
     images, targets = StepBatches(
         create_dataset('sklearn/digits', None, 'validation'), 360, 0,
-        **timm.data.resolve_data_config(model=net)).batch(0)
+        **timm.data.resolve_data_config(dict(img_size=16), model=net)).batch(0)
     for arch, result in zip(archs, results, strict=True):
         with torch.no_grad():
             top1 = 100 * float((net(images, arch).argmax(1) == targets).float().mean())
@@ -125,6 +131,8 @@ def test_subnets_trained_separately(tmp_path):
         assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):
     """Nothing of the base, which is not a number anywhere, is left in a subnet that is trained from scratch."""
     base = timm.create_model('test_efficientnet', num_classes=10)
@@ -142,6 +150,8 @@ def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):
     assert space.from_dict(result['arch']) == space.smallest and result['inherited'] < 15 < 30 < result['top1']
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_speed_prints_a_ratio_for_each_arch(tmp_path):
     flags = ['supernet', '--model', 'test_shiftformer_supernet', '--rounds', '1', '--batch-size', '4']
     _, out, err = call(run_file, BENCHMARKS / 'speed.py', *flags, folder=tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from support import stock_script
-from support.processes import call
+from support.processes import Job, call, run_module
 
 from timm_shiftnas import cli, extract
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
@@ -129,7 +129,8 @@ def test_info_checks_the_files(capsys, folder, name):
 # -- extract -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('option, value', [('--flops', '2M'), ('--params', '100k'), ('--arch', json.dumps(ARCH))])
+@pytest.mark.parametrize('option, value', [
+    ('--flops', '2M'), pytest.param('--params', '100k', marks=pytest.mark.slow), ('--arch', json.dumps(ARCH))])
 def test_extract(capsys, saved, net, generator, tmp_path, option, value):
     code, out, err = run(capsys, 'extract', saved, option, value, '--output', tmp_path / 'new' / 'sub')
     assert (code, err) == (0, '')
@@ -203,6 +204,8 @@ def checkpoint(tmp_path_factory):
     return folder / 'last.pth.tar'
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize('flags, key', [([], 'state_dict_ema'), (['--no-ema'], 'state_dict')])
 def test_convert(capsys, checkpoint, tmp_path, flags, key):
     code, out, err = run(capsys, 'convert', checkpoint, tmp_path / 'model', *flags)
@@ -229,6 +232,7 @@ def test_convert(capsys, checkpoint, tmp_path, flags, key):
     assert run(capsys, 'convert', checkpoint, tmp_path / 'model', '--overwrite')[0] == 0
 
 
+@pytest.mark.process
 def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     def convert(path, message):
         refused(capsys, message, 'convert', path, tmp_path / 'out')
@@ -254,6 +258,7 @@ def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     assert (tmp_path / 'full' / 'thesis.tex').read_text() == 'years'
 
 
+@pytest.mark.process
 def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
     """Intact files of another kind, and checkpoints of other programs: one line each."""
     net = torch.nn.Linear(2, 2)
@@ -379,6 +384,7 @@ def test_terminal_escapes_of_a_config_are_not_printed(capsys, folder):
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('argv, code', [
     (['--help'], 0), (['--version'], 0), (['extract', '--help'], 0), (['inform'], 2), (['info', '/nowhere'], 2),
     (['extract', '.', '--flops', '2M'], 2), (['evaluate', '.', '--data-dir', '.', '--bn-images', 'x'], 2),
@@ -409,27 +415,37 @@ def test_train_is_the_training_script(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith('timm-shiftnas train: error: ')
 
 
+def console_script():
+    return shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
+
+
+@pytest.mark.process
+@pytest.mark.slow
 def test_console_script(saved, tmp_path):
-    script = shutil.which('timm-shiftnas', path=os.path.dirname(sys.executable))
     done = subprocess.run(
-        [script, 'extract', saved, '--flops', '2M', '--output', tmp_path / 'sub'], capture_output=True, text=True)
+        [console_script(), 'extract', saved, '--flops', '2M', '--output', tmp_path / 'sub'], capture_output=True,
+        text=True)
     assert (done.returncode, done.stderr) == (0, '') and 'MACs' in done.stdout
     assert from_pretrained(tmp_path / 'sub', flops='2M')
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('argv', [['--version'], ['info', 'SAVED']])
 def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
     """`timm-shiftnas info DIR | head -0`, with a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, '-m', 'timm_shiftnas', *(str(saved) if arg == 'SAVED' else arg for arg in argv)]
+    argv = [str(saved) if arg == 'SAVED' else arg for arg in argv]
     done = subprocess.run(
-        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
+        [console_script(), *argv], stdout=writer, stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ, PYTHONUNBUFFERED=unbuffered))
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, '')
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has a device that is always full')
 def test_output_to_a_full_disk_is_one_line():
     with open('/dev/full', 'w') as full:
@@ -442,27 +458,27 @@ def test_output_to_a_full_disk_is_one_line():
 def open_for_reader(fifo, child):
     """Open a FIFO for writing, once the process has opened it for reading."""
     while True:
-        assert child.poll() is None
+        assert child.alive, child.wait()
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
             time.sleep(.01)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ctrl_c(folder, tmp_path):
     """The process waits while it reads config.json, which is a FIFO; its output directory does not appear."""
     (folder / 'config.json').unlink()
     os.mkfifo(folder / 'config.json')
-    command = [sys.executable, '-m', 'timm_shiftnas', 'extract', folder, '--flops', '2M', '--output', tmp_path / 'out']
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs of a shell ignore SIGINT
+    argv = ['extract', str(folder), '--flops', '2M', '--output', str(tmp_path / 'out')]
+    child = Job(run_module, 'timm_shiftnas', *argv, out=tmp_path / 'out.txt', err=tmp_path / 'err.txt')
     pipe = open_for_reader(folder / 'config.json', child)
     time.sleep(.5)  # a signal between opening and reading would be handled only after the read
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=120)
+    os.kill(child.pid, signal.SIGINT)
+    code, err = child.wait()
     os.close(pipe)
-    assert (child.returncode, out, err) == (130, '', 'timm-shiftnas: interrupted\n')
+    assert (code, (tmp_path / 'out.txt').read_text(), err) == (130, '', 'timm-shiftnas: interrupted\n')
     assert not (tmp_path / 'out').exists()
 
 

@@ -180,6 +180,7 @@ def test_other_kinds_of_data(capsys, place, tmp_path):
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', MODES)
 def test_the_mode_of_the_training_is_used(capsys, tmp_path, pictures, mode):
     arch = make_model(tmp_path, pictures, mode)

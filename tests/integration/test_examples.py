@@ -22,7 +22,7 @@ def test_examples_are_at_most_40_lines():
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     lines = run('quickstart.py', '--output', tmp_path, '--epochs', '1', '--num-groups', '2', '--generator-fit-steps',
-                '20', '--shift', 'none', folder=tmp_path)
+                '20', '--shift', 'none', '--held-out', '0.5', folder=tmp_path)
     assert [line.split(' MACs: top-1')[0] for line in lines[-3:]] == ['2M', '4M', '8M']
 
 
@@ -33,6 +33,7 @@ def test_own_space(tmp_path):
     assert len(lines) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_own_loop(tmp_path):
     lines = run('own_loop.py', '--updates', '11', folder=tmp_path)

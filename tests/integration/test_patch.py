@@ -78,6 +78,8 @@ def steps(checkpoint):
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_other_models_train_as_without_the_hook(script):
     argv = '--model test_vit --epochs 2 --batches 4 --grad-accum-steps 2 --model-ema --mixup .5'.split()
     without, patched = script(*argv), script(*PATCH, *argv)
@@ -99,6 +101,8 @@ def everything(script, tmp_path_factory):
     return done(script(*SUPERNET, *EVERYTHING, '--output', folder, **EVERY_THIRD)), folder
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_supernet_trains_with_everything_on(everything):
     lines, folder = everything
     assert [line.split()[1] for line in lines] == ['0', '1', '2']
@@ -117,6 +121,8 @@ def test_a_supernet_trains_with_everything_on(everything):
     assert not same(last['state_dict'], last['state_dict_ema']) and 'task_state_ema' not in last
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_the_same(script, everything, tmp_path):
     lines, folder = everything
     resumed = done(script(
@@ -138,6 +144,8 @@ def alone(script, tmp_path_factory):
     return load(folder / 'rank-0.pt'), lines
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
     argv = [*SUPERNET, '--batches', '6', '--batch-size', '16', '--dump', str(tmp_path)]
     for job in ranks(2, stock_script.main, argv, folder=tmp_path, environment=ENVIRONMENT):
@@ -157,6 +165,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
         assert expected['shift'][name].abs().max() > .01
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_compiled_supernet_trains_the_same(script, tmp_path):
     space = dict(family='shiftformer', depth=[1], embed_dim=[32, 48], num_heads=[2, 3], mlp_ratio=[1., 2.])
     results = []
@@ -171,6 +181,8 @@ def test_a_compiled_supernet_trains_the_same(script, tmp_path):
     assert compiled['task_state']['update'] == 4
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_cnn_trains_with_a_scaler_that_skips_steps(script, tmp_path):
     done(script(
         *PATCH, '--model', 'test_shiftmobilenet_supernet', '--amp', '--grad-accum-steps', '2', '--opt', 'adamw',
@@ -181,6 +193,8 @@ def test_a_cnn_trains_with_a_scaler_that_skips_steps(script, tmp_path):
     assert checkpoint['task_state']['update'] == steps(checkpoint) == 3
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_validation_of_a_cnn_uses_statistics_of_the_full_network(script):
     """Without them the figure of every epoch is chance, and the best checkpoint is one of the worst."""
     lines = done(script(
@@ -189,12 +203,14 @@ def test_validation_of_a_cnn_uses_statistics_of_the_full_network(script):
     assert float(lines[-1].split()[-1]) >= 90
 
 
+@pytest.mark.process
 def test_distillation_and_multi_label_raise(script):
     for flags in (['--kd-model', 'test_vit'], ['--multi-label']):
         code, text = script(*SUPERNET, *flags)
         assert code == 1 and 'ValueError: ' in text.splitlines()[-1] and 'does not train supernets' in text
 
 
+@pytest.mark.process
 def test_an_unknown_timm_raises(tmp_path):
     """Break timm before the hook is imported, case after case in one process; afterwards the import succeeds."""
     program = """
@@ -234,6 +250,7 @@ importlib.reload(timm_shiftnas.patch)  # which accepts its own hook
 # -- which task a model gets -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_imports_change_nothing(tmp_path):
     program = """
 import sys
@@ -389,6 +406,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.process
 def test_programs_without_device_modules_know_our_models(tmp_path):
     (tmp_path / 'validate.py').write_text(PROGRAM)
     (tmp_path / 'beside_it.py').touch()
@@ -487,6 +505,7 @@ def drive(task, numbers, optimizer, accum_steps=2):
     return seen
 
 
+@pytest.mark.slow
 def test_an_own_loop_trains_as_a_task_driven_by_hand(patch):
     task = make(patch)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=.05)
@@ -573,6 +592,7 @@ def test_a_deleted_task_removes_its_hook(patch):
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
 def test_a_copy_trains_independently(patch, duplicate):
     task = make(patch)
@@ -584,6 +604,7 @@ def test_a_copy_trains_independently(patch, duplicate):
     assert results[0] == results[1] and same(task.get_task_state(), twin.get_task_state()) and twin.update == 7
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_after_a_skipped_step(patch):
     """After a checkpoint between two attempts at an update, the steps of generator and shift are not repeated."""
     task, again = make(patch), make(patch)

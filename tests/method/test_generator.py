@@ -205,6 +205,7 @@ def test_resource_loss_gradient_by_finite_differences(fresh):
             assert (shifted[0] - shifted[1]) / 2e-4 == pytest.approx(gradient[row, value].item(), rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_fit_meets_budgets_including_the_ends(fitted):
     def error(budget, draws=200):
         one_hots = fitted(torch.full((draws,), float(budget)), noise=rng()).one_hots
@@ -263,6 +264,7 @@ def reachable(space):
     return torch.tensor(sorted(total), dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_proposals_use_nearly_as_much_as_the_best_arch(fitted):
     every = reachable(SMALL)
     assert every[0] == fitted.macs_min and every[-1] == fitted.macs_max
@@ -273,6 +275,7 @@ def test_proposals_use_nearly_as_much_as_the_best_arch(fitted):
     assert (used / best).mean() >= 0.99 and (used / best).min() >= 0.97
 
 
+@pytest.mark.slow
 def test_proposals_of_autoformer_t():
     gen = ArchitectureGenerator(AUTOFORMER_T).fit(steps=250)
     budgets = spread(gen, 50)
@@ -282,6 +285,7 @@ def test_proposals_of_autoformer_t():
     assert error.mean() < 0.05  # of samples without selection; untrained: 0.14
 
 
+@pytest.mark.slow
 def test_proposals_depend_only_on_weights_and_budget(fitted):
     budgets = [*spread(fitted, 21).tolist(), '3M', 3e6]
     single = [fitted.propose(budget) for budget in budgets]
@@ -299,6 +303,7 @@ def test_proposals_depend_only_on_weights_and_budget(fitted):
     assert torch.equal(narrow.log_prob, fitted(spread(fitted, 9), noise=rng()).log_prob)
 
 
+@pytest.mark.slow
 def test_proposal_is_the_most_probable_close_candidate(fitted, fresh):
     # without these weights the argmax is the same for every budget, and none of the 64 samples equals it
     nn.init.zeros_(fresh.budget_weight)
@@ -394,6 +399,7 @@ def test_a_space_of_one_arch():
     assert rollout.log_prob.tolist() == [0.] and all(p.isfinite().all() for p in gen.parameters())
 
 
+@pytest.mark.slow
 def test_proposals_for_a_number_of_parameters(fitted):
     low, high = complexity.params(SMALL, SMALL.smallest), complexity.params(SMALL, SMALL.largest)
     proposals = {
@@ -418,6 +424,7 @@ def test_proposals_for_a_number_of_parameters(fitted):
 # -- as a module -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_global_random_state_is_neither_read_nor_written():
     def run(seed):
         torch.manual_seed(seed)

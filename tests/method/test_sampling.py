@@ -176,6 +176,7 @@ def _batches(dtype):
             for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('epsilon, tolerance', [(1e-5, 1e-4), (1e-3, 2e-2)])
 def test_hypergradient_is_the_inner_product_of_gradients(net, epsilon, tolerance):
     """Against autograd's exact <g, grad L_train>, in float64."""

@@ -19,26 +19,35 @@ from timm_shiftnas.space import arch_masks
 from timm_shiftnas.training.checkpoints import check_checkpoint
 from timm_shiftnas.utils import stream
 
-STATS = dict(input_size=(3, 32, 32), mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+STATS = dict(mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+
+
+def supernet(num_classes=10, size=16):
+    return timm.create_model('test_shiftformer_supernet', num_classes=num_classes, img_size=size)
+
+
+def digits(size):
+    train, held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .2)
+    train, held_out = (StepBatches(images, 64, seed, input_size=(3, size, size), **STATS)
+                       for seed, images in ((1, train), (2, held_out)))
+    return lambda n: (train.batch(n), held_out.batch(n))
 
 
 @pytest.fixture(scope='module')
 def shift_batches():
-    train, held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .2)
-    train, held_out = StepBatches(train, 64, 1, **STATS), StepBatches(held_out, 64, 2, **STATS)
-    return lambda n: (train.batch(n), held_out.batch(n))
+    return digits(16)
 
 
 @pytest.fixture(scope='module')
 def fitted():
     """State of a generator that meets budgets roughly."""
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    net = supernet()
     return ArchitectureGenerator(net.space).fit(steps=60, progress=False).state_dict()
 
 
-def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, **config):
+def make_task(fitted, shift_batches, groups=3, dtype=torch.float32, size=16, **config):
     torch.manual_seed(0)
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10).to(dtype)
+    net = supernet(size=size).to(dtype)
     generator = ArchitectureGenerator(net.space)
     generator.load_state_dict(fitted)
     defaults = dict(shift='hypergradient', total_updates=100, generator_interval=4, shift_interval=3)
@@ -63,6 +72,7 @@ def train(task, shift_batches, updates, lr=1e-3, optimizer=None):
 # -- the signal --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('epsilon, tolerance', [(1e-5, 1e-4), (1e-3, 2e-2)])
 def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, tolerance):
     def double(n):
@@ -91,6 +101,7 @@ def test_more_groups_than_held_out_images(fitted, shift_batches):
     assert bool(task.shift_scores(task.get_trainable_module()).isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('signal', ['hypergradient', 'grad_norm', 'variation'])
 def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
     task = make_task(fitted, shift_batches, shift=signal)
@@ -116,14 +127,17 @@ def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
         torch.testing.assert_close(scores, task.shift_scores(net), rtol=2e-2, atol=1e-3)  # float32, also under autocast
 
 
-def test_p_rises_for_an_untrained_group(fitted, shift_batches):
+@pytest.mark.slow
+def test_p_rises_for_an_untrained_group(fitted):
     """Train only the subnets of the middle and the last group; the first group gains the most from training."""
-    task = make_task(fitted, shift_batches, shift_lr=.2)
+    shift_batches = digits(32)
+    task = make_task(fitted, shift_batches, size=32, shift_lr=.2)
+    batches = [shift_batches(number)[0] for number in range(18)]  # one pass over the images
     net = task.get_trainable_module()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     archs = task.generator.propose_many(task.groups.budgets)
     for number in range(250):
-        images, targets = shift_batches(number)[0]
+        images, targets = batches[number % 18]
         F.cross_entropy(net(images[:32], archs[1 + number % 2]), targets[:32]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,6 +151,7 @@ def test_p_rises_for_an_untrained_group(fitted, shift_batches):
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_archs_are_a_function_of_seed_and_step(fitted, shift_batches):
     first = train(make_task(fitted, shift_batches), shift_batches, 8)
     torch.manual_seed(123)
@@ -163,6 +178,7 @@ def test_budgets_follow_p(fitted, shift_batches):
     assert float((budgets > task.groups.edges[2]).double().mean()) > .7
 
 
+@pytest.mark.slow
 def test_the_sandwich_rule_trains_both_ends_and_others(fitted, shift_batches):
     """Loss and gradient are means over the largest, the smallest and sampled archs."""
     task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=4, sandwich=True, seed=6)
@@ -227,11 +243,13 @@ def test_the_teacher_gets_images_in_its_own_normalisation():
     assert not any(p.requires_grad for p in teacher.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_inplace_distillation_needs_the_sandwich_rule(fitted):
     with pytest.raises(ValueError, match='sandwich=True'):
         make_task(fitted, None, shift='none', archs_per_step=2, inplace_distillation=True)
 
 
+@pytest.mark.slow
 def test_compilation_gives_one_graph_for_each_depth():
     """One graph serves all archs of a depth, unless a choice has the value 1, which torch treats as a constant."""
     graphs = []
@@ -279,6 +297,7 @@ def test_group_weights_fix_p(fitted):
             make_task(fitted, None, shift='none', group_weights=wrong)
 
 
+@pytest.mark.slow
 def test_the_generator_stays_as_fitted_with_interval_0(fitted, shift_batches):
     task = make_task(fitted, None, shift='none', generator_interval=0)
     before = {name: value.clone() for name, value in task.generator.state_dict().items()}
@@ -287,6 +306,7 @@ def test_the_generator_stays_as_fitted_with_interval_0(fitted, shift_batches):
     assert len(set(archs)) > 3
 
 
+@pytest.mark.slow
 def test_warmup_keeps_p_uniform_and_measures_the_noise(fitted, shift_batches):
     task = make_task(fitted, shift_batches, warmup_updates=9, warmup_sampler='uniform', seed=2)
     archs = train(task, shift_batches, 9)
@@ -344,6 +364,7 @@ def test_the_generator_step_has_the_gradient_of_both_terms(fitted, shift_batches
 # -- the contract of timm's task ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_state_saves_and_restores(fitted, shift_batches, tmp_path):
     whole = make_task(fitted, shift_batches)
     optimizer = torch.optim.SGD(whole.get_trainable_module().parameters(), lr=1e-2)
@@ -370,7 +391,7 @@ def test_the_state_of_another_run_raises(fitted, shift_batches, tmp_path):
         make_task(fitted, shift_batches, groups=4).load_task_state(state)
     with pytest.raises(ValueError, match='grad_norm'):
         make_task(fitted, shift_batches, shift='grad_norm').load_task_state(state)
-    other = timm.create_model('test_shiftformer_supernet', num_classes=7).space
+    other = supernet(num_classes=7).space
     torch.save(dict(task_state=state, state_dict={}), tmp_path / 'a.pt')
     check_checkpoint(tmp_path / 'a.pt', task.space)
     with pytest.raises(ValueError, match='num_classes is 10, here it is 7'):
@@ -398,7 +419,7 @@ def test_the_contract_of_timms_tasks(fitted, shift_batches):
 
 def test_parts_that_do_not_fit_raise(fitted, shift_batches):
     task = make_task(fitted, shift_batches)
-    other = timm.create_model('test_shiftformer_supernet', num_classes=3)
+    other = supernet(num_classes=3)
     with pytest.raises(ValueError, match='another search space'):
         ShiftNASTask(other, config=task.config, generator=task.generator, groups=task.groups,
                      shift_batches=shift_batches)

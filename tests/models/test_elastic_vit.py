@@ -51,6 +51,7 @@ def archs_of(net):
     return [net.space.smallest, net.space.largest, *(net.space.sample(generator) for _ in range(3))]
 
 
+@pytest.mark.slow
 def test_the_largest_arch_is_the_base(pair):
     base, net = pair
     x = images()
@@ -62,6 +63,7 @@ def test_the_largest_arch_is_the_base(pair):
     assert net.macs(net.space.largest) > 4 * net.macs(net.space.smallest)
 
 
+@pytest.mark.slow
 def test_a_subnet_is_a_smaller_timm_network(pair):
     base, net = pair
     for arch in archs_of(net):
@@ -102,6 +104,7 @@ def test_depth_follows_the_layer_order():
     torch.testing.assert_close(net(images(), arch), shorter(images()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by', ['taylor', 'magnitude'])
 def test_sorting_changes_no_output(pair, by):
     base, net = pair

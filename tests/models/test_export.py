@@ -55,6 +55,7 @@ def fused(request):
     set_fused_attn(True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', VITS)
 def test_the_older_exporter_writes_vits(name, fused, tmp_path):
@@ -75,6 +76,7 @@ def test_the_older_exporter_writes_cnns(name, tmp_path):
     assert not check(net, tmp_path / 'x.onnx')['Dropout']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(MODELS.keys() - {'no_class_token'}))
 def test_export_onnx_of_all_families(name, tmp_path):
     net = subnet(name)

@@ -143,6 +143,7 @@ def test_copies():
     assert torch.equal(torch.load(file, weights_only=False)(x), sub(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIONS)
 def test_loads_into_a_created_network(name):
     """`model_args` and the arch of a subnet, as JSON, are enough to create it again."""
@@ -184,6 +185,7 @@ def exportable():
     return tsn.extract(net, arch), torch.randn(2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_torch_export(exportable):
     sub, x = exportable
     program = torch.export.export(sub, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
@@ -191,6 +193,7 @@ def test_torch_export(exportable):
         torch.testing.assert_close(program.module()(batch), sub(batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(exportable):
     sub, x = exportable
     compiled = torch.compile(sub, backend='eager', fullgraph=True)
@@ -214,6 +217,7 @@ def test_view():
     torch.testing.assert_close(view(x), clone(x) + 1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('name', ['test_shiftformer_supernet', 'test_shiftmobilenet_supernet'])
 def test_static_subnets_can_be_scripted(name):
     net = timm.create_model(name, num_classes=3).eval()

@@ -151,6 +151,7 @@ def test_ofa_subnets_are_stock_networks_of_the_published_blocks():
 # -- logits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_macs_and_params(mini):
     for key, arch in mini.archs.items():
         row = mini.meta['archs'][key]
@@ -160,6 +161,7 @@ def test_macs_and_params(mini):
         assert sum(weight.numel() for weight in sub.parameters()) == row['params_live']
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_in_evaluation(mini):
     net, exact = mini.net.eval(), timm.create_model(
@@ -185,6 +187,7 @@ def test_logits_in_evaluation(mini):
             close(net(other, arch), io[f'logits_resized.{key}'], 5e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_on_batch_statistics(mini):
     exact = timm.create_model(
@@ -201,6 +204,7 @@ def test_logits_on_batch_statistics(mini):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype,atol', [(torch.float32, 5e-4), (torch.float64, 1e-9)])
 def test_logits_recalibrated(mini, dtype, atol):
     suffix = '64' if dtype is torch.float64 else ''

@@ -46,6 +46,7 @@ def create(model):
     return net
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize('tool', TOOLS)
 @pytest.mark.parametrize('model', MODELS)
@@ -93,6 +94,7 @@ def test_frozen_norms_use_running_statistics_in_training():
     assert torch.equal(net.train()(x, arch), net.eval()(x, arch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tool', TOOLS)
 def test_a_supernet_with_replaced_norms_can_be_saved(tool, tmp_path):
     net, x = create('bignas').eval(), torch.randn(2, 3, 32, 32)

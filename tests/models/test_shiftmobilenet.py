@@ -142,6 +142,7 @@ def test_the_total_stride_is_limited():
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SPACES)
 @pytest.mark.parametrize('options', [{}, dict(in_chans=1, num_classes=0), dict(num_classes=0, global_pool='')], ids=str)
 def test_macs_and_params_are_those_of_the_extracted_network(name, options):
@@ -253,6 +254,7 @@ def reference(net, x, masks: ShiftMobileNetMasks, train: bool = False) -> torch.
     return (x * masks.last) @ w['classifier.weight'].T + w['classifier.bias']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', SPACES)
 def test_mask_equals_slice(name, train):
@@ -479,6 +481,7 @@ def test_extracted_equals_supernet(name):
     torch.testing.assert_close(net.double()(images(), SPACES[name].largest), exact(images(), SPACES[name].largest))
 
 
+@pytest.mark.slow
 def test_torch_export():
     for space in (STAGEWISE, IDENTITY):
         net = create(space).eval()
@@ -629,6 +632,7 @@ def test_bad_subnet_arguments(args, message):
         timm.create_model('shiftmobilenet_subnet', **{**good, **args})
 
 
+@pytest.mark.slow
 def test_generator_uses_the_budget():
     space = timm.create_model('test_shiftmobilenet_supernet', device='meta').space
     generator = tsn.ArchitectureGenerator(space).fit(steps=150, progress=False)

@@ -59,6 +59,7 @@ def spaces():
 # -- the published table -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_every_row_of_the_table(spaces, name):
     space, rows = spaces[name], TABLE[name]['archs']
@@ -96,6 +97,7 @@ def test_known_figures(spaces):
     assert tsn.macs(spaces['T'], spaces['T'].smallest) == 196 * 768 * 192 + 12 * layer + 1000 * 192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_published_spaces_against_the_counter(name):
     net = timm.create_model(NAMES[name], device='meta')
@@ -108,6 +110,7 @@ def test_published_spaces_against_the_counter(name):
 # -- the counter, on every geometry ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', VARIATIONS)
 def test_counts_are_exact(name):
     net = create(**VARIATIONS[name])

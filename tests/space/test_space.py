@@ -40,6 +40,7 @@ def space():
 # -- spaces ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_published_spaces(name):
     space, row = timm.create_model(NAMES[name], device='meta').space, TABLE[name]

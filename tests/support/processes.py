@@ -5,6 +5,7 @@ Nothing of ours is imported before a process begins.
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -84,5 +85,6 @@ def _run(function, args, out, err, environment):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     multiprocessing.set_start_method(None, force=True)  # what it starts is started as anywhere
     sys.exit(function(*args))

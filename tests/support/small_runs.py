@@ -8,10 +8,12 @@ from timm_shiftnas.training import trainer as train
 
 ROOT = Path(__file__).parents[2]
 
-FAST = ['--dataset', 'sklearn/digits', '--model', 'test_shiftformer_supernet', '-j', '0', '-b', '128', '--lr', '2e-3',
+# a run of seconds: images of four tokens, and half of the digits in ten batches an epoch
+TINY = ['--model', 'test_shiftformer_supernet', '--img-size', '16', '-j', '0', '-b', '70', '--lr', '2e-3',
         '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20', '--shift-interval', '4',
         '--shift', 'hypergradient', '--shift-batch-size', '16', '--shift-warmup-epochs', '0',
         '--generator-images', '16', '--log-interval', '5']
+FAST = ['--dataset', 'sklearn/digits', '--held-out', '0.5', *TINY]
 
 
 def run_script(argv):

@@ -24,6 +24,8 @@ from timm_shiftnas.method.config import ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.utils import Ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 IMAGES, UPDATES = 16, 5
 VARIANTS = {
     # depths differ between the micro-batches of an update, so that its last one leaves blocks without gradients
@@ -165,7 +167,7 @@ def table(path):
 
 def test_two_processes_train_like_one_and_resume(tmp_path):
     """With augmentation; a process is killed, all end, and the run resumes with one or two processes."""
-    process = torchrun(ROOT / 'train.py', *FLAGS, '-b', '64', '--epochs', '40', '--output', tmp_path, cwd=tmp_path)
+    process = torchrun(ROOT / 'train.py', *FLAGS, '-b', '35', '--epochs', '40', '--output', tmp_path, cwd=tmp_path)
     run = tmp_path / 'run'
     while process.poll() is None and not list(run.glob('recovery-1-*')):
         time.sleep(.02)
@@ -179,15 +181,15 @@ def test_two_processes_train_like_one_and_resume(tmp_path):
 
     resumed = [*FLAGS, '--epochs', '2', '--output', str(tmp_path), '--resume']
     middle = str(sorted(run.glob('recovery-1-*'))[-1])
-    assert script.main([*resumed, middle, '-b', '128']) == 2  # from the middle of an epoch of two processes
+    assert script.main([*resumed, middle, '-b', '70']) == 2  # from the middle of an epoch of two processes
     end = str(run / 'checkpoint-0.pth.tar')
-    reports = [job.wait() for job in ranks(2, run_script, [*resumed, end, '-b', '64'], folder=tmp_path)]
+    reports = [job.wait() for job in ranks(2, run_script, [*resumed, end, '-b', '35'], folder=tmp_path)]
     assert [code for code, _ in reports] == [0, 0], reports
     assert ['largest' in text for _, text in reports] == [True, False]  # only the first process prints
-    assert ['2 processes, 128 images per batch' in text for _, text in reports] == [True, False]
+    assert ['2 processes, 70 images per batch' in text for _, text in reports] == [True, False]
     two, rows = load(run / 'last.pth.tar'), table(tmp_path)
 
-    whole = [*FLAGS, '--epochs', '2', '-b', '128', '--output', str(tmp_path / 'one')]
+    whole = [*FLAGS, '--epochs', '2', '-b', '70', '--output', str(tmp_path / 'one')]
     assert script.main(whole) == 0
     one = load(tmp_path / 'one' / 'run' / 'last.pth.tar')
     close(two['state_dict'], one['state_dict'])
@@ -208,7 +210,7 @@ def test_two_processes_evaluate_like_one(tmp_path):
         image.save(folder / f'{number}.png')
     flags = [*FLAGS, '--dataset', '', '--data-dir', str(tmp_path / 'data'), '--model', 'test_shiftmobilenet_supernet',
              '--shift', 'none', '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3', '-b', '64',
-             '-vb', '16', '--bn-images', '60', '--output', str(tmp_path)]
+             '--held-out', '.1', '-vb', '16', '--bn-images', '60', '--output', str(tmp_path)]
     assert script.main(flags) == 0
     alone, stats = table(tmp_path), (tmp_path / 'run' / 'model' / 'bn_stats.safetensors').read_bytes()
     (tmp_path / 'run' / 'budgets.csv').unlink()

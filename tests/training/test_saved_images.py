@@ -41,6 +41,7 @@ def facts(directory):
     return config['num_classes'], config['label_names'], config['timm_shiftnas']['image_mode']
 
 
+@pytest.mark.slow
 def test_every_way_to_a_model_keeps_classes_and_mode(run, tmp_path):
     _, output, data = run
     assert cli(['convert', str(output / 'last.pth.tar'), str(tmp_path / 'converted')]) == 0
@@ -51,6 +52,7 @@ def test_every_way_to_a_model_keeps_classes_and_mode(run, tmp_path):
         assert net.pretrained_cfg['label_names'] == {'0': 'zebra', '2': 'ant', '5': 'bee'} and net.num_classes == 6
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_accuracy_of_the_run(run, capsys):
     _, output, data = run
     for row in SavedModel(output / 'model').record.results:

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
 import termios
@@ -22,8 +21,8 @@ import timm
 import torch
 from PIL import Image, ImageOps
 from support.networks import rng, tiny_supernet
-from support.processes import Job
-from support.small_runs import FAST, ROOT, load, run_script, same, train
+from support.processes import Job, run_file
+from support.small_runs import FAST, ROOT, TINY, load, run_script, same, train
 from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
@@ -51,6 +50,7 @@ def finished(tmp_path_factory):
     return path / 'run', flags
 
 
+@pytest.mark.slow
 def test_output_files(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
@@ -75,6 +75,7 @@ def test_output_files(finished):
         assert [float(row[f'group {k}']) for k in (1, 2, 3)] == pytest.approx(p, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_args_yaml_holds_the_given_learning_rate(tmp_path):
     """Not the scaled one, which depends on the number of processes."""
     given = [*FAST, '--shift', 'none', '--experiment', 'run', '--output', str(tmp_path)]
@@ -83,11 +84,12 @@ def test_args_yaml_holds_the_given_learning_rate(tmp_path):
     before = dict(vars(args))
     trainer = train.Trainer(args)
     assert vars(args) == before and trainer.args.num_classes == 10
-    assert trainer.args.lr == trainer.run.optimizer.param_groups[0]['lr'] == 5e-4 * 128 / 512
+    assert trainer.args.lr == trainer.run.optimizer.param_groups[0]['lr'] == 5e-4 * 70 / 512
     again = train.parse_args(['-c', str(tmp_path / 'run' / 'args.yaml')])
     assert again.lr is None and scaled_lr(again, processes=2) == 2 * trainer.args.lr
 
 
+@pytest.mark.slow
 def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
     """timm's flags reach timm."""
     flags = [*FAST, '--shift', 'none', '--epochs', '4', '--output', str(tmp_path)]
@@ -116,6 +118,7 @@ def test_losses_schedules_and_the_pretrained_configuration(tmp_path):
         assert made.run.schedule.lr == pytest.approx(2e-3 * (1 + 1 / 3) ** -.5)
 
 
+@pytest.mark.slow
 def test_the_model_directory_holds_the_evaluated_weights(finished):
     """The subnet for a group's budget has the accuracy of the table, and its weights are the averaged ones."""
     output, _ = finished
@@ -133,6 +136,8 @@ def test_the_model_directory_holds_the_evaluated_weights(finished):
     assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(tmp_path):
     """Speed and time left go to stderr, the table to stdout."""
     ours, terminal = pty.openpty()
@@ -150,8 +155,10 @@ def test_a_progress_bar_on_a_terminal(tmp_path):
     assert re.search(r'epoch 1/1: +\d+%.*\d+/\d+ \[\d+:\d+<\d+:\d+, .*batch', seen.decode(errors='replace')), seen
 
 
+@pytest.mark.slow
 def test_uniform_baseline_searches(tmp_path, capsys):
-    assert run(tmp_path, '--sampler', 'uniform', '--epochs', '1', '--search-samples', '3') == 0
+    flags = ['--sampler', 'uniform', '--epochs', '1', '--search-samples', '3', '--held-out', '0.1', '-b', '128']
+    assert run(tmp_path, *flags) == 0
     rows = list(csv.DictReader((tmp_path / 'run' / 'budgets.csv').open()))
     assert len(rows) == 5
     edges = [float(rows[0]['macs']), *(float(row['budget']) for row in rows[1:-1])]
@@ -162,6 +169,7 @@ def test_uniform_baseline_searches(tmp_path, capsys):
     assert load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'] == [[0, [1 / 3] * 3]]
 
 
+@pytest.mark.slow
 def test_image_folder_accumulation_and_one_channel(tmp_path):
     digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
     for i in range(120):
@@ -169,13 +177,13 @@ def test_image_folder_accumulation_and_one_channel(tmp_path):
             folder = tmp_path / 'data' / split / str(digits.target[i] % 2)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((digits.images[i] * 15).astype('uint8')).save(folder / f'{i}.png')
-    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '16', '--grad-accum-steps', '3',
+    flags = ['--dataset', '', '--data-dir', str(tmp_path / 'data'), '-b', '8', '--grad-accum-steps', '3',
              '--in-chans', '1', '--mean', '0.5', '--std', '0.5', '--epochs', '1', '--no-prefetcher',
              '--shift', 'none', '--clip-grad', '1', '--mixup', '0.1', '--amp',
              '--amp-dtype', 'bfloat16', '--grad-checkpointing']
     assert run(tmp_path, *flags) == 0
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
-    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 16: three updates of 3, 3 and 1
+    assert checkpoint['task_state']['micro_step'] == 9  # 7 batches of 8: three updates of 3, 3 and 1
     net = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
     assert net.num_classes == 2 and net.in_chans == 1
 
@@ -185,7 +193,7 @@ def shards(tmp_path_factory):
     """Digits in two WebDataset shards for each split."""
     digits = __import__('sklearn.datasets', fromlist=['load_digits']).load_digits()
     folder = tmp_path_factory.mktemp('shards')
-    for split, numbers in (('train', range(192)), ('validation', range(192, 292))):
+    for split, numbers in (('train', range(96)), ('validation', range(96, 126))):
         for shard in (0, 1):
             with tarfile.open(folder / f'{split}-{shard:04d}.tar', 'w') as tar:
                 for number in numbers[shard::2]:
@@ -198,19 +206,22 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_streamed_dataset(shards, tmp_path):
     """A CNN, which reads the training images again for its statistics; resumed in the middle of an epoch."""
-    flags = [*FAST, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
-             '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
-             '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '32', '--shift', 'none', '-j', '1',
-             '--epochs', '2', '--val-interval', '9', '--recovery-interval', '2', '--bn-images', '64',
-             '--checkpoint-hist', '9', '--output', str(tmp_path), '--experiment']
+    flags = [*TINY, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
+             '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '96', '--val-num-samples', '30',
+             '--num-classes', '10', '--model', 'test_shiftmobilenet_supernet', '-b', '16', '--shift', 'none', '-j', '1',
+             '--epochs', '2', '--val-interval', '9', '--recovery-interval', '2', '--bn-images', '32',
+             '--num-groups', '1', '--checkpoint-hist', '9', '--output', str(tmp_path), '--experiment']
     assert train.main([*flags, 'run']) == 0
     whole = tmp_path / 'run'
     assert load(whole / 'last.pth.tar')['task_state']['update'] == 12
     state = load(whole / 'checkpoint-0.pth.tar')
-    assert train.main([*flags, 'middle', '--epochs', '1']) == 0  # the same first epoch
-    same(load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'], state['state_dict'])
+    trainer = train.Trainer(train.parse_args([*flags, 'first']))
+    trainer.fit_generator()
+    trainer.train_epoch(0)
+    same(trainer.run.net.state_dict(), state['state_dict'])  # the same first epoch
     trainer = train.Trainer(train.parse_args([*flags, 'middle', '--resume', str(whole / 'checkpoint-0.pth.tar')]))
     left = iter([False, True, False])  # SIGTERM in the step of the second update: one more update follows
     trainer.run.optimizer.register_step_post_hook(lambda *_: trainer.interrupts.terminate() if next(left) else None)
@@ -220,25 +231,27 @@ def test_streamed_dataset(shards, tmp_path):
     same(load(whole / 'last.pth.tar')['state_dict'], load(tmp_path / 'middle' / 'last.pth.tar')['state_dict'])
 
 
+@pytest.mark.slow
 def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     tsn.save_pretrained(tmp_path, net)
     arch = json.dumps(net.space.smallest.to_dict())
     assert cli(['evaluate', str(tmp_path), '--arch', arch, '--dataset', 'wds/digits', '--data-dir', str(shards),
-                '--split', 'validation-{0000..0001}.tar', '--num-samples', '100', '--train-split',
+                '--split', 'validation-{0000..0001}.tar', '--num-samples', '30', '--train-split',
                 'train-{0000..0001}.tar', '--bn-images', '64']) == 0
     out, err = capsys.readouterr()
-    assert out.startswith('100 images: top-1 ') and err == ''
+    assert out.startswith('30 images: top-1 ') and err == ''
 
 
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     line = one_line_error(
         capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
-        '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '192', '--val-num-samples', '100',
+        '--val-split', 'validation-{0000..0001}.tar', '--train-num-samples', '96', '--val-num-samples', '30',
         '--num-classes', '10')
     assert 'streams its images' in line
 
 
+@pytest.mark.slow
 def test_tracking(tmp_path, monkeypatch):
     """TensorBoard's own reader finds the values of the CSV; Weights & Biases keeps an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -260,11 +273,13 @@ def test_tracking(tmp_path, monkeypatch):
     assert saved['metric'] == float(rows[1]['eval_top1_largest'])
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_device_module(tmp_path, capsys):
     """A supernet teaches another one; --device-modules are imported."""
     teacher = timm.create_model('test_shiftformer_supernet', num_classes=10)
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
-    flags = ['--epochs', '1', '--kd-model', 'test_shiftformer_supernet', '--distill-loss-weight', '1']
+    flags = ['--img-size', '32', '-b', '140', '--epochs', '1', '--kd-model', 'test_shiftformer_supernet',
+             '--distill-loss-weight', '1']
     assert run(tmp_path, *flags, '--kd-model-path', str(tmp_path / 'teacher.pth'), '--device-modules', 'colorsys',
                '--archs-per-step', '3', '--sandwich', '--inplace-distillation', '--head-init-scale', '.1') == 0
     assert 'colorsys' in sys.modules
@@ -301,6 +316,7 @@ def trainer_of(tmp_path, *flags):
     return train.Trainer(train.parse_args([*ONE, '--output', str(tmp_path), *map(str, flags)]))
 
 
+@pytest.mark.slow
 def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved, tmp_path, caplog):
     """Flags of supernets are ignored, and named."""
     flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--epochs', '2', '--val-interval', '2',
@@ -339,6 +355,7 @@ def accuracy(net):
         return float((net.eval()(images).argmax(1) == targets).float().mean()) * 100
 
 
+@pytest.mark.slow
 def test_a_cnn_subnet_is_evaluated_with_its_running_statistics(saved_cnn, tmp_path):
     assert train.main([*ONE, '--model', f'local-dir:{saved_cnn / "subnet"}', '--epochs', '1', '--experiment', 'run',
                        '--output', str(tmp_path)]) == 0
@@ -348,6 +365,7 @@ def test_a_cnn_subnet_is_evaluated_with_its_running_statistics(saved_cnn, tmp_pa
     assert not torch.equal(net.bn1.running_mean, tsn.from_pretrained(saved_cnn / 'subnet').bn1.running_mean)
 
 
+@pytest.mark.slow
 def test_a_subnet_from_scratch(tmp_path):
     arch = tiny_supernet().space.smallest.to_dict()
     trainer = trainer_of(
@@ -360,6 +378,7 @@ def test_a_subnet_from_scratch(tmp_path):
     assert tsn.from_pretrained(trainer.run.output / 'model').arch.to_dict() == arch
 
 
+@pytest.mark.slow
 def test_a_teacher_of_one_network(saved, tmp_path):
     """loss = 0 * task + 1 * divergence from itself is 0 without dropout."""
     subnet = f'local-dir:{saved / "subnet"}'
@@ -370,6 +389,7 @@ def test_a_teacher_of_one_network(saved, tmp_path):
     assert float(trainer.task(images, torch.zeros(4, dtype=torch.long))['loss'].detach()) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_linear_probe_trains_the_classifier_alone(saved, tmp_path):
     """A supernet with all of its archs; the optimizer holds nothing else."""
     trainer = trainer_of(tmp_path, '--model', saved / 'supernet', '--freeze', 'backbone', '--epochs', 1,
@@ -391,6 +411,7 @@ def test_frozen_modules_of_a_cnn_keep_weights_and_statistics(saved_cnn, tmp_path
     assert changed == {name for name in before if not name.startswith(('conv_stem.', 'bn1.', 'blocks.0.'))}
 
 
+@pytest.mark.slow
 def test_frozen_modules_are_part_of_what_resumes(saved, tmp_path, capsys):
     flags = [*ONE, '--model', f'local-dir:{saved / "subnet"}', '--output', str(tmp_path), '--experiment', 'run',
              '--val-interval', '9', '--epochs']
@@ -442,6 +463,7 @@ def test_a_saved_model_of_one_channel_gets_images_of_one_channel(tmp_path):
     assert next(iter(trainer.read_batches(0)))[0].shape[1] == trainer.run.net.in_chans == 1
 
 
+@pytest.mark.slow
 def test_networks_that_are_not_ours_or_do_not_fit(saved, seven, capsys, tmp_path, finished):
     subnet = f'local-dir:{saved / "subnet"}'
     (tmp_path / 'empty').mkdir()
@@ -494,7 +516,7 @@ def test_broken_image(capsys, folder, workers, tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--model', 'resnet18'], 'shiftformer_tiny_supernet'),
+    pytest.param(['--model', 'resnet18'], 'shiftformer_tiny_supernet', marks=pytest.mark.slow),
     (['--model', 'nonsense'], 'shiftformer_tiny_supernet'),
     (['--num-classes', '3'], '10 classes'),
     (['--num-groups', '1001'], '1 to 1000'),
@@ -508,7 +530,6 @@ def test_broken_image(capsys, folder, workers, tmp_path):
     (['--model-kwargs', 'nonsense=2'], 'nonsense'),
     (['--in-chans', '5'], 'RGB have 3'),
     (['--input-img-mode', 'P'], 'give one of L, LA, RGB'),
-    (['--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64'], '--input-size 3 64 64'),
     (['--opt-betas', '0.9'], '--opt adamw'),
     (['--opt', 'adahessian'], 'second derivatives'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
@@ -528,6 +549,12 @@ def test_wrong_flags(capsys, flags, words, tmp_path):
     assert not list(tmp_path.iterdir())  # no file is left
 
 
+def test_a_mobilenet_needs_square_images(capsys, tmp_path):
+    flags = [*ONE, '--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64']
+    assert train.main([*flags, '--output', str(tmp_path)]) == 2 and '--input-size 3 64 64' in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_resume_of_another_space(capsys, finished, tmp_path):
     output, _ = finished
     line = one_line_error(
@@ -557,6 +584,7 @@ def test_config_file_gives_defaults(tmp_path):
     assert args.model_kwargs == dict(relative_position=False)
 
 
+@pytest.mark.slow
 def test_resume_with_another_split(capsys, finished, tmp_path):
     output, flags = finished
     resume = ['--resume', str(output / 'last.pth.tar'), '--seed', '7', '--output', str(tmp_path)]
@@ -564,6 +592,7 @@ def test_resume_with_another_split(capsys, finished, tmp_path):
     assert '--seed 42 and not 7' in line and 'args.yaml' in line
 
 
+@pytest.mark.slow
 def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     output, flags = finished
     resume = [*flags, '--resume', str(output / 'last.pth.tar'), '--opt', 'sgd', '--output', str(tmp_path)]
@@ -573,30 +602,31 @@ def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
 
 
+@pytest.mark.slow
 def test_mixup_switched_off_without_prefetcher(tmp_path):
     flags = ['--shift', 'none', '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1']
     assert run(tmp_path, *flags) == 0
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):
-    command = [sys.executable, ROOT / 'train.py', *FAST, '--epochs', '500', '--output', tmp_path, '--experiment', 'run']
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
-        # background jobs of a shell ignore SIGINT, and so would their children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    flags = [*FAST, '--shift', 'none', '--epochs']
+    argv = [*flags, '500', '--output', str(tmp_path), '--experiment', 'run']
+    process = Job(run_file, ROOT / 'train.py', *argv, out=tmp_path / 'out.txt', err=tmp_path / 'err.txt')
     last = tmp_path / 'run' / 'last.pth.tar'
-    while process.poll() is None and not last.exists():
-        time.sleep(.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Traceback' not in err, err
+    while process.alive and not last.exists():
+        time.sleep(.01)
+    os.kill(process.pid, signal.SIGINT)
+    code, err = process.wait()
+    assert code == 130 and 'Traceback' not in err, err
     assert err.strip().splitlines()[-1] == f'train.py: interrupted; continue with --resume {last}'
     epoch = load(last)['epoch']
-    flags = ['--resume', str(last), '--epochs', str(epoch + 2)]
-    assert train.main([*FAST, *flags]) == 0  # stays in the same folder
+    flags += [str(epoch + 2), '--resume', str(last)]
+    assert train.main(flags) == 0  # stays in the same folder
     assert load(last)['epoch'] == epoch + 1
     (tmp_path / 'run' / 'budgets.csv').unlink()
-    assert train.main([*FAST, *flags]) == 0  # no epoch is left: evaluates only
+    assert train.main(flags) == 0  # no epoch is left: evaluates only
     assert (tmp_path / 'run' / 'budgets.csv').exists() and load(last)['epoch'] == epoch + 1
 
 

@@ -26,12 +26,12 @@ from timm_shiftnas_cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS = ['--dataset', 'sklearn/digits', '--model', 'test_shiftmobilenet_supernet', '-j', '0', '-b', '128', '--opt',
-         'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '40',
-         '--log-interval', '5', '--generator-images', '8', '--bn-images', '200']
+FLAGS = ['--dataset', 'sklearn/digits', '--held-out', '0.5', '--model', 'test_shiftmobilenet_supernet', '-j', '0',
+         '-b', '128', '--opt', 'muon', '--lr', '5e-3', '--warmup-epochs', '0', '--num-groups', '3',
+         '--generator-fit-steps', '40', '--log-interval', '5', '--generator-images', '8', '--bn-images', '64']
 
 
-RICH = [*FLAGS, '--epochs', '2', '--val-interval', '2', '--shift', 'hypergradient', '--shift-interval', '8',
+RICH = [*FLAGS, '--epochs', '2', '--val-interval', '2', '--shift', 'hypergradient', '--shift-interval', '4',
         '--shift-batch-size', '12', '--drop', '0.1', '--drop-path', '0.1', '--model-ema', '--model-ema-decay', '0.9',
         '--experiment', 'run']
 
@@ -58,6 +58,7 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
     rows = table(finished)
     assert [row['name'] for row in rows] == ['smallest', 'group 1', 'group 2', 'group 3', 'largest']
@@ -73,23 +74,26 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
             assert static_counts(net) == (int(row['macs']), int(row['params']))
 
 
+@pytest.mark.slow
 def test_uniform_sampling_learns(tmp_path):
     """With uniform sampling and a search, whose candidates are calibrated, too."""
     assert train.main([
-        *FLAGS, '--epochs', '2', '--val-interval', '2', '-b', '32', '--lr', '3e-2', '--no-aug', '--sampler', 'uniform',
-        '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
+        *FLAGS, '--epochs', '2', '--val-interval', '2', '-b', '32', '--lr', '3e-2', '--no-aug', '--held-out', '0.05',
+        '--sampler', 'uniform', '--search-samples', '3', '--output', str(tmp_path), '--experiment', 'run']) == 0
     rows = table(tmp_path / 'run')
     # chance is 10; seven seeds reached 77 to 91, and 58 to 75
     assert float(rows[-1]['top1']) > 50 and float(rows[0]['top1']) > 35
     assert SavedModel(tmp_path / 'run' / 'model').info['searched']
 
 
+@pytest.mark.slow
 def test_timm_loads_the_largest_subnet_of_a_model_directory(finished, validation):
     net = timm.create_model(f'local-dir:{finished / "model"}', pretrained=True).eval()
     top1, _ = evaluate(net, validation, torch.device('cpu'))  # net(x): the largest, at the loader's size
     assert top1 == pytest.approx(float(table(finished)[-1]['top1']), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_budget_without_statistics(finished, validation, capsys, tmp_path):
     space = tsn.load_supernet(finished / 'model')[0].space
     low, high = tsn.macs(space, space.smallest), tsn.macs(space, space.largest)
@@ -110,6 +114,7 @@ def test_a_budget_without_statistics(finished, validation, capsys, tmp_path):
     assert err.startswith('timm-shiftnas: warning: ') and err.count('\n') == 1 and '--data-dir' in err
 
 
+@pytest.mark.slow
 def test_the_command_line_calibrates(finished, tmp_path, capsys):
     from PIL import Image
     for i in range(12):
@@ -141,6 +146,7 @@ def test_the_command_line_calibrates(finished, tmp_path, capsys):
     assert cli(['info', str(finished / 'model')]) == 0 and 'kernel_size' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_quickstarts_own_digits_are_evaluated(finished, tmp_path, capsys):
     row = table(finished)[2]
     which = ['evaluate', str(finished / 'model'), '--flops', row['budget'], '--dataset', 'sklearn/digits']
@@ -160,6 +166,7 @@ def test_the_quickstarts_own_digits_are_evaluated(finished, tmp_path, capsys):
     assert capsys.readouterr().out.startswith('360 images: ')
 
 
+@pytest.mark.slow
 def test_broken_statistics_are_refused(finished, tmp_path):
     folder = shutil.copytree(finished / 'model', tmp_path / 'model')
     data = (folder / 'bn_stats.safetensors').read_bytes()
@@ -171,6 +178,7 @@ def test_broken_statistics_are_refused(finished, tmp_path):
         tsn.from_pretrained(folder, arch=SavedModel(folder).info['bn_archs'][0])
 
 
+@pytest.mark.slow
 def test_resume(finished, tmp_path):
     """An interrupted run and its continuation give the weights of an uninterrupted one, bit for bit."""
     checkpoint = finished / 'checkpoint-0.pth.tar'
@@ -234,6 +242,8 @@ def test_evaluation_without_calibration_is_refused(validation):
     assert len(rows) == 4 and set(calibration.statistics) == set(archs)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_an_ofa_subnet_loads_in_timm_without_this_package(tmp_path):
     """With the code in docs/mobilenets.md, in a process that never imports timm_shiftnas."""
     torch.manual_seed(0)
@@ -259,6 +269,7 @@ save_file(dict(y=y.detach()), {str(tmp_path / 'y.safetensors')!r})
     assert torch.equal(safetensors.torch.load_file(tmp_path / 'y.safetensors')['y'], sub(x))
 
 
+@pytest.mark.slow
 def test_a_new_classifier_counts_in_budgets_and_is_saved(finished, tmp_path):
     budget = float(table(finished)[2]['budget'])
     sub = tsn.from_pretrained(finished / 'model', flops=budget)
@@ -272,6 +283,7 @@ def test_a_new_classifier_counts_in_budgets_and_is_saved(finished, tmp_path):
     tsn.from_pretrained(tmp_path / 'four', flops=static_counts(again)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('archs,message', [
     (None, 'unusable entry timm_shiftnas.bn_archs'), ([1], 'config.json has an unusable entry timm_shiftnas.bn_archs'),
     ([{'self': 2}], 'config.json has an unusable entry timm_shiftnas.bn_archs'),
@@ -287,6 +299,7 @@ def test_unusable_archs_of_statistics(finished, tmp_path, archs, message):
         tsn.from_pretrained(folder, flops=3e6)
 
 
+@pytest.mark.slow
 def test_absurd_depths_are_refused_before_a_network_is_built(finished, tmp_path):
     folder = shutil.copytree(finished / 'model', tmp_path / 'model')
     config = json.loads((folder / 'config.json').read_text())

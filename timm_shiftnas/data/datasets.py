@@ -171,22 +171,13 @@ class ImageFiles(ImageDataset):
         decoder: Reads an image of a file. It measures the range of grey levels on some of the files.
         skip_broken: Return the next image, as timm does, with a warning that names the file.
         load_bytes: Return the bytes of a file instead of an image.
-        transform: Applied to the image.
-        target_transform: Applied to the target.
+        **transforms: `transform` of the image and `target_transform`, as in timm.
     """
 
     def __init__(
-            self,
-            reader: Reader,
-            decoder: Decoder,
-            skip_broken: bool = False,
-            load_bytes: bool = False,
-            transform: Callable | None = None,
-            target_transform: Callable | None = None,
-    ) -> None:
-        super().__init__(
-            reader.root, reader, load_bytes=load_bytes, input_img_mode=decoder.mode, transform=transform,
-            target_transform=target_transform)
+            self, reader: Reader, decoder: Decoder, skip_broken: bool = False, load_bytes: bool = False,
+            **transforms: Callable | None) -> None:
+        super().__init__(reader.root, reader, load_bytes=load_bytes, input_img_mode=decoder.mode, **transforms)
         self.decoder = decoder
         self.skip_broken = skip_broken
         self._warned: set[int] = set()  # every worker warns once about each file
@@ -227,18 +218,11 @@ class ImageStream(IterableImageDataset):
     Args:
         reader: Images with targets, as timm's readers give them if no mode is asked for.
         decoder: Converts an image.
-        transform: Applied to the image.
-        target_transform: Applied to the target.
+        **transforms: `transform` of the image and `target_transform`, as in timm.
     """
 
-    def __init__(
-            self,
-            reader: Reader,
-            decoder: Decoder,
-            transform: Callable | None = None,
-            target_transform: Callable | None = None,
-    ) -> None:
-        super().__init__(None, reader, transform=transform, target_transform=target_transform)
+    def __init__(self, reader: Reader, decoder: Decoder, **transforms: Callable | None) -> None:
+        super().__init__(None, reader, **transforms)
         self.decoder = decoder
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:

@@ -198,8 +198,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _from_http_library(error: BaseException) -> bool:
-    """Whether the HTTP library raised an error; which library depends on the version of huggingface_hub."""
-    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
+    """Whether the HTTP library raised an error: httpx with huggingface_hub 1, httpx2 with 2."""
+    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2')
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A directory holds timm's `config.json`, `model.safetensors` and, for a supernet, `generator.safetensors` and
 `bn_stats.safetensors`. A config may come from anyone, so it is checked before a network is built from it. The type
-annotations below are these checks: `fits` compares JSON data with them.
+annotations of `ModelRecord` are these checks: `fits` compares JSON data with them.
 """
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import inspect
 import itertools
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from reprlib import repr as short
-from types import UnionType
-from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, TypedDict
 
 from timm.data.dataset_info import CustomDatasetInfo
 from timm.models import build_model_with_cfg, create_model, is_model, model_entrypoint
@@ -27,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..data.modes import MODES, default_mode
 from ..space import families, is_supernet
 from ..space.core import Arch, SearchSpace
+from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
 __all__ = ['ModelRecord', 'build_network', 'check_tensors', 'fits', 'read_archs', 'saved_class_names']
@@ -46,7 +44,6 @@ Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
-
 Mode = Annotated[str, MODES.__contains__]
 
 
@@ -100,12 +97,17 @@ class ModelRecord:
         Raises:
             ValueError: If `save_pretrained` cannot have written the config.
         """
-        if problem := next(_problems(config), None):
-            raise ValueError(f'{where} {problem}')
+        _refuse(_problems(config), where)
         return cls(**config[KEY])
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _refuse(problems: Iterator[str], where: str) -> None:
+    """Raise a `ValueError` with the first problem of the file `where`, if it has one."""
+    if problem := next(problems, None):
+        raise ValueError(f'{where} {problem}')
 
 
 def _problems(config: Any) -> Iterator[str]:
@@ -113,7 +115,7 @@ def _problems(config: Any) -> Iterator[str]:
     if not isinstance(config, dict) or not isinstance(config.get(KEY), dict):
         yield f'has no {KEY!r} entry: the model was not saved by timm_shiftnas; load it with timm.create_model'
     ours = config[KEY]
-    version, types = ours.get('format'), _types(ModelRecord)
+    version, types = ours.get('format'), types_of(ModelRecord)
     if isinstance(version, int) and version > FORMAT:
         yield (f'has format {version}, but this timm_shiftnas reads formats up to {FORMAT}; '
                'upgrade it: pip install -U timm_shiftnas')
@@ -122,6 +124,15 @@ def _problems(config: Any) -> Iterator[str]:
     for name in [name for name, kind in types.items() if not fits(ours.get(name), kind)] or _contradictions(**ours):
         yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
     yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
+
+
+def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
+    """Names of entries that do not agree with the others."""
+    wrong = dict(
+        probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
+        generator=GENERATOR in files and generator is None,
+        bn_archs=(BN_STATS in files) != (bn_archs is not None))
+    return [name for name in wrong if wrong[name]]
 
 
 def _network_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -141,15 +152,6 @@ def _network_problems(config: Mapping[str, Any]) -> Iterator[str]:
     factory = {*inspect.signature(create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     for name in sorted(factory & set(config.get('model_args', {}))):
         yield f'has model_args.{name}, which is not an argument of a network'
-
-
-def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
-    """Names of entries that do not agree with the others."""
-    wrong = dict(
-        probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
-        generator=GENERATOR in files and generator is None,
-        bn_archs=(BN_STATS in files) != (bn_archs is not None))
-    return [name for name in wrong if wrong[name]]
 
 
 def _oversized(config: Mapping[str, Any]) -> Iterator[str]:
@@ -174,33 +176,6 @@ def _oversized(config: Mapping[str, Any]) -> Iterator[str]:
         yield f'asks for depths that add up to {layers:,}; at most {2 * MAX_DEPTH:,} are loaded'
 
 
-@cache
-def _types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether JSON data fits a type annotation. Numbers have to be finite; a TypedDict may have further keys."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin is Annotated:
-        return fits(value, args[0]) and all(check(value) for check in args[1:])
-    if origin is Literal:
-        return any(type(value) is type(arg) and value == arg for arg in args)
-    if origin in (Union, UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin in (list, dict):
-        return isinstance(value, origin) and all(
-            fits(item, args[-1]) for item in (value.values() if origin is dict else value))
-    if is_typeddict(kind):
-        return isinstance(value, dict) and kind.__required_keys__ <= set(value) and all(
-            fits(value[name], each) for name, each in _types(kind).items() if name in value)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is kind
-
-
 def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     """The network of a config, on the meta device: it needs no memory, even with absurd shapes.
 
@@ -211,34 +186,21 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     Raises:
         ValueError: If the network is not one of this package or of a registered family, or far too large.
     """
-    problem = next(_network_problems(config), None)
-    if problem is None:
-        labels = {
-            name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
-        cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
-        try:
-            with _few_modules():
-                net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
-            problem = next(_contents_problems(net, config), None)
-        except Exception as error:  # timm raises many types; the config is always the cause
-            problem = f'does not describe a network ({type(error).__name__}: {one_line(error)})'
+    _refuse(_network_problems(config), where)
+    labels = {name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
+    cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
+    try:
+        with _few_modules():
+            net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
+        problem = next(_contents_problems(net, config), None)
+    except Exception as error:  # timm raises many types; the config is always the cause
+        problem = f'does not describe a network ({type(error).__name__}: {one_line(error)})'
     if problem:
         raise ValueError(f'{where} {problem}')
-    record = config.get(KEY, {})
-    net.image_mode = record.get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
-    net.upright = record.get('upright') is not False
+    saved = config.get(KEY, {})
+    net.image_mode = saved.get('image_mode') or default_mode(getattr(net, 'in_chans', 3))
+    net.upright = saved.get('upright') is not False
     return net
-
-
-def _contents_problems(net: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
-    """The faults of a network that was built."""
-    found = 'supernet' if is_supernet(net) else 'subnet'
-    kind = config[KEY]['kind'] if KEY in config else found
-    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
-        yield f'has the kind {kind}, but {config["architecture"]!r} is not a {kind}'
-    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
-    if len(values) * max(values) > MAX_TABLE:
-        yield f'describes {len(values):,} choices of up to {max(values):,} values: too many'
 
 
 @contextmanager
@@ -255,6 +217,17 @@ def _few_modules() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _contents_problems(net: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
+    """The faults of a network that was built."""
+    found = 'supernet' if is_supernet(net) else 'subnet'
+    kind = config[KEY]['kind'] if KEY in config else found
+    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
+        yield f'has the kind {kind}, but {config["architecture"]!r} is not a {kind}'
+    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
+    if len(values) * max(values) > MAX_TABLE:
+        yield f'describes {len(values):,} choices of up to {max(values):,} values: too many'
 
 
 def read_archs(archs: Any, space: SearchSpace, name: str, where: str = 'save_pretrained') -> list[Arch]:
@@ -290,8 +263,7 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     They need the same names, shapes and kinds of numbers. All that are not integers have one type, of 16 bits or more,
     and are finite.
     """
-    if problem := next(_misfits(expected, tensors), None):
-        raise ValueError(f'{where} {problem}')
+    _refuse(_misfits(expected, tensors), where)
 
 
 def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,7 @@ def load_supernet(
 class SavedModel:
     """A saved model: its checked `config.json`, and its files, which are checked when they are read.
 
-    Args:
-        directory_or_repo: A directory of `save_pretrained`, or a repository 'owner/name' on the Hugging Face Hub.
-        **hub: As for `from_pretrained`: revision, token, cache_dir, force_download, local_files_only.
+    The arguments are as for `load_supernet`.
 
     Attributes:
         config: The content of `config.json`.
@@ -179,8 +177,14 @@ class SavedModel:
         remedy = 'copy or save the model again' if self._is_local else 'force_download=True fetches it again'
         return ValueError(f'{self.where(name)} {what}; {remedy}')
 
-    def _content(self, name: str, most: int, check_size: Callable[[int], None]) -> bytes:
-        """The first bytes of a file, `most` or less, if its size is right; `check_size` raises otherwise."""
+    def _content(self, name: str, size: int | None = None) -> bytes:
+        """The content of a file of `size` bytes; of at most `MAX_CONFIG` bytes, if the size is not known."""
+        def check_size(found: int) -> None:
+            if size is None and found > MAX_CONFIG:
+                raise self._damage(name, f'has {found:,} bytes, and at most {MAX_CONFIG:,} are read')
+            if size is not None and found != size:
+                raise self._damage(name, f'is not the file that was saved: it has {found} bytes instead of {size}')
+
         path = Path(self.name, name) if self._is_local else download(self._retry, name, self._hub, check_size)
         if not path.exists():
             raise self._damage(name, 'is missing: this is not a model directory, or saving was interrupted')
@@ -188,37 +192,23 @@ class SavedModel:
             self._hub.revision = path.parent.name  # of all further files, even if the branch moves on
         check_size(path.stat().st_size)
         with open(path, 'rb') as file:
-            content = file.read(most + 1)
+            content = file.read((MAX_CONFIG if size is None else size) + 1)
+        check_size(len(content))  # of a FIFO, too
         if name == CONFIG and not self._is_local and not matches_etag(path, content):
             raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
         return content
 
     def _read_config(self) -> Any:
-        def check_size(size: int) -> None:
-            if size > MAX_CONFIG:
-                raise self._damage(CONFIG, f'has {size:,} bytes, and at most {MAX_CONFIG:,} are read')
-
-        content = self._content(CONFIG, MAX_CONFIG, check_size)
-        check_size(len(content))
+        content = self._content(CONFIG)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise self._damage(CONFIG, f'is not JSON ({error})') from None
 
     def read(self, name: str) -> bytes:
-        """The content of a file that `config.json` lists: exactly the bytes that were checked.
-
-        Raises:
-            ValueError: If the file is not the one that was saved.
-        """
+        """The content of a file that `config.json` lists: exactly the bytes that were checked."""
         expected = self.record.files[name]
-
-        def check_size(size: int) -> None:
-            if size != expected['size']:
-                raise self._damage(
-                    name, f'is not the file that was saved: it has {size} bytes instead of {expected["size"]}')
-
-        content = self._content(name, expected['size'], check_size)
+        content = self._content(name, expected['size'])
         if hashlib.sha256(content).hexdigest() != expected['sha256']:
             raise self._damage(name, 'is not the file that was saved: its sha256 differs')
         return content
@@ -293,13 +283,13 @@ def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: Any = None, param
 
 def _check_subnet(net: nn.Module, limits: Mapping[str, Any], arch: Any) -> None:
     """Raise a `ValueError` unless a saved subnet is within the limits and has the arch, if one is given."""
-    counts = dict(zip(('flops', 'params'), static_counts(net), strict=True)) if limits else {}
+    macs, params = static_counts(net) if limits else (0, 0)
     for name, limit in limits.items():
-        if counts[name] > parse_count(limit):
-            raise ValueError(f'this saved subnet has {counts[name]:,} {name}, more than the budget of {limit}; '
+        count = macs if name == 'flops' else params
+        if count > parse_count(limit):
+            raise ValueError(f'this saved subnet has {count:,} {name}, more than the budget of {limit}; '
                              'load a smaller one from its supernet')
-    same = arch is None
     with suppress(ValueError):  # an arch outside its space
-        same = same or static_space(net).from_dict(arch) == net.arch
-    if not same:
-        raise ValueError(f'this saved subnet is {net.arch}; load another arch from its supernet')
+        if arch is None or static_space(net).from_dict(arch) == net.arch:
+            return
+    raise ValueError(f'this saved subnet is {net.arch}; load another arch from its supernet')

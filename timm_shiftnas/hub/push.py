@@ -123,7 +123,7 @@ def push_directory(
                 commit_message=commit_message or f'{saved.config["architecture"]} by {KEY}', unless=_may_exist)
             return commit.pr_url or commit.commit_url
     except Exception as error:
-        in_doubt = _may_be_lost(error, parent)
+        in_doubt = parent is not None and _may_exist(error)
         address = _find_commit(api, retry, revision, parent, files) if in_doubt and not create_pr else ''
         if not address:
             first = '; another commit came first: push again' if status_of(error) == 412 else ''
@@ -132,11 +132,6 @@ def push_directory(
             raise
         _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
         return address
-
-
-def _may_be_lost(error: Exception, parent: str | None) -> bool:
-    """Whether the Hub may have created the commit of a failed push: the request was sent, and not refused."""
-    return parent is not None and status_of(error) != 412 and _may_exist(error)
 
 
 def _outcome(created: list[str], create_pr: bool, unknown: bool) -> str:
