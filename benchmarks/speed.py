@@ -9,7 +9,8 @@
     python benchmarks/speed.py memory              # peak memory of ShiftNAS updates / of uniform ones
     python benchmarks/speed.py scaling             # an update of one process / of two with as many images each
 
-`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration), `--device cuda --amp` bf16 autocast,
+`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration), `--model elastic_supernet --base NAME` a
+network of timm (supernet), `--device cuda --amp` bf16 autocast,
 `--channels-last` that memory layout, and `--torchcompile` compiled networks. Images per second, and their share of the
 matrix rate (a large matrix product of the same type in the same run), are printed with the ratios.
 """
@@ -83,7 +84,9 @@ class Bench:
 
     def network(self) -> nn.Module:
         """The measured supernet, in training mode."""
-        return timm.create_model(self.args.model).to(self.device, memory_format=self.layout).train()
+        base = {} if self.args.base is None else dict(base=self.args.base)
+        net = timm.create_model(self.args.model, **base)
+        return net.to(self.device, memory_format=self.layout).train()
 
     def images(self, net: nn.Module, arch: Arch | None = None) -> torch.Tensor:
         """A batch for a supernet, at the resolution of the arch if it has one."""
@@ -356,6 +359,7 @@ def main() -> None:
                 'generator': generator, 'calibration': calibration, 'memory': memory, 'scaling': scaling}
     parser.add_argument('what', choices=tuple(measures))
     parser.add_argument('--model', default='shiftformer_tiny_supernet')
+    parser.add_argument('--base', help='of --model elastic_supernet')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--shift', default='hypergradient', choices=('hypergradient', 'grad_norm', 'variation', 'none'))
     parser.add_argument('--shift-batch-size', type=int, default=32)

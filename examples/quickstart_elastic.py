@@ -20,16 +20,15 @@ base, folder = args.output / 'quickstart_elastic_base', args.output / 'quickstar
 
 def start(script, config, *more):
     command = [sys.executable, ROOT / script, '-c', ROOT / 'configs' / config, '--output', args.output, *more, *flags]
-    return subprocess.Popen([str(word) for word in command])
+    return subprocess.Popen([*map(str, command)])
 
 
 # 1. A plain ViT of timm learns letters.
 assert start('train.py', 'quickstart_elastic_base.yaml').wait() == 0
-
-# 2. It becomes elastic, and all its subnets are adapted together.
+# 2. It becomes elastic, and all its subnets are adapted together;
 weights = '--pretrained-path', base / 'model' / 'model.safetensors'
 run = start('train.py', 'quickstart_elastic.yaml', *weights)
-# 3. Meanwhile, the same archs are pruned out of it, and each is trained alone with as many steps.
+# 3. meanwhile, the same archs are pruned out of it, and each is trained alone with as many steps.
 alone = start('benchmarks/train_subnet.py', 'quickstart_elastic.yaml', *weights, '--results-file', base / 'alone.json')
 assert run.wait() == alone.wait() == 0
 

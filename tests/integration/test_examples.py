@@ -15,7 +15,8 @@ def run(name, *flags, folder):
 
 def test_examples_are_at_most_40_lines():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob('*.py')}
-    assert set(lengths) == {'quickstart.py', 'own_space.py', 'own_loop.py'} and max(lengths.values()) <= 40
+    assert set(lengths) == {'quickstart.py', 'quickstart_elastic.py', 'own_space.py', 'own_loop.py'}
+    assert max(lengths.values()) <= 40
 
 
 @pytest.mark.process
@@ -24,6 +25,18 @@ def test_quickstart(tmp_path):
     lines = run('quickstart.py', '--output', tmp_path, '--epochs', '1', '--num-groups', '2', '--generator-fit-steps',
                 '20', '--shift', 'none', '--held-out', '0.5', folder=tmp_path)
     assert [line.split(' MACs: top-1')[0] for line in lines[-3:]] == ['2M', '4M', '8M']
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_quickstart_elastic(tmp_path):
+    """The rows before training are those of the base's own subnets: the largest is the base."""
+    lines = run('quickstart_elastic.py', '--output', tmp_path, '--epochs', '1', '--val-interval', '1', '--glyph-images',
+                '520', '--num-groups', '2', '--generator-fit-steps', '20', folder=tmp_path)
+    assert lines[-4].startswith('the base: ') and lines[-3].split() == ['MACs', 'before', 'adapted', 'alone']
+    rows = [[float(value.replace(',', '')) for value in line.split()] for line in lines[-2:]]
+    assert rows[1][1] == float(lines[-4].removeprefix('the base: ')) and rows[0][0] < rows[1][0] == 4599808
+    assert (tmp_path / 'quickstart_elastic' / 'accuracy.png').exists()
 
 
 @pytest.mark.process

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 OURS = {  # flags that timm's script does not have, without the group of ShiftNAS
     '--traceback', '--help', '-h', '--config', '-c', '--glyph-images', '--glyph-difficulty', '--glyph-pixels',
     '--workers', '--batch-size', '--validation-batch-size', '--skip-broken-images', '--skip-nonfinite', '--freeze',
-    '--kd-model-path', '--dr', '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model'}
+    '--kd-model-path', '--dr', '--push-to-hub', '--hub-private', '--hub-revision', '--log-tensorboard', '--kd-model',
+    '--elastic', '--elastic-sort'}
 WRONG = {  # flags, and a part of their error
     '--reprob 1.5': "--reprob: '1.5' must be a number from 0 to 1",
     '--clip-grad 0': "--clip-grad: '0' must be a number above 0",

@@ -72,7 +72,8 @@ class ElasticQKV(nn.Linear):
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 * head width * heads, dim] and bias of the first `heads` heads."""
         rows = heads * self.head_dim
-        if 3 * rows == self.out_features and dim == self.in_features and not torch.compiler.is_compiling():
+        # a compiled graph does not compare sizes: the full ones would get graphs of their own
+        if not torch.compiler.is_compiling() and (3 * rows, dim) == (self.out_features, self.in_features):
             return self.weight, self.bias
         # always copies: views, which are possible for some numbers of heads only, would add compiled graphs
         layout = torch.contiguous_format
