@@ -9,10 +9,10 @@
     python benchmarks/speed.py memory              # peak memory of ShiftNAS updates / of uniform ones
     python benchmarks/speed.py scaling             # an update of one process / of two with as many images each
 
-`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration), `--model elastic_supernet --base NAME` a
-network of timm (supernet), `--device cuda --amp` bf16 autocast,
-`--channels-last` that memory layout, and `--torchcompile` compiled networks. Images per second, and their share of the
-matrix rate (a large matrix product of the same type in the same run), are printed with the ratios.
+`--model shiftmobilenet_supernet` measures the CNN (supernet, step, calibration), `--model elastic_supernet --base NAME`
+a network of timm (supernet), `--device cuda --amp` bf16 autocast, `--channels-last` that memory layout, and
+`--torchcompile` compiled networks. Images per second, and their share of the matrix rate (a large matrix product of the
+same type in the same run), are printed with the ratios.
 """
 from __future__ import annotations
 
