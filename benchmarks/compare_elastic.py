@@ -29,7 +29,7 @@ BASES = dict(
 ELASTIC = dict(
     vit='--elastic test_vit --model-kwargs patch_size=8'.split(),
     cnn='--elastic test_efficientnet'.split())
-ADAPT = '--lr 5e-3 --held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
+ADAPT = '--held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
 LEARNED = '--shift hypergradient --generator-interval 0'.split()
 EVEN = '--shift none --generator-interval 0'.split()
 METHODS = {
@@ -46,7 +46,7 @@ METHODS = {
     'uniform': '--shift none --sampler uniform'.split(),
     'trained generator': '--shift hypergradient --generator-interval 10'.split(),
 }
-EPOCHS, BASE_EPOCHS = 5, 12
+BASE_EPOCHS = 12
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
 REFERENCE = 'even'
 SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that differ in their order of units
@@ -81,15 +81,15 @@ def base(args: argparse.Namespace, seed: int) -> Job:
 def adaptation(args: argparse.Namespace, method: str, seed: int) -> Job:
     """An adaptation of the base of this seed."""
     weights = base(args, seed).folder / 'model' / 'model.safetensors'
-    flags = (*ELASTIC[args.network], *ADAPT, *METHODS[method], '--pretrained-path', str(weights),
-             '--epochs', str(EPOCHS), '--val-interval', str(EPOCHS))
-    return Job(args.network, method, seed, flags, args.output)
+    flags = (*ELASTIC[args.network], *ADAPT, *METHODS[method], '--lr', f'{args.lr:g}', '--pretrained-path',
+             str(weights), '--epochs', str(args.epochs), '--val-interval', str(args.epochs))
+    return Job(args.network, f'{args.epochs} epochs, lr {args.lr:g}/{method}', seed, flags, args.output)
 
 
 def pruned_alone(args: argparse.Namespace, seed: int, epochs: int) -> tuple[str, Path, list[str]]:
     """Fine-tune the archs of some groups alone, from the weights that they have in the sorted base."""
     job = adaptation(args, 'even', seed)
-    folder = job.folder.parent.parent / f'alone-{epochs}' / f'seed{seed}'
+    folder = job.folder.parent.parent / f'alone-{epochs}' / job.folder.name
     return f'{args.network} alone, {epochs} epochs, seed {seed}', folder, [
         sys.executable, 'benchmarks/train_subnet.py', *COMMON, *job.flags, '--epochs', str(epochs), '--seed', str(seed),
         '--groups', *map(str, ALONE_GROUPS), '--results-file', str(folder / 'subnets.json')]
@@ -99,6 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--network', default='vit', choices=tuple(BASES), help='the base: test_vit, test_efficientnet')
     parser.add_argument('--seeds', type=runs.positive, default=8, metavar='N', help='paired seeds 0 ... N - 1')
+    parser.add_argument('--epochs', type=runs.positive, default=12, metavar='N', help='length of an adaptation')
+    parser.add_argument('--lr', type=float, default=1e-2, help='learning rate of an adaptation')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='NAME')
     parser.add_argument('--alone', action='store_true', help='also fine-tune pruned archs alone')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
@@ -111,7 +113,7 @@ def main() -> None:
     for method in args.methods:  # so that a series that is stopped has all seeds of the first methods
         runs.execute([adaptation(args, method, seed).job() for seed in seeds], args.jobs)
     if args.alone:
-        runs.execute([pruned_alone(args, seed, epochs) for epochs in (EPOCHS, 1) for seed in seeds], args.jobs)
+        runs.execute([pruned_alone(args, seed, epochs) for epochs in (args.epochs, 1) for seed in seeds], args.jobs)
     write_tables(args)
 
 
@@ -132,18 +134,18 @@ def finished(args: argparse.Namespace, method: str, table: str = 'budgets.csv') 
 
 
 def write_tables(args: argparse.Namespace) -> None:
-    """Write elastic_NETWORK.csv and elastic_NETWORK.md from the trainings that are finished."""
+    """Write elastic_NETWORK_EPOCHS.csv and .md from the trainings that are finished."""
     scores = {method: finished(args, method) for method in METHODS}
     scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
     before = {method: finished(args, method, 'before.csv') for method in SORTED if method in scores}
     parts = [
-        f'Adapted for {EPOCHS} epochs:', runs.paired_table(scores, REFERENCE),
+        f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(scores, REFERENCE),
         'Before adaptation, top-1 at each group:', group_table(before),
         'After adaptation, top-1 at each group:', group_table(scores)]
     rows = [dict(method=name, seed=seed, group=group + 1, top1=round(top1, 3))
             for name, table in [*scores.items(), *((f'{name}, before', table) for name, table in before.items())]
             for seed, by_group in table.items() for group, top1 in enumerate(by_group)]
-    for epochs in (EPOCHS, 1):
+    for epochs in (args.epochs, 1):
         paths = {seed: pruned_alone(args, seed, epochs)[1] for seed in range(args.seeds)}
         alone = {seed: json.loads((path / 'subnets.json').read_text())
                  for seed, path in paths.items() if (path / 'done.json').exists()}
@@ -152,9 +154,10 @@ def write_tables(args: argparse.Namespace) -> None:
                       alone_table(alone, scores)]
             rows += [dict(method=f'pruned, alone for {epochs} epochs', seed=seed, group=row['group'],
                           top1=round(row['top1'], 3)) for seed, found in alone.items() for row in found]
-    runs.write_csv(args.results / f'elastic_{args.network}.csv', rows)
+    name = f'elastic_{args.network}_{args.epochs}'
+    runs.write_csv(args.results / f'{name}.csv', rows)
     text = '\n\n'.join(parts) + '\n'
-    runs.write(args.results / f'elastic_{args.network}.md', text)
+    runs.write(args.results / f'{name}.md', text)
     print(text)
 
 
