@@ -265,7 +265,9 @@ Classes of ImageNet, and whether a right one is among the top-5 of both the base
 Smaller archs before any training, with BatchNorm calibrated on {crops} random crops of {classes} photographs. Each line
 takes the next smaller value of one field everywhere, or of all fields. *Named*: photographs with a right class in the
 top-5. *Same class*: share of {crops} other crops to which the subnet gives the class that the base gives. Units were
-sorted by importance for {crops} more crops, without labels.
+sorted by importance for {crops} more crops, without labels. The first line is the base itself: what it misses is the
+cost of calibrating on so few scenes, so the lines are to be compared with it, and {crops} crops decide no small
+difference.
 
 {reduced}
 
@@ -275,7 +277,7 @@ Which of {classes} photographs is a grey patch of {patch} x {patch} pixels from?
 photograph (shorter side: {side} pixels): its dark fields are for training ({training} patches), its white ones for
 testing ({testing}). Top-1 in percent after {epochs} epochs at 64 x 64 pixels, one seed. *One adaptation* trains all
 subnets at once with `train.py --elastic`. *Alone* trains one subnet with the same flags for as many steps: from what
-the sorted base gives it, or from random weights.
+the sorted base gives it, or from random weights. The learning rate was chosen for none of them.
 
 {adapted}
 '''
