@@ -232,8 +232,8 @@ def adapt(output: Path, jobs: int) -> str:
     runs.write(archs, json.dumps([json.loads(rows[f'group {group}']['arch']) for group in COMPARED]))
     places = {title: output / title.replace(' ', '-') for title in ALONE}
     runs.execute([(title, place, [
-        sys.executable, 'benchmarks/train_subnet.py', *flags, '--archs', str(archs), *ALONE[title], '--results-file',
-        str(place / 'subnets.json')]) for title, place in places.items()], jobs)
+        sys.executable, 'benchmarks/train_subnet.py', *flags, '--archs', str(archs), '--generator-fit-steps', '1',
+        *ALONE[title], '--results-file', str(place / 'subnets.json')]) for title, place in places.items()], jobs)
     alone = []
     for place in places.values():
         found = json.loads((place / 'subnets.json').read_text())
