@@ -34,7 +34,7 @@ from timm_shiftnas.models.calibration import ResizedInput
 from timm_shiftnas.training.data import Loaders, create_loaders, open_data
 from timm_shiftnas.training.elastic import elastic_network
 from timm_shiftnas.training.flags import parse_args
-from timm_shiftnas.training.setup import create_network, model_args, scaled_lr
+from timm_shiftnas.training.setup import choose_num_classes, create_network, model_args, scaled_lr
 from timm_shiftnas.utils import seed_process
 from timm_shiftnas.utils.distributed import Ranks
 
@@ -73,6 +73,7 @@ def main() -> None:
     if own.supernet is not None:
         net, generator = timm_shiftnas.load_supernet(own.supernet)
     elif args.elastic is not None:
+        args.num_classes = choose_num_classes(args, data)
         net, _, _ = elastic_network(args, model_args(args), data, device, Ranks())
         generator = ArchitectureGenerator(net.space, seed=args.seed)
         generator.fit(steps=args.generator_fit_steps, seed=args.seed, progress=False)

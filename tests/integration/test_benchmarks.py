@@ -134,11 +134,15 @@ def test_subnets_trained_separately(tmp_path):
 @pytest.mark.process
 @pytest.mark.slow
 def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):
-    """Nothing of the base, which is not a number anywhere, is left in a subnet that is trained from scratch."""
-    base = timm.create_model('test_efficientnet', num_classes=10)
+    """Nothing of the base, which is not a number anywhere, is left in a subnet that is trained from scratch.
+
+    The subnet has the 10 classes of the data, not the 12 of the base.
+    """
+    base = timm.create_model('test_efficientnet', num_classes=12)
     save_file({name: torch.full_like(weight, math.nan) if weight.is_floating_point() else weight
                for name, weight in base.state_dict().items()}, tmp_path / 'base.safetensors')
-    space = tsn.elastic('test_efficientnet', num_classes=10, img_size=32).space
+    net = tsn.elastic('test_efficientnet', num_classes=10, img_size=32)
+    space = net.space
     (tmp_path / 'archs.json').write_text(json.dumps([space.smallest.to_dict()]))
     flags = ['--elastic', 'test_efficientnet', '--pretrained-path', tmp_path / 'base.safetensors', '--elastic-sort',
              'none', '--from-scratch', '--archs', tmp_path / 'archs.json', '--results-file', tmp_path / 'subnets.json',
@@ -147,7 +151,8 @@ def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):
     code, _, err = call(run_file, BENCHMARKS / 'train_subnet.py', *flags, folder=tmp_path)
     assert code == 0, err
     result, = json.loads((tmp_path / 'subnets.json').read_text())
-    assert space.from_dict(result['arch']) == space.smallest and result['inherited'] < 15 < 30 < result['top1']
+    assert space.from_dict(result['arch']) == space.smallest and result['macs'] == net.macs(space.smallest)
+    assert result['inherited'] < 15 < 30 < result['top1']
 
 
 @pytest.mark.process
