@@ -19,6 +19,7 @@ from timm_shiftnas.data.datasets import create_dataset
 from timm_shiftnas.method import BudgetGroups, ShiftNASConfig
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.models import static_counts
+from timm_shiftnas.models.importance import taylor_scores
 from timm_shiftnas.training import trainer as train
 from timm_shiftnas.training.elastic import open_base
 
@@ -147,6 +148,14 @@ def test_a_cnn_that_is_trained_first_has_the_size_of_the_images(tmp_path):
     tsn.save_pretrained(tmp_path / 'net', net)
     again = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
     assert again.arch == net.arch and again.pretrained_cfg['input_size'] == (3, 32, 32)
+
+
+def test_without_labels_units_are_sorted_by_what_the_network_predicts():
+    net, x = tsn.elastic(create_base()), torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        labelled, unlabelled = (taylor_scores(net, [batch]) for batch in ((x, net.eval()(x).argmax(1)), x))
+    for mask, other in zip(labelled, unlabelled, strict=True):
+        assert torch.equal(mask, other) and mask.max() > 0
 
 
 @pytest.mark.slow

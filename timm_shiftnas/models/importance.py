@@ -84,7 +84,8 @@ def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
         for batch in batches:
             images, targets = (batch, None) if isinstance(batch, Tensor) else batch
             seen += len(images)
-            loss = _loss(net(images.to(weight), net.join_masks(masks)), targets)
+            with torch.enable_grad():
+                loss = _loss(net(images.to(weight), net.join_masks(masks)), targets)
             for label, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
                 total[label] += gradient.abs()
     finally:
