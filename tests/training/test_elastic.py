@@ -1,6 +1,7 @@
 """The road from a trained network of timm: `train.py --elastic`, `timm-shiftnas elastic`, other scripts."""
 import csv
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -107,6 +108,18 @@ def test_a_resumed_run_is_the_undisturbed_one(adapted):
     whole, resumed = load(folder / 'last.pth.tar'), load(other / 'last.pth.tar')
     for name in ('state_dict', 'optimizer', 'task_state'):
         same(whole[name], resumed[name], name)
+
+
+def test_a_resumed_run_does_not_need_the_weights_of_the_base(weights, tmp_path):
+    """Without a teacher: a run from weights that are gone, or cannot be downloaded again, goes on."""
+    file = shutil.copy(weights[7], tmp_path / 'base.safetensors')
+    flags = [*BASE, *FAST, '--output', str(tmp_path), '--experiment', 'run', '--val-interval', '2', '--epochs', '2']
+    assert train.main([*flags, '--pretrained-path', file]) == 0
+    whole = load(tmp_path / 'run' / 'last.pth.tar')
+    shutil.move(tmp_path / 'run' / 'checkpoint-0.pth.tar', tmp_path / 'half.pth.tar')
+    Path(file).unlink()
+    assert train.main([*flags, '--resume', str(tmp_path / 'half.pth.tar')]) == 0
+    same(whole['state_dict'], load(tmp_path / 'run' / 'last.pth.tar')['state_dict'])
 
 
 def test_a_head_of_other_classes_is_replaced(weights, tmp_path, caplog):

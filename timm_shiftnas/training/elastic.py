@@ -154,6 +154,8 @@ def elastic_network(
     model_args = model_args | args.model_kwargs
     if args.resume:  # the order of the layers is a part of it
         model_args['space'] = read_checkpoint(args.resume)['task_state']['network']['model_args'].get('space')
+        if args.kd_model != BASE:  # and so are the weights
+            return elastic(args.elastic, num_classes=classes, **model_args).to(device), None, False
     base = open_base(
         args.elastic, model_args, num_classes=classes, file=args.pretrained_path or args.initial_checkpoint,
         device=device)
