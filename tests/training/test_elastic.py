@@ -112,7 +112,7 @@ def test_a_resumed_run_is_the_undisturbed_one(adapted):
 
 def test_a_resumed_run_does_not_need_the_weights_of_the_base(weights, tmp_path):
     """Without a teacher: a run from weights that are gone, or cannot be downloaded again, goes on."""
-    file = shutil.copy(weights[7], tmp_path / 'base.safetensors')
+    file = str(shutil.copy(weights[7], tmp_path / 'base.safetensors'))
     flags = [*BASE, *FAST, '--output', str(tmp_path), '--experiment', 'run', '--val-interval', '2', '--epochs', '2']
     assert train.main([*flags, '--pretrained-path', file]) == 0
     whole = load(tmp_path / 'run' / 'last.pth.tar')
