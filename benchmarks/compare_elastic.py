@@ -138,8 +138,9 @@ def write_tables(args: argparse.Namespace) -> None:
     scores = {method: finished(args, method) for method in METHODS}
     scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
     before = {method: finished(args, method, 'before.csv') for method in SORTED if method in scores}
+    reference = REFERENCE if REFERENCE in scores else next(iter(scores))
     parts = [
-        f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(scores, REFERENCE),
+        f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(scores, reference),
         'Before adaptation, top-1 at each group:', group_table(before),
         'After adaptation, top-1 at each group:', group_table(scores)]
     rows = [dict(method=name, seed=seed, group=group + 1, top1=round(top1, 3))
