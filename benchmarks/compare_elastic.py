@@ -141,8 +141,9 @@ def write_tables(args: argparse.Namespace) -> None:
     reference = REFERENCE if REFERENCE in scores else next(iter(scores))
     parts = [
         f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(scores, reference),
-        'Before adaptation, top-1 at each group:', group_table(before),
         'After adaptation, top-1 at each group:', group_table(scores)]
+    if before:
+        parts += ['Before adaptation, top-1 at each group:', group_table(before)]
     rows = [dict(method=name, seed=seed, group=group + 1, top1=round(top1, 3))
             for name, table in [*scores.items(), *((f'{name}, before', table) for name, table in before.items())]
             for seed, by_group in table.items() for group, top1 in enumerate(by_group)]

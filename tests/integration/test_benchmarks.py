@@ -1,4 +1,5 @@
 """The benchmarks: their statistics against closed forms, their processes, and one comparison from the command line."""
+import argparse
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from timm_shiftnas.data import StepBatches, create_dataset
 BENCHMARKS = ROOT / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
+import compare_elastic  # noqa: E402
 import ranking  # noqa: E402
 import runs  # noqa: E402
 
@@ -49,6 +51,32 @@ def test_rank_correlations():
             for m, i, f, s in ((1, 1, 1, 4), (2, 2, 3, 3), (3, 3, 2, 2), (4, 4, 4, 1))]
     cells = ranking.correlations(rows).splitlines()[-1].split(' | ')
     assert cells[3] == '0.67 / 0.80' and cells[4] == '-1.00 / -1.00'  # one of six pairs is swapped: 4 / 6
+
+
+def test_an_adaptation_is_compared_with_networks_trained_alone(tmp_path):
+    """From the files of finished trainings; seed 1 of one method is not finished."""
+    args = argparse.Namespace(network='vit', epochs=12, lr=.01, seeds=2, output=tmp_path, results=tmp_path / 'results')
+
+    def finish(folder, **files):
+        folder.mkdir(parents=True)
+        for name, tops in files.items():
+            rows = [dict(name='smallest', top1=0), *(dict(name=f'group {k + 1}', top1=top) for k, top in enumerate(tops))]
+            runs.write_csv(folder / f'{name}.csv', rows)
+        (folder / 'done.json').write_text('{}')
+
+    for seed in range(2):
+        finish(compare_elastic.adaptation(args, 'even', seed).folder, budgets=[50 + seed] * 8, before=[9] * 8)
+        folder = compare_elastic.pruned_alone(args, seed, 12)[1]
+        finish(folder)
+        (folder / 'subnets.json').write_text(json.dumps([dict(group=k, top1=52. + 3 * seed) for k in (1, 3, 8)]))
+    finish(compare_elastic.adaptation(args, 'hypergradient', 0).folder, budgets=range(60, 68), before=[8] * 8)
+    compare_elastic.write_tables(args)
+    lines = (tmp_path / 'results' / 'elastic_vit_12.md').read_text().splitlines()
+    assert any(line.startswith('| hypergradient | 1 | 60.00 | +10.00 ± nan | 67.00 | +17.00') for line in lines)
+    assert '| hypergradient | 1 | 8.0 |' in ''.join(lines)
+    # alone 52 and 55, even 50 and 51: differences of -2 and -4, whose interval is 12.706 standard errors of 1
+    assert '| group 1 | 53.5 | -3.00 ± 12.71 | +8.00 ± nan |' in lines
+    assert '| group 8 | 53.5 | -3.00 ± 12.71 | +15.00 ± nan |' in lines
 
 
 def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
