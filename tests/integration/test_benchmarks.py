@@ -60,8 +60,8 @@ def test_an_adaptation_is_compared_with_networks_trained_alone(tmp_path):
     def finish(folder, **files):
         folder.mkdir(parents=True)
         for name, tops in files.items():
-            rows = [dict(name='smallest', top1=0), *(dict(name=f'group {k + 1}', top1=top) for k, top in enumerate(tops))]
-            runs.write_csv(folder / f'{name}.csv', rows)
+            groups = [dict(name=f'group {k + 1}', top1=top) for k, top in enumerate(tops)]
+            runs.write_csv(folder / f'{name}.csv', [dict(name='smallest', top1=0), *groups])
         (folder / 'done.json').write_text('{}')
 
     for seed in range(2):
