@@ -338,7 +338,7 @@ def test_networks_of_timm(name, tmp_path):
     base.load_state_dict(net.state_dict())
     torch.testing.assert_close(net(x, net.space.largest), base(x), rtol=0, atol=1e-5)
     assert torch.equal(tsn.elastic(base, img_size=64).eval()(x, net.space.smallest), net(x, net.space.smallest))
-    assert net.space.largest.resolution == 64 and net.pretrained_cfg['input_size'] == (3, 64, 64)
+    assert net.space.largest.resolution == 64 and net.pretrained_cfg['input_size'] == (1, 64, 64)
     generator = tsn.ArchitectureGenerator(net.space).fit(steps=20, progress=False)
     tsn.save_pretrained(tmp_path / 'model', net, generator)
     again = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()

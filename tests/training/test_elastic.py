@@ -148,9 +148,35 @@ def test_a_network_that_timm_has_saved(tmp_path):
 
     cnn = timm.create_model('test_efficientnet', num_classes=7)
     save_for_hf(cnn, tmp_path / 'cnn', safe_serialization=True)
-    net = open_base(f'local-dir:{tmp_path / "cnn"}', dict(img_size=32), device=device).net
-    assert net.space.largest.resolution == 32 and net.num_classes == 7
-    assert_same_function(net, cnn)
+    save_file(cnn.state_dict(), tmp_path / 'cnn.safetensors')
+    for file in (None, str(tmp_path / 'cnn.safetensors')):
+        net = open_base(f'local-dir:{tmp_path / "cnn"}', dict(img_size=32), file=file, device=device).net
+        assert net.space.largest.resolution == 32 and net.num_classes == 7
+        assert_same_function(net, cnn)
+
+
+def test_a_network_that_was_changed_is_refused():
+    """It could not be created again from what is saved."""
+    net = create_base()
+    net.head = torch.nn.Linear(64, 3)
+    with pytest.raises(ValueError, match=r'head.weight has the shape \[3, 64\], and \[10, 64\] as created'):
+        tsn.elastic(net)
+    net.reset_classifier(3)
+    assert tsn.elastic(net).num_classes == 3
+    net.blocks = net.blocks[:3]
+    with pytest.raises(ValueError, match='blocks.3.* has the shape None'):
+        tsn.elastic(net)
+    with pytest.raises(ValueError, match='num_classes: only the name of a base takes these'):
+        tsn.elastic(create_base(), num_classes=3)
+    with pytest.raises(ValueError, match='not a network of timm itself'):
+        tsn.elastic('elastic_supernet')
+
+
+def test_the_size_of_the_images_is_part_of_what_is_saved(tmp_path):
+    net = tsn.elastic('test_vit', in_chans=1, **SIZE)
+    tsn.save_pretrained(tmp_path, net, tsn.ArchitectureGenerator(net.space))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert net.pretrained_cfg['input_size'] == again.pretrained_cfg['input_size'] == (1, 16, 16)
 
 
 def test_a_cnn_that_is_trained_first_has_the_size_of_the_images(tmp_path):
@@ -165,10 +191,12 @@ def test_a_cnn_that_is_trained_first_has_the_size_of_the_images(tmp_path):
 
 def test_without_labels_units_are_sorted_by_what_the_network_predicts():
     net, x = tsn.elastic(create_base()), torch.randn(8, 3, 16, 16)
-    with torch.no_grad():
-        labelled, unlabelled = (taylor_scores(net, [batch]) for batch in ((x, net.eval()(x).argmax(1)), x))
+    with torch.inference_mode():
+        labelled, unlabelled = (taylor_scores(net, [batch]) for batch in ((x, net.eval()(x).argmax(1)), x.clone()))
     for mask, other in zip(labelled, unlabelled, strict=True):
         assert torch.equal(mask, other) and mask.max() > 0
+    with pytest.raises(ValueError, match='from 1 to 5000, and the network has 10 classes; give a loader of images'):
+        tsn.sort_by_importance(net, [(x[:2], torch.tensor([5000, 1]))])
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from ..space.core import Arch, SearchSpace
 from ..space.families import space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
+from ._supernet import TimmSupernet
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
 from .elastic_vit import ELASTIC_VITS, make_vit_static
 
@@ -67,17 +68,42 @@ def elastic(
             size['img_size'] = kwargs.pop('img_size')
         return elastic(create_model(base, pretrained=pretrained, **kwargs), space=space, **size)
     net = copy.deepcopy(unwrap_model(base))
-    cfg, family = getattr(net, 'pretrained_cfg', {}), _family_of(net)
-    size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
-    if pretrained or kwargs or not cfg.get('architecture'):
+    cfg = getattr(net, 'pretrained_cfg', {})
+    if not cfg.get('architecture'):
         raise ValueError(
-            f'this {type(net).__name__} was not created by timm, or comes with arguments that only a name takes; give '
-            'a network of timm.create_model and space= alone, or the name of the base')
-    args = dict(getattr(net, '_model_args', {}), base=cfg['architecture'], num_classes=net.num_classes)
+            f'this {type(net).__name__} was not created by timm; give a network of timm.create_model, or its name')
+    family = _elastic_family_of(net, cfg['architecture'])
+    size = _square(kwargs.pop('img_size', None)) if family.sized else None
+    if pretrained or kwargs:
+        names = ', '.join([*kwargs, *(['pretrained'] if pretrained else [])])
+        raise ValueError(f'{names}: only the name of a base takes these; create the network with them')
+    args = dict(getattr(net, '_model_args', {}), num_classes=net.num_classes)
+    _check_unchanged(net, cfg['architecture'], args)
+    args['base'] = cfg['architecture']
     if size is not None:
         args['img_size'] = size
     net = make_elastic(space, net, args)
-    net.pretrained_cfg = net.default_cfg = _config_of_base(cfg, 'elastic_supernet', size)
+    net.pretrained_cfg = _config_of_base(cfg, 'elastic_supernet', size)
+    return _with_image_size(net)
+
+
+def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless these arguments, which will be saved, create a network of the same weights."""
+    expected = create_model(name, device='meta', **args).state_dict()
+    shapes, others = (
+        {key: list(weight.shape) for key, weight in each.items()} for each in (net.state_dict(), expected))
+    for key in [*others, *shapes]:
+        if shapes.get(key) != others.get(key):
+            raise ValueError(
+                f'this {name} was changed after timm had created it: {key} has the shape {shapes.get(key)}, and '
+                f'{others.get(key)} as created; change classes by reset_classifier(N), and the rest by arguments')
+
+
+def _with_image_size(net: nn.Module) -> nn.Module:
+    """A supernet whose configuration has the channels and the size of its images."""
+    if isinstance(net, TimmSupernet):  # not a wrapper of `features_only`
+        size = net.subnet_cfg(net.space.largest)['input_size']
+        net.pretrained_cfg = net.default_cfg = dict(net.pretrained_cfg, input_size=tuple(size))
     return net
 
 
@@ -211,6 +237,8 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         base_cfg = get_pretrained_cfg(base)
     except RuntimeError as error:
         raise ValueError(f'base={base!r}: {error} Type one of {list_models(published, include_tags=True)}') from None
+    if base_cfg is None:
+        raise ValueError(f'base={base!r} is not a network of timm itself; type one such as vit_small_patch16_224')
     own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
     if pretrained and not own_weights and not base_cfg.has_weights:
         known = list_models(published, pretrained=True) or ['pretrained=False']
@@ -267,8 +295,8 @@ def elastic_supernet(
         **kwargs,
 ) -> nn.Module:
     """The supernet of any elastic network of timm: `base='vit_small_patch16_224.augreg_in21k_ft_in1k'`."""
-    return build_from_base(
-        lambda net, args: make_elastic(space, net, args), 'elastic_supernet', pretrained, base, pretrained_cfg, kwargs)
+    return _with_image_size(build_from_base(
+        lambda net, args: make_elastic(space, net, args), 'elastic_supernet', pretrained, base, pretrained_cfg, kwargs))
 
 
 @register_model

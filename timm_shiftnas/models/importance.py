@@ -62,6 +62,8 @@ def sort_by_importance(
     return net
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
     """Importance of every unit, in the shapes of the masks: the sum over batches of |d loss / d mask|.
 
@@ -82,10 +84,10 @@ def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
     net.eval()
     try:
         for batch in batches:
-            images, targets = (batch, None) if isinstance(batch, Tensor) else batch
+            # clones, because tensors of inference mode have no part in gradients
+            images, *labels = [each.clone() for each in ([batch] if isinstance(batch, Tensor) else batch)]
             seen += len(images)
-            with torch.enable_grad():
-                loss = _loss(net(images.to(weight), net.join_masks(masks)), targets)
+            loss = _loss(net(images.to(weight), net.join_masks(masks)), *labels)
             for label, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
                 total[label] += gradient.abs()
     finally:
@@ -95,10 +97,18 @@ def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
     return net.join_masks(total)
 
 
-def _loss(outputs: Tensor, targets: Tensor | None) -> Tensor:
-    """What units are scored by: the loss on the targets, or on what the network itself predicts."""
+def _loss(outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+    """What units are scored by: the loss on the targets, or on what the network itself predicts.
+
+    Raises:
+        ValueError: If a target is none of its classes.
+    """
     if targets is None:
-        targets = outputs.argmax(-1)
+        targets = outputs.detach().argmax(-1)
+    if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[-1]:
+        raise ValueError(
+            f'the labels go from {int(targets.min())} to {int(targets.max())}, and the network has {outputs.shape[-1]} '
+            'classes; give a loader of images alone, if it does not know theirs')
     return F.cross_entropy(outputs, targets.to(outputs.device))
 
 

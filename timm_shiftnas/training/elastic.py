@@ -93,7 +93,7 @@ def open_base(
         net = elastic(name, pretrained=True, **model_args)
     except Exception as error:  # unknown names and arguments, weights of another network, no connection, ...
         hint = '' if file else '; --pretrained-path FILE takes weights from a file'
-        raise ValueError(f'cannot make {name} elastic: {one_line(error, 300)}{hint}') from error
+        raise ValueError(f'cannot make {name} elastic: {one_line(error, 500)}{hint}') from error
     return Base(net.to(device), num_classes)
 
 
@@ -106,9 +106,12 @@ def count_classes(file: str, base: str) -> int:
     try:
         weights = load_state_dict(file)
     except Exception as error:  # a file may hold anything
-        raise ValueError(f'{file} holds no weights ({one_line(error, 200)})') from error
-    cfg = timm.get_pretrained_cfg(base) if timm.is_model(base) else None
-    return len(weights.get(f'{getattr(cfg, "classifier", None) or "head"}.bias', ()))
+        raise ValueError(f'{file} holds no weights ({type(error).__name__}: {one_line(error, 200)})') from error
+    if ':' in base:  # a repository or a folder says itself which network it is
+        cfg = timm.create_model(base, device='meta').pretrained_cfg
+    else:
+        cfg = timm.get_pretrained_cfg(base).to_dict() if timm.is_model(base) else {}
+    return len(weights.get(f'{cfg.get("classifier") or "head"}.bias', ()))
 
 
 def sort_units(
