@@ -160,10 +160,10 @@ def test_bases_that_are_not_elastic():
         sort_by_importance(timm.create_model('resnet18'))
 
 
-@pytest.mark.slow
-def test_most_vits_of_timm_are_elastic():
+def test_vits_of_timm_at_full_depth():
+    """Every twelfth name; the test of the table goes over all of them with two layers."""
     elastic = []
-    for name in [*timm.list_models(module='vision_transformer'), *timm.list_models(module='deit')]:
+    for name in [*timm.list_models(module='vision_transformer'), *timm.list_models(module='deit')][::12]:
         base = timm.create_model(name, device='meta')
         if why_vit_is_not_elastic(base) is None:
             keys, count = list(base.state_dict()), sum(weight.numel() for weight in base.parameters())
@@ -171,4 +171,4 @@ def test_most_vits_of_timm_are_elastic():
             assert list(net.state_dict()) == keys and net.params(net.space.largest) == count, name
             assert net.macs(net.space.largest) > 4 * net.macs(net.space.smallest), name
             elastic.append(name)
-    assert len(elastic) >= 140
+    assert len(elastic) >= 10
