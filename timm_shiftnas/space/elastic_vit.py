@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
+from .core import Arch, OneHots, SearchSpace
 from .families import Family, register_family
-from .matrix_mapping import nested
-from .shiftformer import ShiftFormerMasks, ViTSizes, vit_space_of
+from .shiftformer import vit_choices, vit_masks, vit_sizes, vit_space_of, vit_values
 
 __all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
 
@@ -73,26 +73,12 @@ def elastic_vit_space(
         ValueError: If a field is empty, not positive or not increasing, if two choices give the same network, or if
             `layer_order` is not a permutation of the layers.
     """
-    values = dict(
-        embed_dim=ordered_values('embed_dim', embed_dim, int),
-        depth=ordered_values('depth', depth, int),
-        num_heads=ordered_values('num_heads', num_heads, int),
-        mlp_ratio=ordered_values('mlp_ratio', mlp_ratio, float))
-    for dim in values['embed_dim']:
-        hidden = [hidden_width(dim, ratio) for ratio in values['mlp_ratio']]
-        if len(set(hidden)) < len(hidden) or hidden[0] < 1:
-            raise ValueError(
-                f'mlp_ratio={values["mlp_ratio"]} gives the hidden widths {hidden} at embed_dim={dim}; '
-                'they must be positive and differ: choose ratios further apart')
+    values = vit_values(embed_dim, depth, num_heads, mlp_ratio, hidden_width)
     layers = values['depth'][-1]
     order = tuple(range(layers)) if layer_order is None else tuple(layer_order)
     if sorted(order) != list(range(layers)):
         raise ValueError(f'layer_order={order!r} must hold each of 0 to {layers - 1} once')
-    choices = [Choice('embed_dim', values['embed_dim']), Choice('depth', values['depth'])]
-    for layer in range(layers):
-        needed = order.index(layer) + 1  # the least depth that keeps this layer
-        choices += [Choice(name, values[name], layer, gate=1, min_depth=needed) for name in ('num_heads', 'mlp_ratio')]
-    return SearchSpace('elastic_vit', tuple(values.items()), tuple(choices), (('layer_order', order),))
+    return SearchSpace('elastic_vit', tuple(values.items()), vit_choices(values, order), (('layer_order', order),))
 
 
 def elastic_vit_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
@@ -106,34 +92,6 @@ def kept_layers(space: SearchSpace, depth: int) -> list[int]:
 
 
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
-
-
-def _ranks(space: SearchSpace) -> list[int]:
-    """The position of every layer in the order of importance."""
-    order = dict(space.structure)['layer_order']
-    return [order.index(layer) for layer in range(len(order))]
-
-
-def _layer_table(space: SearchSpace) -> list[list[float]]:
-    """1 where a layer exists, by depth."""
-    return [[float(rank < depth) for rank in _ranks(space)] for depth in space.values('depth')]
-
-
-def _sizes(space: SearchSpace, one_hots: OneHots) -> ViTSizes:
-    embed, depth, *layers = one_hots
-    dims, heads, ratios = (space.values(name) for name in ('embed_dim', 'num_heads', 'mlp_ratio'))
-
-    def constant(data: Any) -> torch.Tensor:
-        return torch.tensor(data, dtype=torch.float64, device=embed.device)
-
-    # a hidden width depends on two choices, so it reads the outer product of their one-hots
-    hidden = embed @ constant([[hidden_width(dim, ratio) for ratio in ratios] for dim in dims])
-    return ViTSizes(
-        width=embed @ constant(dims),
-        active=depth @ constant(_layer_table(space)),
-        heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
-        hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
-    )
 
 
 def _geometry(net: Any) -> dict[str, Any]:
@@ -162,7 +120,7 @@ def _geometry(net: Any) -> dict[str, Any]:
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
     g = space.geometry
-    sizes = _sizes(space, one_hots)
+    sizes = vit_sizes(space, one_hots, hidden_width)
     width, heads = sizes.width[..., None], sizes.heads * g['head_dim']
     (height, breadth), (patch_h, patch_w) = g['img_size'], g['patch_size']
     patches = (height // patch_h) * (breadth // patch_w)
@@ -177,7 +135,7 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
 
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     g = space.geometry
-    sizes = _sizes(space, one_hots)
+    sizes = vit_sizes(space, one_hots, hidden_width)
     width, heads, bias = sizes.width[..., None], sizes.heads * g['head_dim'], g['mlp_bias']
     block = (
         g['block'] * width + g['head_norm'] + (4 * width + 3 * g['qkv_bias']) * heads
@@ -186,21 +144,7 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     return outside * sizes.width + (sizes.active * block).sum(-1) + g['pool_fixed'] + g['num_classes']
 
 
-# -- masks -------------------------------------------------------------------------------------------------------------
-
-
-def _masks(space: SearchSpace, one_hots: OneHots) -> ShiftFormerMasks:
-    embed, depth, *layers = one_hots
-    dims, ratios = space.values('embed_dim'), space.values('mlp_ratio')
-    hidden = nested([hidden_width(dim, ratio) for dim in dims for ratio in ratios], embed)
-    return ShiftFormerMasks(
-        embed_dim=embed @ nested(dims, embed),
-        depth=depth @ torch.tensor(_layer_table(space), dtype=embed.dtype, device=embed.device),
-        num_heads=torch.stack(layers[0::2]) @ nested(space.values('num_heads'), embed),
-        hidden=torch.stack([torch.outer(embed, ratio).flatten() for ratio in layers[1::2]]) @ hidden,
-    )
-
-
 register_family(Family(
-    name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
-    supernet='elastic_supernet', subnet='elastic_vit_subnet'))
+    name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params,
+    masks=partial(vit_masks, hidden_width=hidden_width), geometry=_geometry, supernet='elastic_supernet',
+    subnet='elastic_vit_subnet'))

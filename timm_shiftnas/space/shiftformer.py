@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from .matrix_mapping import nested
 
 __all__ = [
     'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of',
-    'vit_space_of',
+    'vit_choices', 'vit_masks', 'vit_sizes', 'vit_space_of', 'vit_values',
 ]
 
 HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
@@ -36,27 +37,61 @@ def shiftformer_space(
     Raises:
         ValueError: If a field is empty, not positive or not increasing, or if two choices give the same network.
     """
+    values = vit_values(embed_dim, depth, num_heads, mlp_ratio, _hidden_width)
+    return SearchSpace('shiftformer', tuple(values.items()), vit_choices(values, range(values['depth'][-1])))
+
+
+def _hidden_width(embed_dim: int, mlp_ratio: float) -> int:
+    return int(embed_dim * mlp_ratio)
+
+
+def shiftformer_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
+    """`vit_space_of` for a ShiftFormer."""
+    return vit_space_of(arch, shiftformer_space, 'a ShiftFormer arch')
+
+
+# -- what both families of ViTs share ----------------------------------------------------------------------------------
+
+
+HiddenWidth = Callable[[int, float], int]  # of an MLP, from the token width and the ratio
+
+
+def vit_values(
+        embed_dim: Sequence[int],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: Sequence[float],
+        hidden_width: HiddenWidth,
+) -> dict[str, tuple]:
+    """The checked fields of a space of ViTs; raises as `shiftformer_space` does."""
     values = dict(
         embed_dim=ordered_values('embed_dim', embed_dim, int),
         depth=ordered_values('depth', depth, int),
         num_heads=ordered_values('num_heads', num_heads, int),
         mlp_ratio=ordered_values('mlp_ratio', mlp_ratio, float))
     for dim in values['embed_dim']:
-        hidden = [int(dim * ratio) for ratio in values['mlp_ratio']]
+        hidden = [hidden_width(dim, ratio) for ratio in values['mlp_ratio']]
         if len(set(hidden)) < len(hidden) or hidden[0] < 1:
             raise ValueError(
                 f'mlp_ratio={values["mlp_ratio"]} gives the hidden widths {hidden} at embed_dim={dim}; '
                 'they must be positive and differ: choose ratios further apart')
+    return values
+
+
+def vit_choices(values: Mapping[str, tuple], order: Sequence[int]) -> tuple[Choice, ...]:
+    """The choices of a space of ViTs, in which an arch of depth d consists of the first d layers of `order`."""
     choices = [Choice('embed_dim', values['embed_dim']), Choice('depth', values['depth'])]
-    for layer in range(values['depth'][-1]):
-        choices.append(Choice('num_heads', values['num_heads'], layer, gate=1, min_depth=layer + 1))
-        choices.append(Choice('mlp_ratio', values['mlp_ratio'], layer, gate=1, min_depth=layer + 1))
-    return SearchSpace('shiftformer', tuple(values.items()), tuple(choices))
+    for layer in range(len(order)):
+        needed = order.index(layer) + 1  # the least depth that keeps this layer
+        choices += [Choice(name, values[name], layer, gate=1, min_depth=needed) for name in ('num_heads', 'mlp_ratio')]
+    return tuple(choices)
 
 
-def shiftformer_space_of(arch: Arch | Mapping[str, Any]) -> tuple[SearchSpace, Arch]:
-    """`vit_space_of` for a ShiftFormer."""
-    return vit_space_of(arch, shiftformer_space, 'a ShiftFormer arch')
+def _layer_table(space: SearchSpace) -> list[list[float]]:
+    """1 where a layer exists, by depth."""
+    depths = space.values('depth')
+    order = dict(space.structure).get('layer_order', range(depths[-1]))
+    return [[float(order.index(layer) < depth) for layer in range(depths[-1])] for depth in depths]
 
 
 def vit_space_of(
@@ -111,19 +146,19 @@ class _Tokens(NamedTuple):
     patch_values: int  # numbers in one patch
 
 
-def _sizes(space: SearchSpace, one_hots: OneHots) -> ViTSizes:
+def vit_sizes(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) -> ViTSizes:
+    """The sizes of archs of a space of ViTs, given as one-hots."""
     embed, depth, *layers = one_hots
-    dims, depths = space.values('embed_dim'), space.values('depth')
-    heads, ratios = space.values('num_heads'), space.values('mlp_ratio')
+    dims, heads, ratios = (space.values(name) for name in ('embed_dim', 'num_heads', 'mlp_ratio'))
 
     def constant(data: Any) -> torch.Tensor:
         return torch.tensor(data, dtype=torch.float64, device=embed.device)
 
     # a hidden width depends on two choices, so it reads the outer product of their one-hots
-    hidden = embed @ constant([[int(dim * ratio) for ratio in ratios] for dim in dims])
+    hidden = embed @ constant([[hidden_width(dim, ratio) for ratio in ratios] for dim in dims])
     return ViTSizes(
         width=embed @ constant(dims),
-        active=depth @ constant([[float(layer < value) for layer in range(depths[-1])] for value in depths]),
+        active=depth @ constant(_layer_table(space)),
         heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
         hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
     )
@@ -138,7 +173,8 @@ def _tokens(geometry: dict[str, Any]) -> _Tokens:
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
     geometry = space.geometry
-    sizes, (rows, cols, patches, tokens, patch_values) = _sizes(space, one_hots), _tokens(geometry)
+    sizes = vit_sizes(space, one_hots, _hidden_width)
+    rows, cols, patches, tokens, patch_values = _tokens(geometry)
     embed = patches * patch_values * sizes.width
     qkv_proj = 4 * HEAD_DIM * tokens * sizes.heads * sizes.width[..., None]
     mlp = 2 * tokens * sizes.width[..., None] * sizes.hidden
@@ -157,7 +193,7 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
 
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     geometry = space.geometry
-    sizes, (_, _, patches, tokens, patch_values) = _sizes(space, one_hots), _tokens(geometry)
+    sizes, (_, _, patches, tokens, patch_values) = vit_sizes(space, one_hots, _hidden_width), _tokens(geometry)
     positions = patches if geometry['no_embed_class'] else tokens
     embed = patch_values + 1 + geometry['class_token'] + positions * geometry['pos_embed'] + 2 * geometry['final_norm']
     width, inner, bias = sizes.width[..., None], HEAD_DIM * sizes.heads, geometry['proj_bias']
@@ -201,18 +237,20 @@ class ShiftFormerMasks(NamedTuple):
         return ShiftFormerMasks(*(mask.to(like) for mask in self))
 
 
-def _masks(space: SearchSpace, one_hots: OneHots) -> ShiftFormerMasks:
+def vit_masks(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) -> ShiftFormerMasks:
+    """The masks of one arch of a space of ViTs, given as one-hots."""
     embed, depth, *layers = one_hots
     dims, ratios = space.values('embed_dim'), space.values('mlp_ratio')
-    hidden = nested([int(dim * ratio) for dim in dims for ratio in ratios], embed)
+    hidden = nested([hidden_width(dim, ratio) for dim in dims for ratio in ratios], embed)
     return ShiftFormerMasks(
         embed_dim=embed @ nested(dims, embed),
-        depth=depth @ nested(space.values('depth'), embed),
+        depth=depth @ torch.tensor(_layer_table(space), dtype=embed.dtype, device=embed.device),
         num_heads=torch.stack(layers[0::2]) @ nested(space.values('num_heads'), embed),
         hidden=torch.stack([torch.outer(embed, ratio).flatten() for ratio in layers[1::2]]) @ hidden,
     )
 
 
 register_family(Family(
-    name='shiftformer', space=shiftformer_space, macs=_macs, params=_params, masks=_masks,
-    geometry=_geometry, supernet='shiftformer_supernet', subnet='shiftformer_subnet'))
+    name='shiftformer', space=shiftformer_space, macs=_macs, params=_params,
+    masks=partial(vit_masks, hidden_width=_hidden_width), geometry=_geometry, supernet='shiftformer_supernet',
+    subnet='shiftformer_subnet'))
