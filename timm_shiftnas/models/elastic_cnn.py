@@ -306,8 +306,12 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
             labels = ()
         elif leaf in ('weight', 'filt') and weight.matrix:
             labels = (weight.rows, weight.columns, None, None)
-        units = self.split_masks(arch_masks(self.space, self.space.one_hot(self.space.smallest)))
-        return tuple(UnitAxis(label) if label in units else None for label in labels)
+        return tuple(UnitAxis(label) if self._are_units(label) else None for label in labels)
+
+    def _are_units(self, label: str | None) -> bool:
+        """Whether the entries of a size may be permuted."""
+        return (label or '').partition('.')[0] in ('width', 'mid', 'se') and (
+            label not in cnn_table(self.unbound_space).frozen)
 
     def layer_of(self, name: str) -> str | None:
         owner = name.rpartition('.')[0]
