@@ -177,6 +177,8 @@ def test_the_size_of_the_images_is_part_of_what_is_saved(tmp_path):
     tsn.save_pretrained(tmp_path, net, tsn.ArchitectureGenerator(net.space))
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert net.pretrained_cfg['input_size'] == again.pretrained_cfg['input_size'] == (1, 16, 16)
+    subnet = timm.create_model('elastic_vit_subnet', base='test_vit', in_chans=1, **SIZE)
+    assert subnet.pretrained_cfg['input_size'] == (1, 16, 16)
 
 
 def test_a_cnn_that_is_trained_first_has_the_size_of_the_images(tmp_path):

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
     create_model,
@@ -25,7 +26,6 @@ from ..space.core import Arch, SearchSpace
 from ..space.families import space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
-from ._supernet import TimmSupernet
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
 from .elastic_vit import ELASTIC_VITS, make_vit_static
 
@@ -67,7 +67,7 @@ def elastic(
         if family is not None and family.sized and 'img_size' in kwargs:
             size['img_size'] = kwargs.pop('img_size')
         return elastic(create_model(base, pretrained=pretrained, **kwargs), space=space, **size)
-    net = copy.deepcopy(unwrap_model(base))
+    net = unwrap_model(base)
     cfg = getattr(net, 'pretrained_cfg', {})
     if not cfg.get('architecture'):
         raise ValueError(
@@ -82,9 +82,9 @@ def elastic(
     args['base'] = cfg['architecture']
     if size is not None:
         args['img_size'] = size
-    net = make_elastic(space, net, args)
-    net.pretrained_cfg = _config_of_base(cfg, 'elastic_supernet', size)
-    return _with_image_size(net)
+    net = make_elastic(space, copy.deepcopy(net), args)
+    net.pretrained_cfg = net.default_cfg = _config_of(_without_source(cfg), 'elastic_supernet', args)
+    return net
 
 
 def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
@@ -97,14 +97,6 @@ def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
             raise ValueError(
                 f'this {name} was changed after timm had created it: {key} has the shape {shapes.get(key)}, and '
                 f'{others.get(key)} as created; change classes by reset_classifier(N), and the rest by arguments')
-
-
-def _with_image_size(net: nn.Module) -> nn.Module:
-    """A supernet whose configuration has the channels and the size of its images."""
-    if isinstance(net, TimmSupernet):  # not a wrapper of `features_only`
-        size = net.subnet_cfg(net.space.largest)['input_size']
-        net.pretrained_cfg = net.default_cfg = dict(net.pretrained_cfg, input_size=tuple(size))
-    return net
 
 
 def make_elastic(
@@ -181,11 +173,12 @@ def _elastic_family_of(net: nn.Module, base: str) -> ElasticFamily:
     Raises:
         ValueError: If it is not elastic.
     """
-    if reason := why_not_elastic(net):
+    family, reason = _family_of(net), why_not_elastic(net)
+    if family is None or reason:
         near = _elastic_names_near(base)
         hint = 'it is without this option' if base.partition('.')[0] in near else f'elastic are {", ".join(near)}'
         raise ValueError(f'base={base!r} is not elastic: {reason}; {hint}')
-    return next(family for family in FAMILIES if type(net) in family.bases)
+    return family
 
 
 def _check_is_of(family: ElasticFamily, net: nn.Module, base: str) -> None:
@@ -244,8 +237,10 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         known = list_models(published, pretrained=True) or ['pretrained=False']
         raise ValueError(f'timm has no weights of base={base!r}; type {", ".join(known)}')
     family = _family_of_name(base)
+    cfg = pretrained_cfg or _without_source(base_cfg.to_dict())
+    if isinstance(cfg, Mapping) and 'input_size' in cfg:
+        cfg = _config_of(cfg, variant, kwargs)
     size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
-    cfg = pretrained_cfg or _config_of_base(base_cfg.to_dict(), variant, size)
 
     def create(**args: Any) -> nn.Module:
         net = _create_base(base, pretrained and not own_weights, args)
@@ -275,15 +270,20 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
             'base from a file: timm.create_model(NAME, checkpoint_path=FILE)') from error
 
 
-def _config_of_base(cfg: Mapping[str, Any], variant: str, img_size: int | None = None) -> dict[str, Any]:
-    """timm's configuration of the base, for a network with another name and without a source of weights."""
-    dropped: tuple[str, ...] = (
-        'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
-    config = dict(cfg, architecture=variant)
-    if img_size is not None:
-        config['input_size'] = (cfg['input_size'][0], img_size, img_size)
-        dropped = (*dropped, 'pool_size', 'test_input_size')
-    return {name: value for name, value in config.items() if name not in dropped}
+def _without_source(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's configuration of a base without the source of its weights."""
+    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
+    return {name: value for name, value in cfg.items() if name not in sources}
+
+
+def _config_of(cfg: Mapping[str, Any], variant: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's configuration of a network that has arguments: its name, and the channels and size of its images."""
+    channels, *sides = cfg['input_size']
+    sides = to_2tuple(args['img_size']) if args.get('img_size') else sides
+    config = dict(cfg, architecture=variant, input_size=(args.get('in_chans') or channels, *sides))
+    if config['input_size'][1:] != tuple(cfg['input_size'][1:]):  # these hold for the base's own size
+        config = {name: value for name, value in config.items() if name not in ('pool_size', 'test_input_size')}
+    return config
 
 
 @register_model
@@ -295,8 +295,8 @@ def elastic_supernet(
         **kwargs,
 ) -> nn.Module:
     """The supernet of any elastic network of timm: `base='vit_small_patch16_224.augreg_in21k_ft_in1k'`."""
-    return _with_image_size(build_from_base(
-        lambda net, args: make_elastic(space, net, args), 'elastic_supernet', pretrained, base, pretrained_cfg, kwargs))
+    return build_from_base(
+        lambda net, args: make_elastic(space, net, args), 'elastic_supernet', pretrained, base, pretrained_cfg, kwargs)
 
 
 @register_model

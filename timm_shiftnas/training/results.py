@@ -62,11 +62,9 @@ class Results:
         Returns:
             Accuracies in percent, by `metrics`.
         """
-        run, net = self.run, self.evaluated_net()
-        with self.interrupts.immediate():
-            rows, found = self.measure(
-                net, device=run.device, autocast=run.autocast(), channels_last=self.args.channels_last, ranks=run.ranks)
-        if run.ranks.primary:
+        net = self.evaluated_net()
+        rows, found = self.measure_at_once(net)
+        if self.run.ranks.primary:
             with self.tolerate_errors('the table', 'standard output'):  # the reader of a pipe may have ended
                 print(format_table(rows), flush=True)
             with self.tolerate_errors('the results', unless=last):
@@ -75,15 +73,19 @@ class Results:
 
     def evaluate_start(self) -> None:
         """Evaluate the subnets before training, and write before.csv: what a pretrained network gives as it is."""
-        with self.interrupts.immediate():
-            rows, _ = self.measure(
-                self.run.net, device=self.run.device, autocast=self.run.autocast(),
-                channels_last=self.args.channels_last, ranks=self.run.ranks)
+        rows, _ = self.measure_at_once(self.run.net)
         if self.run.ranks.primary:
             with self.tolerate_errors('the table', 'standard output'):
                 print('before training', format_table(rows), sep='\n', flush=True)
             with self.tolerate_errors(BEFORE):
                 write_budgets_csv(self.output / BEFORE, rows)
+
+    def measure_at_once(self, net: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """`measure` with the options of the run; SIGTERM stops it."""
+        run = self.run
+        with self.interrupts.immediate():
+            return self.measure(
+                net, device=run.device, autocast=run.autocast(), channels_last=self.args.channels_last, ranks=run.ranks)
 
     def measure(self, net: nn.Module, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Evaluate the ends of the range and one subnet per budget group.
