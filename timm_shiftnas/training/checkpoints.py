@@ -36,7 +36,7 @@ from .folder import RunFolder
 
 __all__ = [
     'Checkpoints', 'Position', 'Saver', 'check_checkpoint', 'find_checkpoint', 'load_checkpoint', 'loop_state',
-    'newest_checkpoint', 'resume',
+    'newest_checkpoint', 'report_head', 'resume',
 ]
 
 _logger = logging.getLogger('train')
@@ -299,6 +299,14 @@ def load_checkpoint(
         check_tensors(generator.state_dict(), state['generator'], where)
         generator.load_state_dict(state['generator'])
     return net.eval(), generator, dict(state, args=flags)
+
+
+def report_head(source: str, classes: int, wanted: int) -> bool:
+    """Whether the head of some weights is left out because of its number of classes; says so."""
+    if classes != wanted:
+        _logger.warning(
+            f'{source} has {classes} classes and the data {wanted}: its head is left out, and a new one is trained')
+    return classes != wanted
 
 
 def check_checkpoint(path: str | Path, space: SearchSpace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..models import elastic, sort_by_importance
 from ..space.families import space_from_dict
 from ..utils.distributed import Ranks
 from ..utils.text import one_line
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, report_head
 from .data import Data, create_calibration_loader
 from .timm_flags import BASE
 
@@ -56,10 +56,7 @@ class Base:
 
     def replace_head(self) -> nn.Module:
         """The supernet with a head for the classes to train."""
-        if not self.knows_classes:
-            _logger.warning(
-                f'the base has {self.net.num_classes} classes and the data {self.num_classes}: its head is left out, '
-                'and a new one is trained')
+        if report_head('the base', self.net.num_classes, self.num_classes):
             self.net.reset_classifier(self.num_classes)
         return self.net
 

@@ -40,7 +40,7 @@ from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
 from ..utils.text import one_line
 from ..utils.units import format_count, parse_count
-from .checkpoints import Position, find_checkpoint, resume
+from .checkpoints import Position, find_checkpoint, report_head, resume
 from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
 from .elastic import elastic_network
 from .flags import dest_of, reset_supernet_flags
@@ -278,14 +278,6 @@ def load_weights(net: nn.Module, file: str) -> None:
     except Exception as error:  # a file may hold anything
         raise ValueError(
             f'--initial-checkpoint {file} does not hold weights of this network ({one_line(error, 200)})') from error
-
-
-def report_head(source: str, classes: int, wanted: int) -> bool:
-    """Whether the head of some weights is left out because of its number of classes; says so."""
-    if classes != wanted:
-        _logger.warning(
-            f'{source} has {classes} classes and the data {wanted}: its head is left out, and a new one is trained')
-    return classes != wanted
 
 
 def freeze(args: argparse.Namespace, net: nn.Module) -> list[nn.Module]:
