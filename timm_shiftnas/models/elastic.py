@@ -29,10 +29,14 @@ from ._elastic_family import ElasticFamily
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
 from .elastic_vit import ELASTIC_VITS, make_vit_static
 
-__all__ = ['FAMILIES', 'build_from_base', 'elastic', 'make_elastic', 'why_not_elastic']
+__all__ = ['FAMILIES', 'NoWeights', 'build_from_base', 'elastic', 'make_elastic', 'why_not_elastic']
 
 FAMILIES = (ELASTIC_VITS, ELASTIC_CNNS)
 Make = Callable[[nn.Module, dict[str, Any]], nn.Module]
+
+
+class NoWeights(ValueError):
+    """The published weights of a base cannot be had."""
 
 
 def elastic(
@@ -235,7 +239,7 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
     if pretrained and not own_weights and not base_cfg.has_weights:
         known = list_models(published, pretrained=True) or ['pretrained=False']
-        raise ValueError(f'timm has no weights of base={base!r}; type {", ".join(known)}')
+        raise NoWeights(f'timm has no weights of base={base!r}; type {", ".join(known)}')
     family = _family_of_name(base)
     cfg = pretrained_cfg or _without_source(base_cfg.to_dict())
     if isinstance(cfg, Mapping) and 'input_size' in cfg:
@@ -265,7 +269,7 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
     try:
         return create_model(base, pretrained=pretrained, **args)
     except OSError as error:
-        raise ValueError(
+        raise NoWeights(
             f'the weights of base={base!r} cannot be loaded: {one_line(error)}; connect to the internet, or create the '
             'base from a file: timm.create_model(NAME, checkpoint_path=FILE)') from error
 

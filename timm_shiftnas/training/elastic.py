@@ -14,6 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..models import elastic, sort_by_importance
+from ..models.elastic import NoWeights
 from ..space.families import space_from_dict
 from ..utils.distributed import Ranks
 from ..utils.text import one_line
@@ -89,7 +90,7 @@ def open_base(
     try:
         net = elastic(name, pretrained=True, **model_args)
     except Exception as error:  # unknown names and arguments, weights of another network, no connection, ...
-        hint = '' if file else '; --pretrained-path FILE takes weights from a file'
+        hint = '; --pretrained-path FILE takes weights from a file' if isinstance(error, NoWeights) else ''
         raise ValueError(f'cannot make {name} elastic: {one_line(error, 500)}{hint}') from error
     return Base(net.to(device), num_classes)
 
