@@ -699,6 +699,7 @@ def test_networks_of_others_are_not_built(folder, architecture, args):
     assert time.process_time() - started < 1
 
 
+@pytest.mark.slow
 def test_a_network_is_bounded_whatever_the_names_of_its_arguments(folder):
     """Layers of 700 blocks pass all checks of numbers; so would a third family with `layers=700`."""
     edit(folder, lambda config, ours: config['model_args']['space'].update(depth=[700]))

@@ -557,6 +557,7 @@ def sources(images):
     return set(images.sum((0, 1, 2)).nonzero().flatten().tolist())
 
 
+@pytest.mark.slow
 def test_updates_count_the_steps_of_optimizers_of_these_weights(patch):
     task, other = make(patch, shift='none'), make(patch, shift='none', seed=1)
 

@@ -178,6 +178,7 @@ def train(net, updates: int = 60):
     return task
 
 
+@pytest.mark.slow
 def test_it_trains_with_shiftnas(net):
     x, targets = images(500, seed=1000)
 

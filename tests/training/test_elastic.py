@@ -1,7 +1,6 @@
 """The road from a trained network of timm: `train.py --elastic`, `timm-shiftnas elastic`, other scripts."""
 import csv
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
@@ -226,6 +225,7 @@ def test_two_processes_agree_about_the_order_of_the_layers(weights, tmp_path):
     assert sorted(net.space.to_dict()['layer_order']) == list(range(6))
 
 
+@pytest.mark.slow
 def test_the_curriculum_reaches_smaller_budgets_over_its_epochs():
     """Budgets follow P, restricted to what is reachable; the first archs are the largest."""
     net = tsn.elastic(create_base())

@@ -180,7 +180,7 @@ def _elastic_family_of(net: nn.Module, base: str) -> ElasticFamily:
     family, reason = _family_of(net), why_not_elastic(net)
     if family is None or reason:
         near = _elastic_names_near(base)
-        hint = 'it is without this option' if base.partition('.')[0] in near else f'elastic are {", ".join(near)}'
+        hint = 'leave the option out: without it the network is elastic' if base.partition('.')[0] in near else f'elastic are {", ".join(near)}'
         raise ValueError(f'base={base!r} is not elastic: {reason}; {hint}')
     return family
 

@@ -102,5 +102,5 @@ def space_from_dict(data: Mapping[str, Any]) -> SearchSpace:
     try:
         space = _FAMILIES[name].space(**fields)
     except TypeError as error:
-        raise ValueError(f'not a {name} search space: {error}') from None
+        raise ValueError(f'not a search space of the family {name}: {error}') from None
     return space if geometry is None else space.bind(**geometry)
