@@ -24,7 +24,7 @@ from ..data.datasets import ImageFiles, class_names, create_dataset
 from ..data.loader import TrainLoader
 from ..data.modes import choose_mode
 from ..data.shift_batches import StepBatches, preprocessing
-from ..data.views import DatasetView, split_held_out
+from ..data.views import DatasetView, default_share, split_held_out
 from ..utils.distributed import Ranks
 from ..utils.streams import seed_process, stream
 
@@ -86,7 +86,7 @@ def open_data(args: argparse.Namespace) -> Data:
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
     if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
-        share = args.held_out if args.held_out is not None else 0.02 if len(train) >= 20_000 else 0.05
+        share = default_share(train) if args.held_out is None else args.held_out
         train, held_out = split_held_out(train, share, args.seed)
     if isinstance(train, IterableDataset):
         calibration = open_split(split=args.train_split, is_training=False, num_samples=args.train_num_samples)
@@ -150,6 +150,7 @@ class Loaders:
         calibration: Training images for BatchNorm statistics.
         mixup: Mixes the images of a training batch.
         shift: Batches for a learned shift.
+        split: How images were held out, if they were: the arguments of `split_held_out`.
     """
     train: TrainLoader
     validation: DataLoader | PrefetchLoader
@@ -157,6 +158,7 @@ class Loaders:
     calibration: DataLoader | PrefetchLoader | None
     mixup: Mixup | FastCollateMixup | None
     shift: ShiftBatches | None
+    split: dict[str, Any] | None
 
 
 def create_loaders(
@@ -203,7 +205,9 @@ def create_loaders(
         held_out=evaluation(data.held_out.with_transform(None)) if args.sampler == 'uniform' else None,
         calibration=create_calibration_loader(args, data, config, device) if calibrated else None,
         mixup=mixup,
-        shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None)
+        shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None,
+        split=None if data.held_out is None else dict(
+            share=len(data.held_out) / (len(data.train) + len(data.held_out)), seed=args.seed))
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

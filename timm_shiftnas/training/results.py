@@ -159,9 +159,11 @@ class Results:
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
         """Write the model directory; `more` is as for `save_pretrained`."""
+        facts = training_facts(self.args, self.run.ranks.size)
+        if self.loaders.split is not None:
+            facts['held_out'] = self.loaders.split
         save_pretrained(
-            self.output / 'model', net, results=rows, training=training_facts(self.args, self.run.ranks.size),
-            data_config=self.run.data_config, **more)
+            self.output / 'model', net, results=rows, training=facts, data_config=self.run.data_config, **more)
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
