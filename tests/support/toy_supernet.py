@@ -54,5 +54,6 @@ def all_archs(space):
 
 def true_front(net, within=lambda arch: True, cost=macs):
     """Pairs (cost, top-1) that no other arch is at least as good as, by comparing all pairs."""
-    points = {(cost(net.space, arch), 100 * net.quality(arch) / IMAGES) for arch in all_archs(net.space) if within(arch)}
+    archs = filter(within, all_archs(net.space))
+    points = {(cost(net.space, arch), 100 * net.quality(arch) / IMAGES) for arch in archs}
     return sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))

@@ -101,12 +101,14 @@ class Results:
         if self.loaders.calibration is not None:
             options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
         searched = None
-        if args.sampler == 'uniform':
+        if task.sampler.searches:
             searched = archs = search_archs(
                 net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
                 seed=args.seed, **options)
         else:
-            archs = task.generator.propose_many(task.groups.budgets)
+            archs = task.sampler.archs_for_budgets()
+            if not task.sampler.proposes:
+                searched = archs
         rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
         return rows, dict(searched=searched, calibration=options.get('calibration'))
 

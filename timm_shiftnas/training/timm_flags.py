@@ -420,7 +420,7 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--hub-revision', text('BRANCH'), None, 'branch of the repository (default: main)'),
     ),
     'ShiftNAS': (
-        ('--search-samples', COUNT, 25, 'archs searched per budget with --sampler uniform'),
+        ('--search-samples', COUNT, 25, 'archs searched per budget with --sampler uniform or attentivenas'),
         ('--shift-warmup-epochs', NOT_NEGATIVE, None, 'epochs before the shift starts (default: a tenth of --epochs)'),
         ('--elastic-warmup', NOT_NEGATIVE, 0.,
          'epochs over which the lowest budget falls from that of the largest subnet to that of the smallest'),
