@@ -7,8 +7,8 @@ Rivals are AttentiveNAS (best-up and worst-up of 3), FocusFormer and PreNAS (`ti
 
 Seeds are paired. Samplers are compared at equal images seen, and at the training time of uniform sampling (`--match
 time`). Uniform sampling, the sandwich rule and AttentiveNAS are reported twice: at the archs of a generator that was
-fitted to budgets alone, and at the best of 25 archs per budget by held-out accuracy. `--alone` also trains every group's subnet
-alone: from scratch with all steps, and fine-tuned from inherited weights for a fifth of them. Writes
+fitted to budgets alone, and at the best of 25 archs per budget by held-out accuracy. `--alone` also trains every
+group's subnet alone: from scratch with all steps, and fine-tuned from inherited weights for a fifth of them. Writes
 `samplers_TASK.csv`, a table `samplers_TASK.md` and pictures.
 """
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
     python benchmarks/compare_search.py --task glyphs
 
-Supernets are those of `compare_samplers.py` (`--samplers`), trained if they are missing; seeds are paired. For each of 8
-budgets, archs come from the generator, and from the Pareto fronts of `timm_shiftnas.search`: NSGA-II from the
+Supernets are those of `compare_samplers.py` (`--samplers`), trained if they are missing; seeds are paired. For each of
+8 budgets, archs come from the generator, and from the Pareto fronts of `timm_shiftnas.search`: NSGA-II from the
 generator's archs, NSGA-II from uniformly drawn archs, and uniformly drawn archs, with equally many evaluations. Fronts
-are found on images that the training has held out, and all archs are then compared on the validation images. Where a
-front has no arch within a budget, it has the smallest one.
+are found on images that the training has held out. All archs are then compared on the validation images.
 
 Writes `search_TASK.csv` and a table `search_TASK.md`: top-1 of each strategy, its paired differences from the generator
 with 95% intervals, and the seconds of a search. A command that is repeated continues where it stopped.
@@ -61,7 +60,7 @@ def measure(run: Run, folder: Path, strategies: list[str], evaluations: int, pop
         name = NAMES[strategy]
         seconds[name] = time.monotonic() - begun
         archs[name] = [
-            [arch for arch in (net.space.smallest, *found.archs) if net.macs(arch) <= budget][-1]
+            [arch for arch in found.archs if net.macs(arch) <= budget][-1]  # the smallest is always on the front
             for budget in groups.budgets]
     return [dict(method=name, group=number, budget=round(budget), macs=net.macs(arch), top1=accuracy([arch])[0][0],
                  seconds=seconds[name])

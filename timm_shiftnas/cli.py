@@ -10,6 +10,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -337,6 +338,9 @@ def run_search(args: argparse.Namespace) -> None:
         save_searched(saved, found.archs, found.bn_stats, found.limits)
     finally:
         lock.release()
+        lock.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            output.rmdir()  # nothing was measured
     print(format_table(found.front))
     print(f'{len(found.rows)} archs measured; the {len(found.front)} of the front are stored in {saved}, the table in '
           f'{output / "front.csv"}')

@@ -50,11 +50,11 @@ def test_search_stores_the_front_which_from_pretrained_serves(tmp_path, capsys):
     held_out = dict(training=dict(held_out=dict(share=.04, seed=3)))
     net, model = save(tmp_path / 'model', **held_out), tmp_path / 'model'
     weights = {name: data for name, data in content(model).items() if name != 'config.json'}
-    flags = '--dataset', 'sklearn/digits', '--evaluations', 12, '--population', 6, '--flops', '4M'
+    flags = '--dataset', 'sklearn/digits', '--evaluations', 8, '--population', 4, '--flops', '4M'
     code, out, err = run(capsys, 'search', model, *flags)
     assert code == 0 and "57 images, held out of 'train' (4.0%, seed 3)" in out and 'was trained on' not in err
     rows = front(model / 'search')
-    assert len((model / 'search' / 'evaluations.jsonl').read_text().splitlines()) == 1 + 12
+    assert len((model / 'search' / 'evaluations.jsonl').read_text().splitlines()) == 1 + 8
     assert (model / 'search' / 'front.png').read_bytes()[1:4] == b'PNG'
     after = content(model)
     assert {name: data for name, data in after.items() if name != 'config.json'} == weights
@@ -81,7 +81,7 @@ def test_search_of_a_cnn_saves_the_statistics_of_the_front(tmp_path, capsys):
     """What is loaded has, on the images of the search, the accuracy that the table says."""
     model = tmp_path / 'model'
     save(model, 'test_shiftmobilenet_supernet', generator=False)
-    flags = *DIGITS, '--evaluations', 6, '--strategy', 'random', '--output', tmp_path / 'out'
+    flags = *DIGITS, '--evaluations', 4, '--strategy', 'random', '--output', tmp_path / 'out'
     code, _, err = run(capsys, 'search', model, *flags)
     assert code == 0 and 'was trained on' in err
     held_out = split_held_out(create_dataset('sklearn/digits', None, 'train'), .05)[1]
@@ -142,4 +142,4 @@ def test_wrong_requests_end_in_one_line(tmp_path, capsys):
             ([tmp_path / 'model', *DIGITS, '--held-out', '0.9'], '0.9')):
         code, _, err = run(capsys, 'search', *argv)
         assert code == 2 and words in err.splitlines()[-1]
-    assert content(tmp_path / 'model') == before
+    assert content(tmp_path / 'model') == before and not (tmp_path / 'model' / 'search').exists()

@@ -129,8 +129,8 @@ def search(
             for arch in new[:evaluations - len(found)]:
                 found[arch], = accuracy([arch])
                 bar.update()
-            if calibration is not None:
-                calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
+                if calibration is not None:
+                    calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]
     chosen = pareto_front([(row[COSTS[cost]], row['top1']) for row in rows])
     front = [dict(rows[index], name=f'front {number}') for number, index in enumerate(chosen, 1)]

@@ -127,7 +127,9 @@ class ArchitectureGenerator(nn.Module):
 
             previous = from_budget.new_zeros(batch, self.choices.most)
             hidden = cell = from_budget.new_zeros(batch, hidden_size)
-            all_logits, all_indices, one_hots = [], [], []
+            all_logits: list[Tensor] = []
+            all_indices: list[Tensor] = []
+            one_hots: list[Tensor] = []
             for head, head_bias, noise in zip(heads, head_biases, noises):
                 gates = torch.addmm(from_budget, torch.cat((previous, hidden), 1), step_weight)
                 enter, forget, leave = gates[:, :3 * hidden_size].sigmoid().chunk(3, 1)

@@ -38,9 +38,8 @@ class AttentiveNASSampler(Sampler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        space, self.choices = self.space, self.generator.choices
-        noise = stream(self.config.seed, 'attentivenas', 0)
-        observed = torch.tensor([space.encode(space.sample(noise)) for _ in range(OBSERVED)])
+        self.choices = self.generator.choices
+        observed = self.draw_uniform_indices(stream(self.config.seed, 'attentivenas', 0))
         bins = self.bins(self.choices.macs(observed))
         self.target_frequency = torch.bincount(bins, minlength=BINS).double()  # [bins]
         # frequencies of values by bin, [bins, choices, values]; a choice counts where it is active
@@ -49,6 +48,12 @@ class AttentiveNASSampler(Sampler):
         where = bins[rows], columns, observed[rows, columns]
         self.value_frequency.index_put_(where, torch.ones(len(rows), dtype=torch.float64), accumulate=True)
         self.value_frequency[..., 0] += self.value_frequency.sum(-1) == 0  # never active there: any value will do
+
+    def draw_uniform_indices(self, noise: torch.Generator) -> Tensor:
+        """Choice indices of uniformly drawn archs, as `SearchSpace.sample` draws them: int64 [archs, choices]."""
+        counts = (~self.choices.is_padding).sum(1)
+        drawn = (torch.rand(OBSERVED, len(counts), generator=noise, dtype=torch.float64) * counts).long()
+        return drawn * self.choices.active(drawn)
 
     def bins(self, macs: Tensor) -> Tensor:
         """The bin of MACs, int64, 0 to 31."""
