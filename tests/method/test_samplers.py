@@ -19,9 +19,12 @@ from timm_shiftnas.utils import Ranks, stream
 RIVALS = sorted(set(SAMPLERS) - {'shiftnas', 'uniform'})
 
 
-def supernet():
+SMALL = dict(embed_dim=(24, 32), depth=(1, 2), num_heads=(1, 2, 3), mlp_ratio=(1., 2., 3.))
+
+
+def supernet(**kwargs):
     torch.manual_seed(0)
-    return timm.create_model('test_shiftformer_supernet', num_classes=10, img_size=16, drop_rate=.3)
+    return timm.create_model('test_shiftformer_supernet', num_classes=10, img_size=16, drop_rate=.3, **kwargs)
 
 
 def batch(number=0, size=12):
@@ -132,7 +135,7 @@ def test_focusformer_steps_along_the_policy_gradient():
 @pytest.mark.slow
 def test_focusformer_learns_which_archs_are_best_at_their_budget():
     net = Toy()
-    generator = ArchitectureGenerator(net.space).fit(150, progress=False)
+    generator = ArchitectureGenerator(net.space).fit(300, progress=False)
     sampler = make_sampler('focusformer', net, generator, sampler_candidates=6, generator_interval=1,
                            generator_images=200, generator_lr=3e-3)
     images = torch.arange(200).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
@@ -145,10 +148,10 @@ def test_focusformer_learns_which_archs_are_best_at_their_budget():
         return sum(map(net.quality, archs)) / len(archs), float(off)
 
     before, _ = drawn()
-    for number in range(60):
+    for number in range(80):
         sampler.update(step_of(net, images, targets, number))
     after, off = drawn()
-    assert after > before + 5 and off < .1
+    assert after > before + 10 and off < .1
 
 
 # -- PreNAS ------------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def test_the_score_of_an_arch_is_the_sum_of_weight_times_gradient():
 
 
 def test_prenas_draws_the_candidate_of_highest_score_of_each_group_and_no_other():
-    net, (images, targets) = supernet(), batch()
+    net, (images, targets) = supernet(space=tsn.shiftformer_space(**SMALL)), batch()
     generator = ArchitectureGenerator(net.space).fit(40, progress=False)
     sampler = make_sampler('prenas', net, generator, groups=2, seed=4)
     sampler.update(step_of(net, images, targets))
@@ -196,7 +199,7 @@ def test_prenas_draws_the_candidate_of_highest_score_of_each_group_and_no_other(
 @pytest.mark.parametrize('name', RIVALS)
 def test_a_resumed_training_draws_what_the_whole_one_does(name, tmp_path):
     def make_task():
-        net = supernet()
+        net = supernet(space=tsn.shiftformer_space(**SMALL))
         return ShiftNASTask(
             net, config=ShiftNASConfig(sampler=name, generator_interval=2, shift='hypergradient', resource_batch=8),
             generator=ArchitectureGenerator(net.space), groups=BudgetGroups.of_space(net.space, count=3), verbose=False)
