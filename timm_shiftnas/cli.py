@@ -77,6 +77,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
         data.update(
             space=space.unbind().to_dict(), size=space.size,
             macs=[net.macs(arch) for arch in ends], params=[net.params(arch) for arch in ends])
+        if archs := saved.archs('searched', space):
+            data.update(searched=[net.macs(arch) for arch in archs])
     else:
         macs, params = static_counts(net)
         data.update(arch=net.arch.to_dict(), macs=macs, params=params)
@@ -96,6 +98,9 @@ def info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append(f'space    {data["size"]:,} archs')
+        if 'searched' in data:
+            low, high = min(data['searched']), max(data['searched'])
+            lines.append(f'searched {len(data["searched"])} archs of {format_count(low)} to {format_count(high)} MACs')
         lines += [field_line(name, values) for name, values in data['space'].items() if name != 'family']
     else:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
@@ -350,12 +355,19 @@ def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace)
     """The images that archs are compared on, training images for BatchNorm, and a description of the former.
 
     Without --split, they are the part of the training images that the training has held out, or would have.
+
+    Raises:
+        ValueError: If there is no training split, or as for `labelled_images` and `split_held_out`.
     """
     train_split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
     if args.split is not None:
         images, part = labelled_images(saved, num_classes, args, args.split)
         train_images = open_images(Expected.by(saved), args, train_split, min_classes=0)
         return images, first_images(train_images, args.bn_images), f'{len(images)} images{part} of {args.split!r}'
+    if train_split in ('validation', 'test') and not args.train_split:
+        raise ValueError(
+            f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images that no accuracy '
+            'is reported on')
     images, part = labelled_images(saved, num_classes, args, train_split)
     known = (saved.record.training or {}).get('held_out')
     share, seed = (known['share'], known['seed']) if known else (default_share(images), 0)
@@ -366,7 +378,7 @@ def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace)
         warn('the supernet was trained on images that archs are compared on, which favours large ones; give --split '
              'NAME of images that were not trained on and are not the test images')
     return (held_out, first_images(train_images, args.bn_images),
-            f'{len(held_out)} images{part}, held out of {train_split!r} ({share:.1%}, seed {seed})')
+            f'{len(held_out)} images{part}, held out of {train_split or "all"!r} ({share:.1%}, seed {seed})')
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

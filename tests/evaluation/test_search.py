@@ -91,6 +91,15 @@ def test_the_generators_proposals_are_in_the_first_generation(net, generator):
     assert {net.space.smallest, *generator.propose_many(groups.budgets)} <= set(archs)
 
 
+def test_a_generation_holds_no_arch_twice_and_inactive_choices_make_no_difference(net):
+    from timm_shiftnas.evaluation.nsga2 import evolve
+    noise = torch.Generator().manual_seed(0)
+    first = list(dict.fromkeys(net.space.sample(noise) for _ in range(12)))
+    generations = evolve(net.space, first, 12, lambda arch: ((-net.quality(arch), macs(net.space, arch)), ()), seed=0)
+    for archs, _ in zip(generations, range(12)):
+        assert len(set(archs)) == len(archs) > 1
+
+
 @pytest.mark.parametrize('strategy', ['generator', 'evolutionary', 'random'])
 def test_all_limits_hold_for_every_measured_arch(net, generator, strategy):
     space = net.space

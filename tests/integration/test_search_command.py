@@ -70,6 +70,7 @@ def test_search_stores_the_front_which_from_pretrained_serves(tmp_path, capsys):
     generator = tsn.load_supernet(model)[1]
     assert tsn.from_pretrained(model, flops='6M').arch == generator.propose('6M')
     assert tsn.from_pretrained(model, params='100k').arch == generator.propose_for_params('100k')
+    assert f'searched {len(rows)} archs of ' in run(capsys, 'info', model)[1]
     # the same again: nothing is measured, everything is as before
     code, again, _ = run(capsys, 'search', model, *flags)
     assert code == 0 and again == out and content(model) == after
