@@ -366,8 +366,8 @@ def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace)
         return images, first_images(train_images, args.bn_images), f'{len(images)} images{part} of {args.split!r}'
     if train_split in ('validation', 'test') and not args.train_split:
         raise ValueError(
-            f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images that no accuracy '
-            'is reported on')
+            f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images '
+            'that no accuracy is reported on')
     images, part = labelled_images(saved, num_classes, args, train_split)
     known = (saved.record.training or {}).get('held_out')
     share, seed = (known['share'], known['seed']) if known else (default_share(images), 0)
