@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, export, push and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -10,6 +10,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -23,21 +24,25 @@ from .data.datasets import class_names, create_dataset
 from .data.image_reader import standard_split
 from .data.modes import choose_mode, default_mode
 from .data.shift_batches import preprocessing
-from .data.views import DatasetView
+from .data.views import DatasetView, default_share, split_held_out
 from .evaluation.accuracy import evaluate
-from .evaluation.tables import format_table
+from .evaluation.plots import plot_front
+from .evaluation.search import COSTS, search
+from .evaluation.tables import format_table, write_budgets_csv
 from .hub.download import check_repo_id
 from .hub.format import CONFIG, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
 from .hub.save import save_pretrained
-from .method import ArchitectureGenerator
+from .hub.searched import save_searched
+from .method import ArchitectureGenerator, BudgetGroups
 from .models import describe_images, sort_by_importance, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .models.export import export_onnx
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
 from .training.timm_flags import literal
+from .utils.files import FolderLock
 from .utils.paths import expand_home
 from .utils.text import one_line, printable
 from .utils.units import format_count
@@ -72,6 +77,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
         data.update(
             space=space.unbind().to_dict(), size=space.size,
             macs=[net.macs(arch) for arch in ends], params=[net.params(arch) for arch in ends])
+        if archs := saved.archs('searched', space):
+            data.update(searched=[net.macs(arch) for arch in archs])
     else:
         macs, params = static_counts(net)
         data.update(arch=net.arch.to_dict(), macs=macs, params=params)
@@ -91,6 +98,9 @@ def info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append(f'space    {data["size"]:,} archs')
+        if 'searched' in data:
+            low, high = min(data['searched']), max(data['searched'])
+            lines.append(f'searched {len(data["searched"])} archs of {format_count(low)} to {format_count(high)} MACs')
         lines += [field_line(name, values) for name, values in data['space'].items() if name != 'family']
     else:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
@@ -277,12 +287,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
     saved, device = SavedModel(args.directory), open_device(args.device)
     net = load_subnet(saved, args, device)
-    images, part = labelled_images(saved, net.num_classes, args)
+    images, part = labelled_images(saved, net.num_classes, args, args.split)
     if has_batch_norm(net):
         net = ResizedInput(net)
-    autocast = torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
-    top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast)
+    top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast_of(args, device))
     print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
+
+
+def autocast_of(args: argparse.Namespace, device: torch.device) -> torch.autocast | None:
+    """The mixed precision of --amp."""
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
 
 
 def open_device(name: str | None) -> torch.device:
@@ -298,11 +312,81 @@ def open_device(name: str | None) -> torch.device:
         raise ValueError(f'--device {name} cannot be used ({one_line(error, 200)}); give cpu or cuda') from error
 
 
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Search for the best archs of a supernet, and store them in its directory."""
+    if not (args.dataset or args.data_dir):
+        raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
+    saved, device = SavedModel(args.directory), open_device(args.device)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; search needs a supernet')
+    net = saved.network().to(device).eval()
+    generator = saved.generator(net.space) if saved.has_generator else None
+    images, train_images, which = search_images(saved, net.num_classes, args)
+    expected = Expected.by(saved)
+    output = args.output or args.directory / 'search'
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(output)
+    try:
+        print(f'searching on {which}')
+        found = search(
+            net, batches(expected, images, args), generator=generator, strategy=args.strategy, flops=args.flops,
+            params=args.params, cost=args.cost, evaluations=args.evaluations, population=args.population,
+            groups=BudgetGroups(tuple(saved.record.groups)) if saved.record.groups else None,
+            train_loader=batches(expected, train_images, args) if has_batch_norm(net) else None,
+            bn_images=args.bn_images, seed=args.seed, autocast=autocast_of(args, device),
+            file=output / 'evaluations.jsonl')
+        write_budgets_csv(output / 'front.csv', found.front)
+        plot_front(output / 'front.png', found.front, found.rows, COSTS[args.cost])
+        save_searched(saved, found.archs, found.bn_stats, found.limits)
+    finally:
+        lock.release()
+        lock.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            output.rmdir()  # nothing was measured
+    print(format_table(found.front))
+    print(f'{len(found.rows)} archs measured; the {len(found.front)} of the front are stored in {saved}, the table in '
+          f'{output / "front.csv"}')
+
+
+def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, Dataset, str]:
+    """The images that archs are compared on, training images for BatchNorm, and a description of the former.
+
+    Without --split, they are the part of the training images that the training has held out, or would have.
+
+    Raises:
+        ValueError: If there is no training split, or as for `labelled_images` and `split_held_out`.
+    """
+    train_split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
+    if args.split is not None:
+        images, part = labelled_images(saved, num_classes, args, args.split)
+        train_images = open_images(Expected.by(saved), args, train_split, min_classes=0)
+        return images, first_images(train_images, args.bn_images), f'{len(images)} images{part} of {args.split!r}'
+    if train_split in ('validation', 'test') and not args.train_split:
+        raise ValueError(
+            f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images '
+            'that no accuracy is reported on')
+    images, part = labelled_images(saved, num_classes, args, train_split)
+    known = (saved.record.training or {}).get('held_out')
+    share, seed = (known['share'], known['seed']) if known else (default_share(images), 0)
+    if args.held_out is not None:
+        share = args.held_out
+    train_images, held_out = split_held_out(images, share, seed)
+    if not known or share > known['share']:
+        warn('the supernet was trained on images that archs are compared on, which favours large ones; give --split '
+             'NAME of images that were not trained on and are not the test images')
+    return (held_out, first_images(train_images, args.bn_images),
+            f'{len(held_out)} images{part}, held out of {train_split or "all"!r} ({share:.1%}, seed {seed})')
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, str]:
-    """The images to evaluate on. Their targets are the classes of the network that have the same names.
+def labelled_images(
+        saved: SavedModel, num_classes: int, args: argparse.Namespace, split: str) -> tuple[Dataset, str]:
+    """The images of a split to evaluate on. Their targets are the classes of the network that have the same names.
 
     Returns:
         The dataset, and a remark if it has images of a part of the classes only.
@@ -310,14 +394,14 @@ def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespac
     Raises:
         ValueError: If a class of the images is none of the network's, or it is not known which one.
     """
-    images = open_images(Expected.by(saved), args, args.split)
+    images = open_images(Expected.by(saved), args, split)
     names, where = class_names(images), args.data_dir or args.dataset
     found = {*names.values()}
     if args.class_map:
         indices = read_class_map(args.class_map, num_classes)
         left_out = sorted(found - {*indices})
         if left_out or not names:
-            images = open_images(Expected.by(saved), args, args.split, class_map=args.class_map)
+            images = open_images(Expected.by(saved), args, split, class_map=args.class_map)
             names = class_names(images)
         if left_out:
             warn(f'{where}: the classes {reprlib.repr(left_out)} are not in {args.class_map}; they are left out')
@@ -386,10 +470,16 @@ def training_batches(expected: Expected, args: argparse.Namespace) -> Iterator[A
     """Batches of --bn-images training images. The dataset is opened when the first one is read."""
     split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
     images = open_images(expected, args, split, min_classes=0)
-    if not isinstance(images, IterableDataset):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = DatasetView(images, order[:args.bn_images])
-    yield from batches(expected, images, args)
+    yield from batches(expected, first_images(images, args.bn_images), args)
+
+
+def first_images(images: Dataset, count: int) -> Dataset:
+    """The first images of a dataset in random order; all of a stream."""
+    if isinstance(images, IterableDataset):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return DatasetView(images.base, images.indices[order]) if isinstance(images, DatasetView) else (
+        DatasetView(images, order))
 
 
 def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> Iterable[Any]:
@@ -401,4 +491,4 @@ def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> It
 
 COMMANDS = dict(
     elastic=run_elastic, info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate,
-    export=run_export)
+    search=run_search, export=run_export)

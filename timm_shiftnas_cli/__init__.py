@@ -126,11 +126,41 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         '--class-map', metavar='FILE',
         help='index of each class by its name, as for train.py; only for other names than those of the training')
-    evaluate.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
-    evaluate.add_argument('--amp', action='store_true', help='mixed precision')
-    evaluate.add_argument(
-        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
-        help='number format of --amp (default: float16)')
+
+    search = commands.add_parser('search', help='search for the best archs of a supernet on images, and store them')
+    search.add_argument(
+        '--strategy', choices=('generator', 'evolutionary', 'random'),
+        help='NSGA-II from archs of the generator, NSGA-II from uniformly drawn archs, or uniformly drawn archs '
+             '(default: generator if there is one)')
+    search.add_argument('--flops', metavar='N', help='upper limit of MACs, such as 1.4G')
+    search.add_argument('--params', metavar='N', help='upper limit of parameters, such as 6M; both limits may be given')
+    search.add_argument(
+        '--cost', choices=('flops', 'params'), default='flops', help='what the front weighs against accuracy')
+    search.add_argument(
+        '--evaluations', metavar='N', type=_count, default=500, help='archs to measure at most (default: 500)')
+    search.add_argument(
+        '--population', metavar='N', type=partial(_count, least=2), default=50,
+        help='archs of a generation (default: 50)')
+    search.add_argument('--seed', metavar='N', type=partial(_count, least=0), default=0, help='seed (default: 0)')
+    search.add_argument(
+        '--output', metavar='FOLDER', type=_path,
+        help='folder of the table, the picture and the accuracies measured so far (default: DIR/search)')
+    search.add_argument(
+        '--split', metavar='NAME',
+        help='split of the images to compare archs on; not that of the test images (default: the held-out part of '
+             '--train-split)')
+    search.add_argument(
+        '--held-out', metavar='SHARE', type=float,
+        help='share of the training images to compare archs on (default: the one that the training has held out)')
+    search.add_argument('--class-map', metavar='FILE', help='as for evaluate')
+    _add_images(search, 'To compare archs on, and for their BatchNorm statistics.')
+
+    for command in (evaluate, search):
+        command.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
+        command.add_argument('--amp', action='store_true', help='mixed precision')
+        command.add_argument(
+            '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+            help='number format of --amp (default: float16)')
 
     export = commands.add_parser('export', help='write the subnet for a budget as an ONNX file')
     export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
@@ -154,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, export, push):
+    for command in (info, extract, evaluate, search, export, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
@@ -169,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--class-map', metavar='FILE',
         help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (elastic, info, extract, evaluate, export, push, convert):
+    for command in (elastic, info, extract, evaluate, search, export, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 

@@ -103,6 +103,7 @@ def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
     ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator'),
     ('ablations', ['lambda', '--seeds', '0'], "--seeds: '0'"),
     ('ranking', ['--archs', '-3'], "--archs: '-3'"),
+    ('compare_search', ['--evaluations', '0'], "--evaluations: '0'"),
     ('speed', ['generator', '--device', 'cuda'], 'not on cuda'),
     ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup'),
 ])

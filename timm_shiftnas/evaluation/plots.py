@@ -15,7 +15,7 @@ import numpy as np
 from ..utils.files import atomic_write
 from .tables import Row
 
-__all__ = ['plot_accuracy', 'plot_shift']
+__all__ = ['plot_accuracy', 'plot_front', 'plot_shift']
 
 SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
@@ -62,6 +62,37 @@ def plot_accuracy(
     if ax.get_legend_handles_labels()[0]:
         falls = max(rows, key=lambda row: row['macs'])['top1'] < min(rows, key=lambda row: row['macs'])['top1']
         ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
+    _save(figure, path)
+    return True
+
+
+def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], cost: str = 'macs') -> bool:
+    """Draw the Pareto front of a search, and all archs that were measured, as a PNG of 900 x 560 pixels.
+
+    Args:
+        path: File to write.
+        front: The front, the cheapest first; at least one row.
+        rows: All archs.
+        cost: Column of the horizontal axis, 'macs' or 'params'.
+
+    Returns:
+        Whether the picture was written: `False` without matplotlib.
+    """
+    if not _has_matplotlib():
+        return False
+    figure = _figure()
+    ax = figure.add_subplot()
+    scale, unit = _unit(max(row[cost] for row in rows))
+    points, best = ([(row[cost] / scale, row['top1']) for row in each] for each in (rows, front))
+    ax.plot(*zip(*points), 'o', color=GREY, alpha=0.6, markersize=4, label=f'{len(rows)} measured archs')
+    ax.step(*zip(*best), '-o', where='post', color=BLUE, linewidth=2, markersize=5, label='Pareto front')
+    ax.set_xlabel(f'{unit} per image' if cost == 'macs' else f'{unit.removesuffix("MACs")} parameters'.strip())
+    ax.set_ylabel('top-1 accuracy (%) on the images of the search')
+    ax.set_title('The most accurate archs for their cost', loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(loc='lower right', frameon=False)
     _save(figure, path)
     return True
 

@@ -44,6 +44,7 @@ Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
+Limits = Annotated[dict[str, float], lambda limits: {*limits} <= {'flops', 'params'}]
 Mode = Annotated[str, MODES.__contains__]
 
 
@@ -66,11 +67,18 @@ class Row(TypedDict):
     arch: Any
 
 
+class HeldOut(TypedDict):
+    """The part of the training images that was not trained on: arguments of `split_held_out`."""
+    share: float
+    seed: int
+
+
 class Training(TypedDict, total=False):
-    """Facts about the training, for the model card."""
+    """Facts about the training, for the model card and for a search."""
     command: str
     dataset: str
     versions: dict[str, Any]
+    held_out: HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +90,8 @@ class ModelRecord:
     probabilities: Probabilities | None = None  # P, one for each group
     results: list[Row] | None = None
     training: Training | None = None
-    searched: list[Any] | None = None  # archs that a search on images found
+    searched: list[Any] | None = None  # archs that a search on images found, the least accurate first
+    searched_limits: Limits | None = None  # the limits of that search, if it had any
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
     bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved

@@ -255,27 +255,38 @@ class SavedModel:
 
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The saved BatchNorm statistics of an extracted subnet; empty if none were saved."""
-        archs = self.archs('bn_archs', space)
-        if subnet.arch not in archs:
+        if subnet.arch not in self.archs('bn_archs', space):
             return {}
-        prefix = f'{archs.index(subnet.arch)}.'
-        stored = {
-            name.removeprefix(prefix): tensor for name, tensor in self.tensors(BN_STATS).items()
-            if name.startswith(prefix)}
+        stored = self.all_bn_statistics(space)[subnet.arch]
         check_tensors(bn_statistics(subnet), stored, self.where(BN_STATS))
         return stored
 
+    def all_bn_statistics(self, space: SearchSpace) -> dict[Arch, dict[str, Tensor]]:
+        """All saved BatchNorm statistics, by arch; they are not checked against a network."""
+        stored: list[dict[str, Tensor]] = [{} for _ in self.record.bn_archs or ()]
+        for name, tensor in (self.tensors(BN_STATS) if stored else {}).items():
+            number, _, own_name = name.partition('.')
+            if number.isdecimal() and int(number) < len(stored):
+                stored[int(number)][own_name] = tensor
+        return dict(zip(self.archs('bn_archs', space), stored))
+
 
 def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: Any = None, params: Any = None) -> Arch:
-    """Choose the arch of a saved supernet for a budget: the largest searched one that fits, or the generator's."""
+    """Choose the arch of a saved supernet for a budget: the best searched one that fits, or the generator's."""
     most_macs, most_params = (math.inf if limit is None else parse_count(limit) for limit in (flops, params))
+    name, most = ('flops', most_macs) if params is None else ('params', most_params)
+    limits = saved.record.searched_limits
+    # a limited search says nothing about budgets beyond its limit, or of another kind
+    covered = limits is None or most <= limits.get(name, 0)
     fitting = [arch for arch in saved.archs('searched', net.space)
-               if net.macs(arch) <= most_macs and net.params(arch) <= most_params]
+               if covered and net.macs(arch) <= most_macs and net.params(arch) <= most_params]
+    if fitting and not saved.has_generator:
+        return fitting[-1]
     generator = saved.generator(net.space)
     # even if a searched arch fits: the generator refuses a budget that is out of range
     proposed = generator.propose(flops) if params is None else generator.propose_for_params(params)
     if fitting:
-        return max(fitting, key=net.macs)
+        return fitting[-1]
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
     stored = [arch for arch in saved.archs('bn_archs', net.space) if .99 * most_macs <= net.macs(arch) <= most_macs]
     return proposed if not stored or proposed in stored else max(stored, key=net.macs)

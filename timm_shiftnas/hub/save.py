@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +51,7 @@ def save_pretrained(
         probabilities: Sequence[float] | Tensor | None = None,
         results: Sequence[Mapping[str, Any]] | None = None,
         searched: Sequence[Arch] | None = None,
+        searched_limits: Mapping[str, float] | None = None,
         bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
         training: Mapping[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
@@ -68,8 +69,10 @@ def save_pretrained(
         groups: The K + 1 edges of the budget groups, in MACs.
         probabilities: P, the K probabilities of the groups.
         results: Rows of evaluated subnets, as in `evaluation.tables`.
-        searched: Archs that a search on images found. For a budget, the one with the most MACs within it is loaded;
-            the generator, which may never have seen images, proposes an arch only if none fits.
+        searched: Archs that a search on images found, the least accurate first. For a budget, the last one within it
+            is loaded; the generator, which may never have seen images, proposes an arch only if none fits.
+        searched_limits: Upper limits of that search, in MACs ('flops') or parameters ('params'): for a budget beyond
+            them, the generator proposes an arch.
         bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest
             arch replace the supernet's own.
         training: Facts about the training for the model card: `command`, `dataset`, `versions`.
@@ -103,9 +106,8 @@ def save_pretrained(
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:
-        tensors[BN_STATS] = _cpu_copies({
-            f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
-    files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
+        tensors[BN_STATS] = number_statistics(bn_stats)
+    files = {name: as_file(state) for name, state in tensors.items()}
     mode = getattr(net, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
@@ -114,12 +116,13 @@ def save_pretrained(
         results=results,
         training=training,
         searched=None if searched is None else [arch.to_dict() for arch in searched],
+        searched_limits=searched_limits or None,
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(net) if kind == 'subnet' else None,
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
         image_mode=None if mode == default_mode(getattr(net, 'in_chans', 3)) else mode,
         upright=None if getattr(net, 'upright', True) else False,
-        files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+        files={name: describe_file(data) for name, data in files.items()})
     config = _timm_config(net, record, data_config, model_config)
     # refuse what could not be loaded
     record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
@@ -128,11 +131,32 @@ def save_pretrained(
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     saved_class_names(config, net.num_classes, CONFIG)
     check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES)
+
+
+def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """BatchNorm statistics of several archs as one dict of tensors, whose names start with the arch's number."""
+    return _cpu_copies({
+        f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
+
+
+def as_file(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    return safetensors.torch.save(dict(tensors), metadata={'format': 'pt'})
+
+
+def describe_file(content: bytes) -> dict[str, Any]:
+    """What `config.json` says of a file."""
+    return dict(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def config_content(config: Mapping[str, Any]) -> bytes:
+    """The content of `config.json`."""
     content = json.dumps(config, indent=2).encode()
     if len(content) > MAX_CONFIG:
         raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
                          'give shorter results, training or model_config')
-    _write(directory, {CONFIG: content, **files})
+    return content
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,11 +194,17 @@ def _json_data(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
 
 
-def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:
     """Write the files of a model, `config.json` first.
 
-    All are written under temporary names, which the stack renames in reverse order. The old `config.json` is removed
-    before the first rename and the new one is renamed last: a `config.json` is always beside its own files.
+    All are written under temporary names, which the stack renames in reverse order. If there is more than one, the old
+    `config.json` is removed before the first rename and the new one is renamed last: a `config.json` is always beside
+    its own files.
+
+    Args:
+        directory: The directory of the model.
+        files: Contents by name; `config.json` is the first one.
+        replaced: Names of the files that are in the directory afterwards only if they are in `files`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name in files:
@@ -186,5 +216,6 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for name in {CONFIG, *FILES - set(files)}:  # the latter are of the model that was here
+        stale = {*replaced} - {*files}  # of the model that was here
+        for name in {CONFIG, *stale} if len(files) > 1 or stale else ():
             (directory / name).unlink(missing_ok=True)

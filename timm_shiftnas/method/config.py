@@ -172,7 +172,9 @@ class ShiftNASConfig:
     """
     sampler: str = setting(
         'shiftnas', 'source of archs; uniform is the one-shot baseline: archs drawn uniformly, nothing learned',
-        choices=('shiftnas', 'uniform'))
+        choices=('shiftnas', 'uniform', 'attentivenas_best_up', 'attentivenas_worst_up', 'focusformer', 'prenas'))
+    sampler_candidates: int = setting(
+        3, 'archs that attentivenas and focusformer compare with each other on a batch', least=2)
     archs_per_step: int = setting(1, 'archs trained on each batch; the loss is their mean', least=1)
     sandwich: bool = setting(
         False, 'each step trains the largest and the smallest arch among its archs (Yu & Huang, ICCV 2019)')

@@ -114,8 +114,9 @@ class ArchitectureGenerator(nn.Module):
         budgets = _as_budgets(budgets)
         return self._roll(budgets, None if noise is None else self._gumbel(len(budgets), noise), tau, torch.float32)
 
-    def _roll(self, budgets: Tensor, gumbel: Tensor | None, tau: float, dtype: torch.dtype) -> Rollout:
-        """`forward` with given Gumbel noise, [B, n, most values], computed in `dtype`."""
+    def _roll(self, budgets: Tensor, gumbel: Tensor | None, tau: float, dtype: torch.dtype,
+              given: Tensor | None = None) -> Rollout:
+        """`forward` with given Gumbel noise, [B, n, most values], or given choice indices, [B, n]; in `dtype`."""
         batch, hidden_size = len(budgets), self.hidden_size
         with torch.autocast('cpu', enabled=False):
             step_weight, heads = self.step_weight.to(dtype), self.head_weight.to(dtype).unbind(0)
@@ -126,7 +127,9 @@ class ArchitectureGenerator(nn.Module):
 
             previous = from_budget.new_zeros(batch, self.choices.most)
             hidden = cell = from_budget.new_zeros(batch, hidden_size)
-            all_logits, all_indices, one_hots = [], [], []
+            all_logits: list[Tensor] = []
+            all_indices: list[Tensor] = []
+            one_hots: list[Tensor] = []
             for head, head_bias, noise in zip(heads, head_biases, noises):
                 gates = torch.addmm(from_budget, torch.cat((previous, hidden), 1), step_weight)
                 enter, forget, leave = gates[:, :3 * hidden_size].sigmoid().chunk(3, 1)
@@ -134,9 +137,9 @@ class ArchitectureGenerator(nn.Module):
                 hidden = leave * cell.tanh()
                 logits = torch.addmm(head_bias, hidden, head)
                 noisy = logits + noise
-                index = noisy.argmax(-1, keepdim=True)
+                index = noisy.argmax(-1, keepdim=True) if given is None else given[:, len(one_hots), None]
                 previous = torch.zeros_like(logits).scatter_(1, index, 1.)
-                if noisy.requires_grad:
+                if noisy.requires_grad and given is None:
                     soft = (noisy / tau).softmax(-1)
                     previous = previous + (soft - soft.detach())  # adds exactly 0, and the gradient of the softmax
                 all_logits.append(logits)
@@ -177,6 +180,18 @@ class ArchitectureGenerator(nn.Module):
         if not isinstance(noise, torch.Generator):
             raise ValueError(f'sample needs a torch.Generator, got {noise!r}; try torch.Generator().manual_seed(0)')
         return [self.space.decode(indices) for indices in self(budgets, noise=noise).indices.tolist()]
+
+    def log_prob(self, budgets: Tensor, indices: Tensor) -> Tensor:
+        """Log-probability of sampled decisions, as a `Rollout` has them. Its gradient passes through no decision.
+
+        Args:
+            budgets: MACs, [B].
+            indices: Choice indices, [B, n], those of inactive choices included.
+
+        Returns:
+            [B]: the sum over active choices.
+        """
+        return self._roll(_as_budgets(budgets), None, 1., torch.float32, indices).log_prob
 
     # -- learning the resource constraint ------------------------------------------------------------------------------
 

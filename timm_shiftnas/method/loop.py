@@ -24,7 +24,8 @@ from ..utils.yaml_files import read_yaml
 from .config import RunConfig, ShiftNASConfig, settings_of
 from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
-from .task import Batch, ShiftNASTask
+from .samplers.base import Batch
+from .task import ShiftNASTask
 
 __all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings', 'update_running_statistics']
 

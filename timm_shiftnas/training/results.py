@@ -101,12 +101,14 @@ class Results:
         if self.loaders.calibration is not None:
             options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
         searched = None
-        if args.sampler == 'uniform':
+        if task.sampler.searches:
             searched = archs = search_archs(
                 net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
                 seed=args.seed, **options)
         else:
-            archs = task.generator.propose_many(task.groups.budgets)
+            archs = task.sampler.archs_for_budgets()
+            if not task.sampler.proposes:
+                searched = archs
         rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
         return rows, dict(searched=searched, calibration=options.get('calibration'))
 
@@ -159,9 +161,11 @@ class Results:
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
         """Write the model directory; `more` is as for `save_pretrained`."""
+        facts = training_facts(self.args, self.run.ranks.size)
+        if self.loaders.split is not None:
+            facts['held_out'] = self.loaders.split
         save_pretrained(
-            self.output / 'model', net, results=rows, training=training_facts(self.args, self.run.ranks.size),
-            data_config=self.run.data_config, **more)
+            self.output / 'model', net, results=rows, training=facts, data_config=self.run.data_config, **more)
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
