@@ -433,6 +433,7 @@ def test_parts_that_do_not_fit_raise(fitted, shift_batches):
         ShiftNASTask(task.get_trainable_module(), config=task.config, generator=task.generator, groups=task.groups)
     for wrong in (dict(sampler='x'), dict(warmup_sampler='x'), dict(shift_interval=0), dict(accum_steps=0),
                   dict(archs_per_step=0), dict(archs_per_step=2, sandwich=True), dict(generator_interval=-1),
-                  dict(group_weights=(1.,), shift='variation'), dict(group_weights=(1.,), sampler='uniform')):
+                  dict(group_weights=(1.,), shift='variation'), dict(group_weights=(1.,), sampler='uniform'),
+                  dict(sampler='focusformer', generator_interval=0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShiftNASConfig(**wrong)

@@ -280,6 +280,9 @@ def find_conflict(settings: Mapping[str, Any], spell: Spell) -> str | None:
     if settings['curriculum_updates'] and settings['sampler'] != 'shiftnas':
         return (f'{spell("curriculum_updates", settings["curriculum_updates"])} narrows the budgets, and '
                 f'{spell("sampler", settings["sampler"])} draws none; give {spell("sampler", "shiftnas")}')
+    if settings['sampler'] == 'focusformer' and not settings['generator_interval']:
+        return (f'{spell("sampler", "focusformer")} is a generator that learns, and {spell("generator_interval", 0)} '
+                f'keeps it as it is; give {spell("generator_interval", 10)}')
     if settings['group_weights'] is not None and (settings['shift'] != 'none' or settings['sampler'] != 'shiftnas'):
         return (f'{spell("group_weights", settings["group_weights"])} fixes P and needs {spell("shift", "none")} and '
                 f'{spell("sampler", "shiftnas")}; give both')
