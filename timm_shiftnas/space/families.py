@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .core import Arch, OneHots, SearchSpace
+
+if TYPE_CHECKING:
+    from .operators import OperatorTable
 
 __all__ = ['Family', 'Masks', 'families', 'family_of', 'register_family', 'space_from_dict', 'space_of_family']
 
@@ -39,6 +42,8 @@ class Family:
             subnet. Holds `num_classes` and `global_pool` if its networks can change them.
         supernet: Name in timm's registry of a supernet that takes `space=`.
         subnet: Name in timm's registry of the static network that takes `arch=`.
+        operators: `operators(space, one_hots)`: the table of the networks' operators, from which bytes of weights, peak
+            memory and latency are computed; `None` if these are not needed.
         stock: `stock(space, arch)`: JSON-able description of a subnet that plain timm can build, or `None`.
         resolution: `resolution(arch)`: height and width of the images that a subnet takes, if its arch says so.
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
@@ -51,6 +56,7 @@ class Family:
     geometry: Callable[[Any], dict[str, Any]]
     supernet: str
     subnet: str
+    operators: Callable[[SearchSpace, OneHots], OperatorTable] | None = None
     stock: Callable[[SearchSpace, Arch], dict[str, Any] | None] = lambda space, arch: None
     resolution: Callable[[Arch], int | None] = lambda arch: None
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
