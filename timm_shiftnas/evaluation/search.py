@@ -52,14 +52,15 @@ def search_archs(
     """
     noise = stream(seed, 'search', 0)
     uniform = list(dict.fromkeys(space.sample(noise) for _ in range(100 * samples)))
-    macs = complexity.macs(space, uniform).tolist()
+    resource = groups.resource
+    counts = resource.count(space, uniform).tolist()
     best = []
     for low, high in zip(groups.edges, groups.edges[1:]):
         candidates = {generator.propose(high): None}
-        candidates |= {arch: None for arch, count in zip(uniform, macs) if low < count <= high}
+        candidates |= {arch: None for arch, count in zip(uniform, counts) if low < count <= high}
         if len(candidates) < samples:
             drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
-            candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
+            candidates |= {arch: None for arch in drawn if low < resource.count(space, arch) <= high}
         tried = list(candidates)[:samples]
         mine = {arch: evaluate(at_arch(net, arch, calibration), loader, device, **kwargs)[0]
                 for arch in ranks.shard(tried)}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..space.core import Arch, SearchSpace
 from ..space.matrix_mapping import arch_masks
+from ..space.resources import MACS, Resource
 from ..utils.distributed import Ranks
 from ..utils.streams import stream
 from .config import ShiftNASConfig
@@ -76,7 +77,8 @@ class ShiftNASTask(ClassificationTask):
         teacher: `teacher(images)` returns logits to distil from.
 
     Raises:
-        ValueError: If `shift_batches` is missing, or generator and model have different search spaces.
+        ValueError: If `shift_batches` is missing, or generator and model have different search spaces, or generator and
+            groups different resources.
     """
 
     def __init__(
@@ -100,6 +102,10 @@ class ShiftNASTask(ClassificationTask):
         if generator.space.to_dict() != self.space.to_dict():
             raise ValueError(
                 "the generator belongs to another search space than the model; create it with the model's space")
+        if generator.resource != groups.resource:
+            raise ValueError(
+                f'the generator is for {generator.resource.label}, the groups are of {groups.resource.label}; create '
+                'both with the same resource')
         signal = 'none' if config.sampler == 'uniform' else config.shift
         if signal != 'none' and shift_batches is None:
             raise ValueError(
@@ -332,7 +338,8 @@ class ShiftNASTask(ClassificationTask):
         if ema:
             return {}
         return dict(
-            network=self.network, space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
+            network=self.network, space=self.space.to_dict(), resource=resource_state(self.groups.resource),
+            edges=list(self.groups.edges), update=self._update,
             micro_step=self._micro_step, loop=self.loop_state,
             generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
             shift=self.shift.state_dict(), **self.signal.state_dict(),
@@ -348,6 +355,11 @@ class ShiftNASTask(ClassificationTask):
         if ema or not state:
             return
         check_same_space(state, self.space)
+        saved, mine = state.get('resource') or resource_state(MACS), resource_state(self.groups.resource)
+        if saved != mine:
+            raise ValueError(
+                f'the checkpoint has budgets of {saved["name"]} and this run of {mine["name"]}, or of another device '
+                'file; resume with the same --resource and --resource-file')
         if list(state['edges']) != list(self.groups.edges):
             raise ValueError(
                 f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
@@ -360,6 +372,11 @@ class ShiftNASTask(ClassificationTask):
         self.loop_state = state['loop']
         self._archs = deque(self.space.from_dict(arch) for arch in state['archs'])
         self.history = [(step, list(p)) for step, p in state['history']]
+
+
+def resource_state(resource: Resource) -> dict[str, str]:
+    """What a checkpoint holds of a resource: its name, and its device file."""
+    return dict(name=resource.name, device='' if resource.device is None else resource.device.to_json())
 
 
 def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:

@@ -478,9 +478,9 @@ def _block_weights(
 
     def excite() -> None:
         if block.se:
-            channels = (inner, 'one')
+            factors = (inner, 'one')
             add('se.conv_reduce', f'se.{number}', inner, vectors=1, kind='se')
-            add('se.conv_expand', inner, f'se.{number}', vectors=1, kind='se', live=(narrow, narrow, channels, channels))
+            add('se.conv_expand', inner, f'se.{number}', vectors=1, kind='se', live=(narrow, narrow, factors, factors))
 
     def project(name: str, *, norms: str, act: bool = False, nested: bool = False) -> None:
         """The convolution to the stream, and its norm; if `nested`, its input exists until the norm has run."""
@@ -527,11 +527,12 @@ def _block_weights(
             pool('dw_mid.aa', held=(expanded,))
         excite()
         project('pw_proj.conv', norms='pw_proj.bn', nested=True)
+        end = (out, after)
         if block.end:
-            add('dw_end.conv', out, area=fixed['end'], pixels=after, kind='depthwise', live=((out, after), (out, after)))
-            norm('dw_end.bn', (out, after), act=False, held=((out, after),))
+            add('dw_end.conv', out, area=fixed['end'], pixels=after, kind='depthwise', live=(end, end))
+            norm('dw_end.bn', end, act=False, held=(end,))
         if block.scale:
-            add('layer_scale', out, pixels=after, vectors=1, matrix=False, kind='norm', live=((out, after), (out, after)))
+            add('layer_scale', out, pixels=after, vectors=1, matrix=False, kind='norm', live=(end, end))
     return [Weight(f'{prefix}.{name}', a, b, block=number, **more) for name, a, b, more in rows]
 
 
@@ -598,7 +599,7 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 
 
 def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
-    table, cnn, g = OperatorTable(one_hots), cnn_table(space.unbind()), space.geometry
+    table, cnn = OperatorTable(one_hots), cnn_table(space.unbind())
     sizes = _sizes(space, one_hots)
     of_weight = {name: sizes[..., index] for name, index in _columns(space.unbind())[1].items()}
     live = _live(space, one_hots, sizes)
@@ -695,4 +696,5 @@ def _masks(space: SearchSpace, one_hots: OneHots) -> CnnMasks:
 
 register_family(Family(
     name='elastic_cnn', space=elastic_cnn_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
-    operators=_operators, supernet='elastic_supernet', subnet='elastic_cnn_subnet', resolution=lambda arch: arch.resolution))
+    operators=_operators, supernet='elastic_supernet', subnet='elastic_cnn_subnet',
+    resolution=lambda arch: arch.resolution))

@@ -6,7 +6,6 @@ that a latency is predicted from. Its columns are polynomials in one-hot encodin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,8 @@ class OperatorTable:
             active: 1 where an arch has it: a number, [...], or [..., layers].
             **values: Further columns, each a number or of such a shape; 0 if left out.
         """
-        layers = max((value.shape[-1] for value in (active, *values.values()) if self._has_layers(value)), default=1)
+        given = [value for value in (active, *values.values()) if isinstance(value, Tensor)]
+        layers = max((value.shape[-1] for value in given if self._has_layers(value)), default=1)
 
         def column(value: Tensor | float) -> Tensor:
             if not isinstance(value, Tensor):
@@ -61,8 +61,8 @@ class OperatorTable:
         columns = {name: exists * column(value) for name, value in values.items()}
         self._rows.append((kind, {'active': exists, **columns}))
 
-    def _has_layers(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > self._like.dim()
+    def _has_layers(self, value: Tensor) -> bool:
+        return value.dim() > self._like.dim()
 
     def column(self, name: str) -> Tensor:
         """One of `COLUMNS`, [..., operators]."""

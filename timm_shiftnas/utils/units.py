@@ -7,7 +7,7 @@ from contextlib import suppress
 from reprlib import repr as short
 from typing import SupportsFloat
 
-__all__ = ['format_count', 'format_quantity', 'parse_count', 'parse_quantity']
+__all__ = ['KINDS', 'format_count', 'format_quantity', 'parse_count', 'parse_quantity', 'scale_of']
 
 _QUANTITY = re.compile(r'\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Zµ]*)\s*')
 # By kind of quantity: the units in lower case, and numbers that are given as examples.
@@ -17,6 +17,7 @@ _UNITS = {
               'gib': 2 ** 30},
     'seconds': {'': 1, 's': 1, 'ms': 1e-3, 'us': 1e-6, 'µs': 1e-6},
 }
+KINDS = tuple(_UNITS)
 _EXAMPLES = {
     'count': "a positive number such as 1.4e9 or '1.4G'", 'bytes': "bytes such as '5MB' or '64MiB'",
     'seconds': "a time such as '8ms' or '0.8s'"}
@@ -74,5 +75,10 @@ def format_count(value: float) -> str:
 
 def format_quantity(value: float, kind: str) -> str:
     """Format a 'count', 'bytes' or 'seconds' with four digits and a unit: 0.0081239 s -> '8.124ms'."""
-    unit, scale = next((each for each in _FORMATS[kind] if value >= each[1]), _FORMATS[kind][-1])
+    scale, unit = scale_of(value, kind)
     return f'{value / scale:.4g}{unit}'
+
+
+def scale_of(value: float, kind: str) -> tuple[float, str]:
+    """The largest unit of a kind that is not above a value, and its name."""
+    return next(((scale, unit) for unit, scale in _FORMATS[kind] if value >= scale), _FORMATS[kind][-1][::-1])

@@ -1,0 +1,226 @@
+"""Measuring how long subnets take on this machine.
+
+A network is timed in turns with a reference network, so that what slows both down for a while (frequency, other
+processes) cancels. Its latency is the median of the quotients times the median of the reference.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from ..models.subnet import extract
+from ..space.core import Arch, SearchSpace
+from ..space.latency import Device, fingerprint
+from ..utils.files import atomic_write
+from ..utils.streams import stream
+from .backends import Run, check_backend, prepared, versions_of
+from .predictor import fit_predictor
+
+__all__ = ['Setup', 'Timing', 'archs_to_measure', 'compare', 'create_device', 'machine', 'measure', 'measure_archs']
+
+ROUNDS = 15
+LEAST_SECONDS = 2e-3  # of the calls of one turn
+MAX_SPREAD = .1
+TRIES = 4
+FEWEST = 20  # archs that a predictor is fitted to
+
+_logger = logging.getLogger(__name__)
+
+
+class Timing(NamedTuple):
+    """How long a network takes, next to the reference.
+
+    Attributes:
+        ratio: Its time divided by that of the reference.
+        reference: Seconds of the reference.
+        spread: Half of the range of the middle half of the quotients, relative to their median.
+    """
+    ratio: float
+    reference: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What latencies depend on besides the network and the machine; `batch_size` images are timed as one."""
+    backend: str = 'eager'
+    device: str = 'cpu'
+    threads: int = 1
+    batch_size: int = 1
+
+
+def compare(run: Run, reference: Run, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS) -> Timing:
+    """Time a run in turns with a reference.
+
+    Args:
+        run, reference: Forward passes; both are warmed up.
+        clock: Seconds.
+        rounds: Turns of each.
+    """
+    calls = []
+    for each in (run, reference):
+        each()  # warm-up
+        start = clock()
+        each()
+        calls.append(max(math.ceil(LEAST_SECONDS / max(clock() - start, 1e-9)), 1))
+        for _ in range(calls[-1]):
+            each()
+
+    def turn(each: Run, count: int) -> float:
+        start = clock()
+        for _ in range(count):
+            each()
+        return (clock() - start) / count
+
+    pairs = [(turn(run, calls[0]), turn(reference, calls[1])) for _ in range(rounds)]
+    ratios = [seconds / other for seconds, other in pairs]
+    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
+    return Timing(median, statistics.median(other for _, other in pairs), (high - low) / 2 / median)
+
+
+def measure(run: Run, reference: Run, what: str, clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """`compare`, again while the spread is too large.
+
+    Raises:
+        ValueError: If it stays too large.
+    """
+    for attempt in range(TRIES):
+        timing = compare(run, reference, clock)
+        if timing.spread <= MAX_SPREAD:
+            return timing
+        if attempt < TRIES - 1:
+            _logger.warning(f'{what}: measurements differ by {timing.spread:.0%}; measuring again')
+    raise ValueError(
+        f'{what}: measurements differ by {timing.spread:.0%}, more than {MAX_SPREAD:.0%}: the machine is busy; stop '
+        'what else runs, or give fewer --threads, and type the same again, which goes on where this ended')
+
+
+# -- archs -------------------------------------------------------------------------------------------------------------
+
+
+def archs_to_measure(space: SearchSpace, count: int, seed: int = 0) -> list[Arch]:
+    """Different archs that cover a space: both ends, and as many that are small or large throughout as uniform ones.
+
+    Uniform sampling alone gives archs of about the same size. So for every second arch a position is drawn, around
+    which the values of all its choices are drawn.
+    """
+    noise = stream(seed, 'measure', 0)
+    archs = dict.fromkeys((space.smallest, space.largest))
+    count = min(count, space.size)
+    while len(archs) < count:
+        if len(archs) % 2:
+            archs[space.sample(noise)] = None
+            continue
+        position = torch.rand((), generator=noise).item() * 1.4 - .2
+        indices = []
+        for choice in space.choices:
+            place = position + .25 * torch.randn((), generator=noise).item()
+            indices.append(min(max(int(place * len(choice.values)), 0), len(choice.values) - 1))
+        archs[space.decode(indices)] = None
+    return list(archs)
+
+
+def measure_archs(
+        net: nn.Module, archs: Sequence[Arch], setup: Setup, partial: str | os.PathLike, progress: bool = True,
+) -> list[Timing]:
+    """Measure the subnets of a supernet, next to that of its smallest arch.
+
+    Args:
+        net: The supernet.
+        archs: The archs.
+        setup: How they run.
+        partial: File in which results are kept, and from which an interrupted measurement goes on.
+        progress: Show a progress bar if the standard error stream is a terminal.
+
+    Raises:
+        ValueError: If the backend is not installed, if `partial` is of another measurement, or if the machine is busy.
+    """
+    check_backend(setup.backend, setup.device)
+    partial = Path(partial)
+    head = dict(asdict(setup), space=fingerprint(net.space), machine=machine(), versions=versions_of(setup.backend))
+    done = _read_partial(partial, head)
+    net = net.eval()
+    with ExitStack() as stack:
+        reference = stack.enter_context(_prepared(net, net.space.smallest, setup))
+        bar = tqdm(archs, desc='measuring', unit='subnet', disable=None if progress else True)
+        for number, arch in enumerate(bar):
+            key = json.dumps(arch.to_dict())
+            if key not in done:
+                with _prepared(net, arch, setup) as run:
+                    done[key] = measure(run, reference, f'subnet {number + 1} of {len(archs)}')
+                with atomic_write(partial) as temporary:
+                    temporary.write_text(json.dumps(dict(head, results=done)), encoding='utf-8')
+    return [done[json.dumps(arch.to_dict())] for arch in archs]
+
+
+def _prepared(net: nn.Module, arch: Arch, setup: Setup) -> Any:
+    subnet = extract(net, arch).to(setup.device)
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(setup.batch_size, *subnet.pretrained_cfg['input_size'], generator=noise).to(setup.device)
+    return prepared(subnet, images, setup.backend, setup.threads)
+
+
+def _read_partial(path: Path, head: dict[str, Any]) -> dict[str, Timing]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'))
+        differs = [name for name, value in head.items() if data.get(name) != value]
+        results = {key: Timing(*values) for key, values in data['results'].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        differs, results = ['content'], {}
+    if differs:
+        raise ValueError(
+            f'{path} holds measurements of another {differs[0]}; remove it, or give another --name, to measure anew')
+    return results
+
+
+def machine() -> str:
+    """The processor of this machine."""
+    for line in Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else ():
+        if line.startswith('model name'):
+            return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# -- the device file ---------------------------------------------------------------------------------------------------
+
+
+def create_device(
+        space: SearchSpace, archs: Sequence[Arch], seconds: Sequence[float], name: str, setup: Setup,
+        spread: float = 0., **facts: Any,
+) -> Device:
+    """The device file of measured latencies, with the predictor that is fitted to them.
+
+    Args:
+        space: The bound space of the supernet.
+        archs: What was measured.
+        seconds: Their latencies.
+        name: Name of the device.
+        setup: How they ran.
+        spread: Of the measurements.
+        **facts: `machine` and `versions`, as for `Device`.
+
+    Raises:
+        ValueError: If there are too few archs, or scipy is not installed.
+    """
+    if len(archs) < FEWEST:
+        raise ValueError(f'{len(archs)} archs are too few for a predictor; measure {FEWEST} or more, and better 200')
+    prices, error = fit_predictor(space, archs, seconds)
+    return Device(
+        name=name, space=fingerprint(space), **asdict(setup), prices=prices, error=error, archs=len(archs),
+        spread=spread, **facts)
