@@ -339,7 +339,7 @@ def run_measure(args: argparse.Namespace) -> None:
     if args.import_csv:
         archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
     else:
-        timings = measure_archs(net, archs, setup, partial)
+        timings = measure_archs(net, archs, setup, partial, args.max_spread)
         reference = median(timing.reference for timing in timings)
         seconds = [timing.ratio * reference for timing in timings]
         facts = dict(machine=machine(), versions=versions_of(setup.backend),

@@ -143,10 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
         help='quantise it: networks with BatchNorm by training images, others without; with images, accuracy is shown '
              'before and after')
     export.add_argument(
-        '--split', metavar='NAME', default='validation', help='split of the images of the accuracy (default: validation)')
+        '--split', metavar='NAME', default='validation', help='split of these images (default: validation)')
     export.add_argument('--class-map', metavar='FILE', help='index of each class by its name, as for evaluate')
 
-    measure = commands.add_parser('measure', help='measure the latency of subnets on this machine, or on another device')
+    measure = commands.add_parser('measure', help='measure the latency of subnets, on this machine or on another one')
     measure.add_argument(
         '--backend', metavar='NAME', default='eager',
         help='what runs them: eager, compile, onnxruntime or openvino; any other name with --import (default: eager)')
@@ -154,7 +154,11 @@ def build_parser() -> argparse.ArgumentParser:
     measure.add_argument('--threads', metavar='N', type=_count, help="threads (default: torch's)")
     measure.add_argument('--batch-size', metavar='N', type=_count, default=1, help='images in a batch (default: 1)')
     measure.add_argument('--archs', metavar='N', type=_count, default=200, help='number of subnets (default: 200)')
-    measure.add_argument('--seed', metavar='N', type=partial(_count, least=0), default=0, help='of the choice of subnets')
+    measure.add_argument(
+        '--seed', metavar='N', type=partial(_count, least=0), default=0, help='of the choice of subnets (default: 0)')
+    measure.add_argument(
+        '--max-spread', metavar='X', type=float, default=.05,
+        help='largest uncertainty of a latency, relative to it (default: 0.05)')
     measure.add_argument('--name', metavar='NAME', help='name of the device (default: backend, device and threads)')
     measure.add_argument('--output', metavar='FILE', type=_path, help='file to write (default: one in DIR)')
     measure.add_argument('--overwrite', action='store_true', help='replace the file')

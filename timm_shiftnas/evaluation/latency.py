@@ -1,7 +1,9 @@
 """Measuring how long subnets take on this machine.
 
-A network is timed in turns with a reference network, so that what slows both down for a while (frequency, other
-processes) cancels. Its latency is the median of the quotients times the median of the reference.
+Calls of a network take turns with calls of a reference network, so that what slows both down for a while (frequency,
+other processes) cancels. The latency is the median of the quotients times the median of the reference. Calls go on
+until the median is known well enough: its uncertainty is half of the interval of the quotients that holds the true
+median with a probability of about 0.95.
 """
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ from .predictor import fit_predictor
 
 __all__ = ['Setup', 'Timing', 'archs_to_measure', 'compare', 'create_device', 'machine', 'measure', 'measure_archs']
 
-ROUNDS = 15
-LEAST_SECONDS = 2e-3  # of the calls of one turn
-MAX_SPREAD = .1
-TRIES = 4
+ROUNDS = 30  # turns, after which the spread is looked at
+MOST_ROUNDS = 300
+WARM_UP = 5  # calls
+GOOD_SPREAD, MAX_SPREAD = .01, .05  # where measuring ends, and what is still accepted
+TRIES = 3
 FEWEST = 20  # archs that a predictor is fitted to
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class Timing(NamedTuple):
     Attributes:
         ratio: Its time divided by that of the reference.
         reference: Seconds of the reference.
-        spread: Half of the range of the middle half of the quotients, relative to their median.
+        spread: Uncertainty of the median of the quotients, relative to it.
     """
     ratio: float
     reference: float
@@ -63,50 +66,49 @@ class Setup:
     batch_size: int = 1
 
 
-def compare(run: Run, reference: Run, clock: Callable[[], float] = time.perf_counter, rounds: int = ROUNDS) -> Timing:
+def compare(run: Run, reference: Run, clock: Callable[[], float] = time.perf_counter) -> Timing:
     """Time a run in turns with a reference.
 
     Args:
-        run, reference: Forward passes; both are warmed up.
+        run, reference: Forward passes.
         clock: Seconds.
-        rounds: Turns of each.
     """
-    calls = []
-    for each in (run, reference):
-        each()  # warm-up
+    def seconds(each: Run) -> float:
         start = clock()
         each()
-        calls.append(max(math.ceil(LEAST_SECONDS / max(clock() - start, 1e-9)), 1))
-        for _ in range(calls[-1]):
-            each()
+        return clock() - start
 
-    def turn(each: Run, count: int) -> float:
-        start = clock()
-        for _ in range(count):
-            each()
-        return (clock() - start) / count
+    for each in (run, reference) * WARM_UP:
+        each()
+    pairs: list[tuple[float, float]] = []
+    spread = math.inf
+    while spread > GOOD_SPREAD and len(pairs) < MOST_ROUNDS:
+        pairs += [(seconds(run), seconds(reference)) for _ in range(ROUNDS)]
+        ratios = sorted(one / other for one, other in pairs)
+        # two standard deviations of the number of quotients below the true median
+        middle, reach = (len(ratios) - 1) / 2, math.sqrt(len(ratios))
+        low, high = ratios[max(math.floor(middle - reach), 0)], ratios[min(math.ceil(middle + reach), len(ratios) - 1)]
+        spread = (high - low) / 2 / statistics.median(ratios)
+    return Timing(statistics.median(ratios), statistics.median(other for _, other in pairs), spread)
 
-    pairs = [(turn(run, calls[0]), turn(reference, calls[1])) for _ in range(rounds)]
-    ratios = [seconds / other for seconds, other in pairs]
-    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
-    return Timing(median, statistics.median(other for _, other in pairs), (high - low) / 2 / median)
 
-
-def measure(run: Run, reference: Run, what: str, clock: Callable[[], float] = time.perf_counter) -> Timing:
-    """`compare`, again while the spread is too large.
+def measure(run: Run, reference: Run, what: str, max_spread: float = MAX_SPREAD,
+            clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """`compare`, again while the spread is above `max_spread`.
 
     Raises:
         ValueError: If it stays too large.
     """
     for attempt in range(TRIES):
         timing = compare(run, reference, clock)
-        if timing.spread <= MAX_SPREAD:
+        if timing.spread <= max_spread:
             return timing
         if attempt < TRIES - 1:
             _logger.warning(f'{what}: measurements differ by {timing.spread:.0%}; measuring again')
     raise ValueError(
-        f'{what}: measurements differ by {timing.spread:.0%}, more than {MAX_SPREAD:.0%}: the machine is busy; stop '
-        'what else runs, or give fewer --threads, and type the same again, which goes on where this ended')
+        f'{what}: measurements differ by {timing.spread:.1%}, more than {max_spread:.1%}: the machine is busy; stop '
+        'what else runs, or give fewer --threads or a larger --max-spread, and type the same again, which goes on '
+        'where this ended')
 
 
 # -- archs -------------------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def archs_to_measure(space: SearchSpace, count: int, seed: int = 0) -> list[Arch
 
 
 def measure_archs(
-        net: nn.Module, archs: Sequence[Arch], setup: Setup, partial: str | os.PathLike, progress: bool = True,
+        net: nn.Module, archs: Sequence[Arch], setup: Setup, partial: str | os.PathLike, max_spread: float = MAX_SPREAD,
+        progress: bool = True,
 ) -> list[Timing]:
     """Measure the subnets of a supernet, next to that of its smallest arch.
 
@@ -144,6 +147,7 @@ def measure_archs(
         archs: The archs.
         setup: How they run.
         partial: File in which results are kept, and from which an interrupted measurement goes on.
+        max_spread: Largest uncertainty of a latency, relative to it.
         progress: Show a progress bar if the standard error stream is a terminal.
 
     Raises:
@@ -161,7 +165,7 @@ def measure_archs(
             key = json.dumps(arch.to_dict())
             if key not in done:
                 with _prepared(net, arch, setup) as run:
-                    done[key] = measure(run, reference, f'subnet {number + 1} of {len(archs)}')
+                    done[key] = measure(run, reference, f'subnet {number + 1} of {len(archs)}', max_spread)
                 with atomic_write(partial) as temporary:
                     temporary.write_text(json.dumps(dict(head, results=done)), encoding='utf-8')
     return [done[json.dumps(arch.to_dict())] for arch in archs]

@@ -27,7 +27,8 @@ from ..utils.files import atomic_write
 from ..utils.json_types import fits, types_of
 from ..utils.paths import expand_home
 from .core import OneHots, SearchSpace
-from .resources import RESOURCES, Resource, operator_table
+from .families import family_of
+from .resources import RESOURCES, Resource
 
 __all__ = ['Device', 'choice_features', 'find_resource', 'fingerprint', 'operator_features', 'read_device']
 
@@ -175,7 +176,7 @@ def fingerprint(space: SearchSpace) -> str:
 
 def operator_features(space: SearchSpace, one_hots: OneHots) -> Mapping[str, Tensor]:
     """The features of operators, each [...], by name."""
-    sums = operator_table(space, one_hots).sums(*COLUMNS)
+    sums = family_of(space).operator_table(space, one_hots).sums(*COLUMNS)
     return {f'{kind}/{column}': value for (kind, column), value in sums.items()}
 
 

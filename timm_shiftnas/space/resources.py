@@ -23,9 +23,8 @@ import torch
 from ..utils.units import format_quantity, parse_quantity
 from .core import Arch, OneHots, SearchSpace
 from .families import family_of
-from .operators import OperatorTable
 
-__all__ = ['MACS', 'MEMORY', 'PARAMS', 'RESOURCES', 'Resource', 'SIZES', 'count_many', 'operator_table']
+__all__ = ['MACS', 'MEMORY', 'PARAMS', 'RESOURCES', 'Resource', 'SIZES', 'count_many']
 
 BYTES = 4  # of a value in single precision
 COUNTER = 8  # bytes of the counter of batches in every BatchNorm
@@ -102,20 +101,6 @@ class Resource:
         return f'{self.format(value)} {self.label}' if self.kind == 'count' else f'{self.format(value)} of {self.label}'
 
 
-def operator_table(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
-    """The operators of archs of a bound space.
-
-    Raises:
-        ValueError: If the family of the space has no table.
-    """
-    operators = family_of(space).operators
-    if operators is None:
-        raise ValueError(
-            f'the family {space.family!r} describes no operators, so its size, memory and latency are unknown; give '
-            'register_family(Family(..., operators=...))')
-    return operators(space, [one_hot.double() for one_hot in one_hots])
-
-
 def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Resource]) -> list[dict[str, float]]:
     """What archs need, by name of the resource."""
     counts = [resource.count(space, archs).tolist() for resource in resources]
@@ -123,21 +108,21 @@ def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Re
 
 
 def _macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return family_of(space).macs(space, one_hots, 'fused')
+    return family_of(space).count_macs(space, one_hots)
 
 
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return family_of(space).params(space, one_hots)
+    return family_of(space).count_params(space, one_hots)
 
 
 def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return BYTES * operator_table(space, one_hots).column('live').amax(-1)
+    return BYTES * family_of(space).operator_table(space, one_hots).column('live').amax(-1)
 
 
 def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots], torch.Tensor]:
     """Bytes of a file with so many for an entry of a matrix, for its output channel, and for every other number."""
     def measure(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-        table = operator_table(space, one_hots)
+        table = family_of(space).operator_table(space, one_hots)
         matrices, rows, vectors, statistics = (
             table.column(name).sum(-1) for name in ('matrix', 'rows', 'vectors', 'statistics'))
         # every BatchNorm has a mean and a variance for each channel, and counts its batches
