@@ -138,6 +138,8 @@ def propose_within(generator: CandidateGenerator, budgets: Mapping[Resource, Sup
     if {*budgets} == {target}:
         return propose(generator, budgets[target])
     limits = check_limits(space, budgets)
+    if all(limit == resource.range(space)[1] for resource, limit in limits.items()):
+        return space.largest
     # The proposal at the lowest budget is the smallest arch, so at least one fits.
     grid = torch.linspace(generator.budget_min, generator.budget_max, 256, dtype=torch.float64, device='cpu')
     archs = list(dict.fromkeys(propose_many(generator, grid.tolist())))
