@@ -42,6 +42,7 @@ from .models import describe_images, sort_by_importance, static_counts
 from .models.calibration import ResizedInput, has_batch_norm, resized
 from .models.export import export_onnx
 from .models.quantize import quantize_onnx
+from .space.resources import RESOURCES, Resource
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
 from .training.timm_flags import literal
@@ -51,6 +52,7 @@ from .utils.units import format_count, format_quantity
 
 __all__ = ['COMMANDS', 'describe']
 
+LATENCY = Resource('latency', 'latency', 'latency', 'seconds', lambda space, one_hots: one_hots[0])  # to format alone
 BUDGETS = ('flops', 'params', 'size', 'memory', 'latency')
 
 
@@ -84,7 +86,10 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     else:
         macs, params = static_counts(net)
         data.update(arch=net.arch.to_dict(), macs=macs, params=params)
-    optional = {name: saved.info[name] for name in ('groups', 'probabilities', 'results') if name in saved.info}
+    names = ('groups', 'resource', 'device', 'probabilities', 'results')
+    optional = {name: saved.info[name] for name in names if name in saved.info}
+    if devices := saved.devices():
+        optional['devices'] = {name: str(device) for name, device in devices.items()}
     return dict(data, **optional, files=saved.info['files'])
 
 
@@ -105,14 +110,16 @@ def info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append('arch')
         lines += [field_line(name, value) for name, value in data['arch'].items()]
+    resource = RESOURCES.get(data.get('resource', 'macs'), LATENCY)
     if 'groups' in data:
-        edges = [format_count(edge) for edge in data['groups']]
+        edges = [resource.format(edge) for edge in data['groups']]
         shares = data.get('probabilities', [None] * (len(edges) - 1))
-        lines.append(f'groups   {len(shares)}, of MACs')
+        lines.append(f'groups   {len(shares)}, of {resource.label}')
         lines += [f'  {low} to {high}' + ('' if share is None else f': P = {share:.4f}')
                   for low, high, share in zip(edges, edges[1:], shares, strict=False)]
     if 'results' in data:
-        lines += ['results', *(f'  {line}' for line in format_table(data['results']).splitlines())]
+        lines += ['results', *(f'  {line}' for line in format_table(data['results'], resource).splitlines())]
+    lines += [f'device   {device}' for device in data.get('devices', {}).values()]
     lines.append('files    unchanged since they were saved')
     lines += [f'  {name}: {format_count(entry["size"])}B, sha256 {entry["sha256"][:12]}'
               for name, entry in data['files'].items()]
@@ -169,6 +176,8 @@ def run_extract(args: argparse.Namespace) -> None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)
     rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
+    if saved.record.resource is not None:  # the budget is of a resource that a saved subnet does not know
+        rows = [dict(row, budget=None) for row in rows]
     save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')

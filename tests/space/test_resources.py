@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.devices import device_of
 from support.memory import allocated_bytes
 from support.networks import rng, tiny_supernet
 from torch import nn
@@ -12,7 +13,7 @@ import timm_shiftnas as tsn
 from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.method.proposals import BudgetWarning, enlarge
 from timm_shiftnas.space import MACS, MEMORY, PARAMS, RESOURCES, SIZES, family_of
-from timm_shiftnas.space.latency import Device, find_resource, fingerprint, operator_features, read_device
+from timm_shiftnas.space.latency import find_resource, read_device
 from timm_shiftnas.utils.units import format_quantity, parse_quantity
 
 ONCE_FOR_ALL = tsn.shiftmobilenet_space(
@@ -37,15 +38,6 @@ def net(request):
 def archs_of(space, count=4):
     generator = rng(1)
     return [space.smallest, space.largest, *(space.sample(generator) for _ in range(count))]
-
-
-def device_of(space, **changes):
-    """A device whose latency is 1 ms, and 1 ns per 1,000 MACs."""
-    priced = [name for name in operator_features(space, space.one_hot(space.largest)) if name.endswith('/macs')]
-    prices = {'constant': 1e-3, **dict.fromkeys(priced, 1e-12)}
-    return Device(**dict(dict(
-        name='toy', space=fingerprint(space), backend='eager', device='cpu', threads=1, batch_size=1, prices=prices,
-        error=dict(median=.01, p95=.02, spearman=1.), archs=20), **changes))
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------

@@ -99,13 +99,7 @@ class ShiftNASTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         net = unwrap_model(model)
         self.space: SearchSpace = net.space
-        if generator.space.to_dict() != self.space.to_dict():
-            raise ValueError(
-                "the generator belongs to another search space than the model; create it with the model's space")
-        if generator.resource != groups.resource:
-            raise ValueError(
-                f'the generator is for {generator.resource.label}, the groups are of {groups.resource.label}; create '
-                'both with the same resource')
+        check_generator(generator, self.space, groups)
         signal = 'none' if config.sampler == 'uniform' else config.shift
         if signal != 'none' and shift_batches is None:
             raise ValueError(
@@ -355,11 +349,7 @@ class ShiftNASTask(ClassificationTask):
         if ema or not state:
             return
         check_same_space(state, self.space)
-        saved, mine = state.get('resource') or resource_state(MACS), resource_state(self.groups.resource)
-        if saved != mine:
-            raise ValueError(
-                f'the checkpoint has budgets of {saved["name"]} and this run of {mine["name"]}, or of another device '
-                'file; resume with the same --resource and --resource-file')
+        check_same_resource(state, self.groups.resource)
         if list(state['edges']) != list(self.groups.edges):
             raise ValueError(
                 f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
@@ -374,9 +364,29 @@ class ShiftNASTask(ClassificationTask):
         self.history = [(step, list(p)) for step, p in state['history']]
 
 
+def check_generator(generator: ArchitectureGenerator, space: SearchSpace, groups: BudgetGroups) -> None:
+    """Raise a `ValueError` unless a generator is of this space, and for the resource of these groups."""
+    if generator.space.to_dict() != space.to_dict():
+        raise ValueError(
+            "the generator belongs to another search space than the model; create it with the model's space")
+    if generator.resource != groups.resource:
+        raise ValueError(
+            f'the generator is for {generator.resource.label}, the groups are of {groups.resource.label}; create both '
+            'with the same resource')
+
+
 def resource_state(resource: Resource) -> dict[str, str]:
     """What a checkpoint holds of a resource: its name, and its device file."""
     return dict(name=resource.name, device='' if resource.device is None else resource.device.to_json())
+
+
+def check_same_resource(state: dict[str, Any], resource: Resource) -> None:
+    """Raise a `ValueError` unless the budgets of a task state bound this resource; those of older versions are MACs."""
+    saved, mine = state.get('resource') or resource_state(MACS), resource_state(resource)
+    if saved != mine:
+        raise ValueError(
+            f'the checkpoint has budgets of {saved["name"]} and this run of {mine["name"]}, or of another device file; '
+            'resume with the same --resource and --resource-file')
 
 
 def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:
