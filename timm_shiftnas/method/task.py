@@ -77,8 +77,7 @@ class ShiftNASTask(ClassificationTask):
         teacher: `teacher(images)` returns logits to distil from.
 
     Raises:
-        ValueError: If `shift_batches` is missing, or generator and model have different search spaces, or generator and
-            groups different resources.
+        ValueError: If `shift_batches` is missing, or generator, model and groups do not belong together.
     """
 
     def __init__(

@@ -482,10 +482,10 @@ def _block_weights(
             add('se.conv_reduce', f'se.{number}', inner, vectors=1, kind='se')
             add('se.conv_expand', inner, f'se.{number}', vectors=1, kind='se', live=(narrow, narrow, factors, factors))
 
-    def project(name: str, *, norms: str, act: bool = False, nested: bool = False) -> None:
+    def project(name: str, *, norms: str, nested: bool = False) -> None:
         """The convolution to the stream, and its norm; if `nested`, its input exists until the norm has run."""
         add(name, out, inner, pixels=after, live=(narrow, (out, after)))
-        norm(norms, (out, after), act, held=(narrow,) if nested else ())
+        norm(norms, (out, after), act=False, held=(narrow,) if nested else ())
 
     if block.kind == 'ir':
         add('conv_pw', inner, incoming, pixels=before, live=((inner, before),))
@@ -499,7 +499,7 @@ def _block_weights(
         spatial('conv_dw', inner)
         norm('bn1', wide)
         excite()
-        project('conv_pw', norms='bn2', act=False)
+        project('conv_pw', norms='bn2')
     elif block.kind == 'er':
         spatial('conv_exp', inner, columns)
         norm('bn1', wide)
