@@ -8,7 +8,7 @@ import torch
 from support.networks import rng, tiny_supernet
 
 import timm_shiftnas as tsn
-from timm_shiftnas.evaluation.backends import check_backend, open_onnx, prepared
+from timm_shiftnas.evaluation.backends import OPSET, check_backend, open_onnx, prepared
 from timm_shiftnas.evaluation.foreign_devices import TABLE, export_subnets, read_latencies
 from timm_shiftnas.evaluation.latency import (
     MAX_SPREAD,
@@ -57,7 +57,7 @@ class Machine:
 
 def test_drift_of_the_machine_cancels():
     machine = Machine([1.] * 40 + [3.] * 20)
-    timing = compare(machine.network(.004), machine.network(.002), machine.clock)
+    timing = compare(machine.network(.004), machine.network(.002), clock=machine.clock)
     assert timing.ratio == pytest.approx(2) and timing.spread < .01
 
 
@@ -74,7 +74,7 @@ def test_a_busy_machine_is_refused_and_said(caplog):
 def test_measuring_goes_on_until_the_median_is_known():
     noise = torch.rand(997, generator=rng()).mul(.2).add(1).tolist()
     machine = Machine(noise)
-    timing = compare(machine.network(.003), machine.network(.002), machine.clock)
+    timing = compare(machine.network(.003), machine.network(.002), clock=machine.clock)
     calls = machine.now / .0055
     assert calls > 35 and timing.spread <= .02 and timing.ratio == pytest.approx(1.5, rel=.03)
 
@@ -191,7 +191,7 @@ def test_int8_files_are_smaller_and_compute_about_the_same(name, tmp_path, reque
     subnet = tsn.extract(net, net.space.largest)
     x = torch.randn(16, 3, 32, 32, generator=rng())
     plain, int8 = tmp_path / 'fp32.onnx', tmp_path / 'int8.onnx'
-    export_onnx(subnet, plain, check=False)
+    export_onnx(subnet, plain, opset=OPSET, check=False)
     quantize_onnx(plain, int8, None if name == 'vit' else iter([x[:8], x[8:]]))
     expected = subnet(x).detach()
     found = torch.from_numpy(open_onnx(int8)(x.numpy()))

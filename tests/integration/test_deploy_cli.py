@@ -80,7 +80,7 @@ def test_several_budgets_on_the_command_line(capsys, net, saved, tmp_path):
 
 @pytest.mark.slow
 def test_int8_files_with_accuracy_before_and_after(capsys, saved, tmp_path):
-    images = ('--dataset', 'sklearn/digits', '--bn-images', '64', '--batch-size', '64')
+    images = ('--dataset', 'sklearn/digits', '--bn-images', '64', '--batch-size', '64', '--opset', '17')
     code, out, _ = run(
         capsys, 'export', saved, '--params', '60k', '--int8', '--output', tmp_path / 'x.onnx', *images)
     lines = out.splitlines()

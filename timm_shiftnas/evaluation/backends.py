@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models.calibration import resized
 from ..models.export import export_onnx
 
-__all__ = ['BACKENDS', 'OnnxNetwork', 'Run', 'check_backend', 'open_onnx', 'prepared', 'versions_of']
+__all__ = ['BACKENDS', 'OPSET', 'OnnxNetwork', 'Run', 'check_backend', 'open_onnx', 'prepared', 'versions_of']
 
 BACKENDS = ('eager', 'compile', 'onnxruntime', 'openvino')
 OPSET = 17  # of the faster of torch's exporters
@@ -81,7 +81,7 @@ def prepared(net: nn.Module, images: Tensor, backend: str, threads: int) -> Iter
     finally:
         torch.set_num_threads(before)
         if backend == 'compile':
-            torch.compiler.reset()
+            torch.compiler.reset()  # its limit of graphs counts those of all networks; a reference compiles again
 
 
 def _torch_run(net: nn.Module, images: Tensor, backend: str) -> Run:

@@ -15,6 +15,7 @@ from ..models.subnet import extract
 from ..space.core import Arch, SearchSpace
 from ..space.latency import fingerprint
 from ..utils.files import atomic_write
+from .backends import OPSET
 
 __all__ = ['TABLE', 'export_subnets', 'read_latencies']
 
@@ -42,7 +43,7 @@ def export_subnets(
     for number, arch in enumerate(tqdm(archs, desc='exporting', unit='subnet', disable=None if progress else True)):
         path = folder / f'{number:04d}.onnx'
         if not path.exists():
-            export_onnx(extract(net, arch), path, batch_size=batch_size, check=False)
+            export_onnx(extract(net, arch), path, opset=OPSET, batch_size=batch_size, check=False)
         rows.append((path.name, '', net.macs(arch), batch_size, fingerprint(net.space), json.dumps(arch.to_dict())))
     with atomic_write(table) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
