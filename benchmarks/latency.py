@@ -7,7 +7,8 @@ machine, next to the subnet that a choice by MACs gives: the one of most MACs wh
 the proposals for budgets of MACs. With images, both are evaluated. Writes `latency_NAME.csv` and a table `.md`.
 
 Two columns answer the questions: `used` is the measured latency divided by the budget (above 1 + spread: missed), and
-`top-1, by MACs` is the accuracy at equal latency of the other choice. Run it on a quiet machine.
+`top-1, by MACs` is the accuracy at equal latency of the other choice. Run it on a quiet machine, soon after `measure`:
+times are those of today.
 """
 from __future__ import annotations
 
@@ -73,7 +74,6 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     setup = Setup(device.backend, device.device, device.threads, device.batch_size)
     partial = args.output / f'latency_{device.name}.partial'
     timings = dict(zip(archs, measure_archs(net, archs, setup, partial, args.max_spread)))
-    # the device file has the smallest arch's latency on the day of the measurement; quotients to it do not drift
     reference = statistics.median(timing.reference for timing in timings.values())
     top1 = evaluated(net, archs, args) if args.dataset or args.data_dir else {}
     partial.unlink()

@@ -305,6 +305,11 @@ def export_int8(
     if has_batch_norm(net) and not with_images:
         raise ValueError('the activations of this network are quantised by training images: give --data-dir or '
                          '--dataset')
+    if args.fixed_batch is not None and with_images:
+        if args.fixed_batch > 1:
+            raise ValueError(f'--int8 with images reads batches of any size: leave out --fixed-batch {args.fixed_batch}'
+                             ', or give --fixed-batch 1')
+        args.batch_size = 1
     expected, rows = Expected.by(saved), [('', 'bytes', 'top-1', 'top-5')]
     with TemporaryDirectory() as folder:
         plain = Path(folder) / 'fp32.onnx'
