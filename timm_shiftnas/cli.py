@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, push and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -26,28 +28,37 @@ from .data.modes import choose_mode, default_mode
 from .data.shift_batches import preprocessing
 from .data.views import DatasetView, default_share, split_held_out
 from .evaluation.accuracy import evaluate
+from .evaluation.backends import OnnxNetwork, versions_of
+from .evaluation.foreign_devices import export_subnets, read_latencies
+from .evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
 from .evaluation.plots import plot_front
 from .evaluation.search import COSTS, search
 from .evaluation.tables import format_table, write_budgets_csv
 from .hub.download import check_repo_id
-from .hub.format import CONFIG, saved_class_names
+from .hub.format import CONFIG, device_file, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
-from .hub.save import save_pretrained
+from .hub.save import add_device, save_pretrained
 from .hub.searched import save_searched
 from .method import ArchitectureGenerator, BudgetGroups
+from .method.proposals import BudgetWarning
 from .models import describe_images, sort_by_importance, static_counts
-from .models.calibration import ResizedInput, has_batch_norm
+from .models.calibration import ResizedInput, has_batch_norm, resized
 from .models.export import export_onnx
+from .models.quantize import quantize_onnx
+from .space.resources import RESOURCES, Resource
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
 from .training.timm_flags import literal
 from .utils.files import FolderLock
 from .utils.paths import expand_home
 from .utils.text import one_line, printable
-from .utils.units import format_count
+from .utils.units import format_count, format_quantity
 
 __all__ = ['COMMANDS', 'describe']
+
+LATENCY = Resource('latency', 'latency', 'latency', 'seconds', lambda space, one_hots: one_hots[0])  # to format alone
+BUDGETS = ('flops', 'params', 'size', 'memory', 'latency')
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
@@ -82,7 +93,10 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     else:
         macs, params = static_counts(net)
         data.update(arch=net.arch.to_dict(), macs=macs, params=params)
-    optional = {name: saved.info[name] for name in ('groups', 'probabilities', 'results') if name in saved.info}
+    names = ('groups', 'resource', 'device', 'probabilities', 'results')
+    optional = {name: saved.info[name] for name in names if name in saved.info}
+    if devices := saved.devices():
+        optional['devices'] = {name: str(device) for name, device in devices.items()}
     return dict(data, **optional, files=saved.info['files'])
 
 
@@ -106,14 +120,16 @@ def info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append('arch')
         lines += [field_line(name, value) for name, value in data['arch'].items()]
+    resource = RESOURCES.get(data.get('resource', 'macs'), LATENCY)
     if 'groups' in data:
-        edges = [format_count(edge) for edge in data['groups']]
+        edges = [resource.format(edge) for edge in data['groups']]
         shares = data.get('probabilities', [None] * (len(edges) - 1))
-        lines.append(f'groups   {len(shares)}, of MACs')
+        lines.append(f'groups   {len(shares)}, of {resource.label}')
         lines += [f'  {low} to {high}' + ('' if share is None else f': P = {share:.4f}')
                   for low, high, share in zip(edges, edges[1:], shares, strict=False)]
     if 'results' in data:
-        lines += ['results', *(f'  {line}' for line in format_table(data['results']).splitlines())]
+        lines += ['results', *(f'  {line}' for line in format_table(data['results'], resource).splitlines())]
+    lines += [f'device   {device}' for device in data.get('devices', {}).values()]
     lines.append('files    unchanged since they were saved')
     lines += [f'  {name}: {format_count(entry["size"])}B, sha256 {entry["sha256"][:12]}'
               for name, entry in data['files'].items()]
@@ -170,6 +186,8 @@ def run_extract(args: argparse.Namespace) -> None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)
     rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
+    if saved.record.resource is not None:  # the budget is of a resource that a saved subnet does not know
+        rows = [dict(row, budget=None) for row in rows]
     save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
@@ -237,19 +255,23 @@ def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
 
 def load_subnet(saved: SavedModel, args: argparse.Namespace, device: torch.device | None = None) -> torch.nn.Module:
     """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from its images."""
-    if saved.kind == 'supernet' and args.flops is args.params is args.arch is None:
+    budgets = {name: getattr(args, name) for name in BUDGETS}
+    if saved.kind == 'supernet' and args.arch is None and not any(budgets.values()):
         raise ValueError(
-            f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M or --arch JSON')
+            f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M, --size 5MB, '
+            '--memory 64MB, --latency 8ms or --arch JSON')
     loader = training_batches(Expected.by(saved), args) if args.dataset or args.data_dir else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(
-            args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader, device=device)
-    messages = dict.fromkeys(
-        str(warning.message).replace('loader= of training images', '--data-dir or --dataset')
-        for warning in caught if warning.category is UserWarning)
-    if messages and getattr(args, 'push', None):
-        raise ValueError(f'not published: {next(iter(messages))}')
+            args.directory, arch=args.arch, precision=args.precision, device_file=args.device_file, loader=loader,
+            device=device, **budgets)
+    messages = {
+        str(warning.message).replace('loader= of training images', '--data-dir or --dataset'): warning.category
+        for warning in caught if warning.category in (UserWarning, BudgetWarning)}
+    faults = [message for message, category in messages.items() if category is UserWarning]
+    if faults and getattr(args, 'push', None):
+        raise ValueError(f'not published: {faults[0]}')
     for message in messages:
         warn(message)
     return net
@@ -268,14 +290,94 @@ def run_export(args: argparse.Namespace) -> None:
     if output.is_dir() or (output.exists() and not args.overwrite):
         raise ValueError(f'--output {output} exists already; give another file, or add --overwrite to replace a file')
     output.parent.mkdir(parents=True, exist_ok=True)
-    net = load_subnet(SavedModel(args.directory), args)
-    written = export_onnx(net, output, opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
+    saved = SavedModel(args.directory)
+    net = load_subnet(saved, args)
+    options = dict(opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
+    if args.int8:
+        return export_int8(saved, net, output, args, options)
+    written = export_onnx(net, output, **options)
     size = ' x '.join(map(str, [args.fixed_batch or 'batch', *written['input_size']]))
     difference = written['difference']
     checked = 'not checked, because onnxruntime is not installed' if difference is None else (
         f'onnxruntime agrees to {difference:.1g}')
     print(f'{output}: {format_count(static_counts(net)[0])} MACs, {args.input_name} {size}, opset {written["opset"]}, '
           f'{checked}')
+
+
+def export_int8(
+        saved: SavedModel, net: torch.nn.Module, output: Path, args: argparse.Namespace, options: dict[str, Any],
+) -> None:
+    """Write a subnet as an ONNX file in int8, and print its bytes and its accuracy before and after.
+
+    Networks with BatchNorm are quantised statically, by their training images, and others dynamically.
+    """
+    with_images = bool(args.dataset or args.data_dir)
+    if has_batch_norm(net) and not with_images:
+        raise ValueError('the activations of this network are quantised by training images: give --data-dir or '
+                         '--dataset')
+    if args.fixed_batch is not None and with_images:
+        if args.fixed_batch > 1:
+            raise ValueError(f'--int8 with images reads batches of any size: leave out --fixed-batch {args.fixed_batch}'
+                             ', or give --fixed-batch 1')
+        args.batch_size = 1
+    expected, rows = Expected.by(saved), [('', 'bytes', 'top-1', 'top-5')]
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / 'fp32.onnx'
+        export_onnx(net, plain, **options)
+        static = has_batch_norm(net)
+        quantize_onnx(
+            plain, output,
+            (resized(net, images) for images, _ in training_batches(expected, args)) if static else None)
+        for name, path in (('fp32', plain), ('int8', output)):
+            accuracy = ['', '']
+            if with_images:
+                labelled, _ = labelled_images(saved, net.num_classes, args)
+                top = evaluate(OnnxNetwork(path, net), batches(expected, labelled, args), torch.device('cpu'))
+                accuracy = [f'{value:.2f}%' for value in top]
+            rows.append((name, format_quantity(path.stat().st_size, 'bytes'), *accuracy))
+    print(f'{output}: int8, {"static" if static else "dynamic"} quantisation')
+    print('\n'.join('  '.join(cell.rjust(9) for cell in row).rstrip() for row in rows))
+
+
+# -- measure -----------------------------------------------------------------------------------------------------------
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """Measure latencies of subnets on this machine, or on another one by ONNX files, and write a device file."""
+    saved = SavedModel(args.directory)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; latencies of many subnets are measured: give a supernet')
+    net = saved.network()
+    setup = Setup(args.backend, args.device or 'cpu', args.threads or torch.get_num_threads(), args.batch_size)
+    archs = archs_to_measure(net.space, args.archs, args.seed)
+    if args.export:
+        print(f'{export_subnets(net, archs, args.export, args.batch_size)}: run these {len(archs)} files, and fill in '
+              f'the column milliseconds; then give --import, with --name, --backend and --threads')
+        return
+    name = args.name or f'{setup.backend}_{setup.device}_{setup.threads}_threads_batch_{setup.batch_size}'
+    output = args.output or args.directory / device_file(name)
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'{output} exists already; give another --name, or --overwrite')
+    facts: dict[str, Any] = {}
+    partial = output.with_name(f'{output.name}.partial')
+    if args.import_csv:
+        archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
+    else:
+        timings = measure_archs(net, archs, setup, partial, args.max_spread)
+        reference = median(timing.reference for timing in timings)
+        seconds = [timing.ratio * reference for timing in timings]
+        facts = dict(machine=machine(), versions=versions_of(setup.backend),
+                     spread=median(timing.spread for timing in timings))
+    device = create_device(net.space, archs, seconds, name, setup, **facts)
+    if args.output:
+        device.write(output)
+    else:
+        add_device(args.directory, device)
+    partial.unlink(missing_ok=True)
+    low, high = (format_quantity(each, 'seconds') for each in device.resource(net.space).range(net.space))
+    error = device.error
+    print(f'{output}: {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
+          f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------
@@ -323,7 +425,7 @@ def run_search(args: argparse.Namespace) -> None:
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')
     net = saved.network().to(device).eval()
-    generator = saved.generator(net.space) if saved.has_generator else None
+    generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)
     expected = Expected.by(saved)
     output = args.output or args.directory / 'search'
@@ -334,7 +436,7 @@ def run_search(args: argparse.Namespace) -> None:
         found = search(
             net, batches(expected, images, args), generator=generator, strategy=args.strategy, flops=args.flops,
             params=args.params, cost=args.cost, evaluations=args.evaluations, population=args.population,
-            groups=BudgetGroups(tuple(saved.record.groups)) if saved.record.groups else None,
+            groups=BudgetGroups(tuple(edges), generator.resource) if generator and edges else None,
             train_loader=batches(expected, train_images, args) if has_batch_norm(net) else None,
             bn_images=args.bn_images, seed=args.seed, autocast=autocast_of(args, device),
             file=output / 'evaluations.jsonl')
@@ -491,4 +593,4 @@ def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> It
 
 COMMANDS = dict(
     elastic=run_elastic, info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate,
-    search=run_search, export=run_export)
+    search=run_search, export=run_export, measure=run_measure)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support.devices import device_of
 from support.networks import tiny_supernet
 from support.paths import ROOT
 from support.processes import call, run_file
@@ -15,11 +16,13 @@ from support.tables import read_csv
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
+from timm_shiftnas.method import ArchitectureGenerator
 
 BENCHMARKS = ROOT / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
 import compare_elastic  # noqa: E402
+import latency  # noqa: E402
 import ranking  # noqa: E402
 import runs  # noqa: E402
 
@@ -51,6 +54,18 @@ def test_rank_correlations():
             for m, i, f, s in ((1, 1, 1, 4), (2, 2, 3, 3), (3, 3, 2, 2), (4, 4, 4, 1))]
     cells = ranking.correlations(rows).splitlines()[-1].split(' | ')
     assert cells[3] == '0.67 / 0.80' and cells[4] == '-1.00 / -1.00'  # one of six pairs is swapped: 4 / 6
+
+
+def test_archs_chosen_by_macs_are_the_largest_proposals_that_fit():
+    net = tiny_supernet()
+    resource, generator = device_of(net.space).resource(net.space), ArchitectureGenerator(net.space)
+    low, high = resource.range(net.space)
+    budgets = [low, (low + high) / 2, high]
+    chosen = latency.chosen_by_macs(generator, resource, net.space, budgets)
+    macs = [net.macs(arch) for arch in chosen]
+    assert chosen[0] == net.space.smallest and macs == sorted(macs)
+    assert all(resource.count(net.space, arch) <= budget for arch, budget in zip(chosen, budgets))
+    assert chosen[-1] == generator.propose(generator.budget_max)
 
 
 def test_an_adaptation_is_compared_with_networks_trained_alone(tmp_path):

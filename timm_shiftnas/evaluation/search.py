@@ -21,6 +21,7 @@ from ..method.groups import BudgetGroups
 from ..models.calibration import BatchNormCalibration, has_batch_norm
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
+from ..space.resources import MACS, PARAMS
 from ..utils.distributed import Ranks
 from ..utils.streams import stream, stream_seed
 from ..utils.units import format_count, parse_count
@@ -234,7 +235,8 @@ def _candidates(
     if strategy == 'random':
         return iter([[limits.space.smallest, *_uniform(limits, evaluations, noise)]])
     first = [] if generator is None or strategy != 'generator' else _generated(
-        generator, groups or BudgetGroups.of_space(limits.space), limits, population, noise)
+        generator, groups or BudgetGroups.of_space(limits.space, resource=generator.resource), limits, population,
+        noise)
     first = list(dict.fromkeys([limits.space.smallest, *(first or _uniform(limits, population, noise))]))
     try:
         from .nsga2 import evolve
@@ -264,11 +266,10 @@ def _generated(
         noise: torch.Generator,
 ) -> list[Arch]:
     """Archs of the generator within limits: its proposals at the limits and for the groups, and samples beside them."""
-    low, most = groups.edges[0], min(limits.limits.get('flops', groups.edges[-1]), groups.edges[-1])
-    proposed = [generator.propose(most)]
-    if 'params' in limits.limits:
-        largest = complexity.params(limits.space, limits.space.largest)
-        proposed.append(generator.propose_for_params(min(limits.limits['params'], largest)))
+    bounds = {resource: min(limits.limits[resource.keyword], resource.range(limits.space)[1])
+              for resource in (MACS, PARAMS) if resource.keyword in limits.limits}
+    low, most = groups.edges[0], min(bounds.get(groups.resource, groups.edges[-1]), groups.edges[-1])
+    proposed = [generator.propose_within(bounds) if bounds else generator.propose(most)]
     proposed += generator.propose_many([budget for budget in groups.budgets if budget <= most])
     sampled = generator.sample(torch.linspace(low, most, 2 * count, dtype=torch.float64), noise)
     every_second_first = [*sampled[::2], *sampled[1::2]]  # so that a part of them is spread over all budgets
@@ -313,14 +314,15 @@ def search_archs(
     accuracy = ArchAccuracy(net, loader, device, calibration, ranks, **kwargs)
     noise = stream(seed, 'search', 0)
     uniform = list(dict.fromkeys(space.sample(noise) for _ in range(DRAWS * samples)))
-    macs = complexity.macs(space, uniform).tolist()
+    resource = groups.resource
+    counts = resource.count(space, uniform).tolist()
     best = []
     for low, high in zip(groups.edges, groups.edges[1:]):
         candidates = {generator.propose(high): None}
-        candidates |= {arch: None for arch, count in zip(uniform, macs) if low < count <= high}
+        candidates |= {arch: None for arch, count in zip(uniform, counts) if low < count <= high}
         if len(candidates) < samples:
             drawn = generator.sample(torch.full((4 * samples,), high, dtype=torch.float64), noise)
-            candidates |= {arch: None for arch in drawn if low < complexity.macs(space, arch) <= high}
+            candidates |= {arch: None for arch in drawn if low < resource.count(space, arch) <= high}
         tried = list(candidates)[:samples]
         top1 = dict(zip(tried, (values[0] for values in accuracy(tried))))
         best.append(max(tried, key=lambda arch: (top1[arch], complexity.macs(space, arch))))

@@ -3,8 +3,9 @@
 A *row* is one evaluated subnet, a dict with the keys
 
 * `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
-* `budget`: the upper limit of its MACs, or `None`;
+* `budget`: the upper limit of its MACs, or of another resource, or `None`;
 * `macs`, `params`: counts of the subnet;
+* the name of that other resource, such as `latency` (seconds) or `memory` (bytes);
 * `top1`, `top5`: accuracy in percent;
 * `arch`: `Arch.to_dict()`.
 """
@@ -16,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
@@ -23,14 +25,21 @@ __all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'write_budgets_csv', '
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
+# one of them, where budgets bound it
+RESOURCE_COLUMNS = (*(name for name in RESOURCES if name not in COLUMNS), 'latency')
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Format rows as aligned text: name, budget, MACs, params, top-1 and top-5 in percent. No final newline."""
-    cells = [('name', 'budget', 'MACs', 'params', 'top-1', 'top-5')]
+def format_table(rows: Sequence[Row], resource: Resource = MACS) -> str:
+    """Format rows as aligned text, without a final newline.
+
+    The columns are name, budget, MACs, params, the resource of the budgets, top-1 and top-5 in percent.
+    """
+    further = [resource] if rows and resource.name in {*rows[0]} - {*COLUMNS} else []
+    cells = [('name', 'budget', 'MACs', 'params', *(each.name for each in further), 'top-1', 'top-5')]
     for row in rows:
-        budget = '-' if row['budget'] is None else format_count(row['budget'])
-        counts = format_count(row['macs']), format_count(row['params'])
+        budget = '-' if row['budget'] is None else resource.format(row['budget'])
+        counts = format_count(row['macs']), format_count(row['params']), *(
+            each.format(row[each.name]) for each in further)
         cells.append((row['name'], budget, *counts, f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return '\n'.join(
@@ -40,11 +49,12 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Write rows as CSV with a header line. The arch is JSON, a missing budget an empty cell."""
+    columns = [*COLUMNS, *(name for name in RESOURCE_COLUMNS if rows and name in rows[0])]
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         for row in rows:
-            writer.writerow({**{column: row[column] for column in COLUMNS}, 'arch': json.dumps(row['arch'])})
+            writer.writerow({**{column: row[column] for column in columns}, 'arch': json.dumps(row['arch'])})
 
 
 def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -53,7 +63,8 @@ def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
         return [
             dict(row, budget=float(row['budget']) if row['budget'] else None, macs=int(row['macs']),
                  params=int(row['params']), top1=float(row['top1']), top5=float(row['top5']),
-                 arch=json.loads(row['arch']))
+                 arch=json.loads(row['arch']), **{
+                     name: float(row[name]) for name in RESOURCE_COLUMNS if name in row})
             for row in csv.DictReader(file)]
 
 

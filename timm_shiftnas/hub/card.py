@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models import static_counts
+from ..space.resources import Resource
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, Row, Training
@@ -47,9 +48,10 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
         model_name=name, eval_results=_eval_results(results, training) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if results:
-        parts += ['## Subnets' if saved.kind == 'supernet' else '## Accuracy', _table(results, training)]
+        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
+        parts += [title, _table(results, training, saved.resource)]
         if ACCURACY in files:
-            parts.append(f'![top-1 against MACs]({ACCURACY})')
+            parts.append(f'![top-1 against {saved.resource.label}]({ACCURACY})')
     if SHIFT in files:
         parts.append(f'![probability of each budget group over training]({SHIFT})')
     parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
@@ -75,11 +77,15 @@ def _introduction(saved: SavedModel) -> str:
             f'MACs, trained with {paper}. Extract the one for your budget: no search, no retraining.')
 
 
-def _table(rows: Sequence[Row], training: Training) -> str:
-    lines = ['| subnet | budget | MACs | params | top-1 | top-5 |', '| --- | ---: | ---: | ---: | ---: | ---: |']
+def _table(rows: Sequence[Row], training: Training, resource: Resource) -> str:
+    further = [resource] if resource.name not in ('macs', 'params') else []
+    columns = ['budget', 'MACs', 'params', *(each.label for each in further), 'top-1', 'top-5']
+    lines = [f'| subnet | {" | ".join(columns)} |', f'| --- | {" | ".join(["---:"] * len(columns))} |']
     for row in rows:
-        budget = '' if row['budget'] is None else _digits(row['budget'])
-        counts = f'{_digits(row["macs"])} | {_digits(row["params"])}'
+        budget = '' if row['budget'] is None else (
+            _digits(row['budget']) if resource.kind == 'count' else resource.format(row['budget']))
+        counts = ' | '.join([
+            _digits(row['macs']), _digits(row['params']), *(each.format(row[each.name]) for each in further)])
         lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {row["top1"]:.2f} | {row["top5"]:.2f} |')
     where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
     return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; accuracy in percent{where}.'
@@ -101,10 +107,11 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
     timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
     lines = [f'net = {ours})', f'net = {timms}  # the same']
     if saved.kind == 'supernet':
-        net = saved.skeleton()
-        ends = net.macs(net.space.smallest), net.macs(net.space.largest)
+        net, resource = saved.skeleton(), saved.resource
+        ends = resource.range(net.space)
         budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [sum(ends) / 2]
-        budget = f"flops='{format_count(budgets[len(budgets) // 2])}'"
+        budget = f"{resource.keyword}='{resource.format(budgets[len(budgets) // 2])}'"
+        budget += f", device_file='{saved.record.device}'" * (resource.device is not None)
         which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
         lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
     code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])

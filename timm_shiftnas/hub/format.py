@@ -24,15 +24,18 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..data.modes import MODES, default_mode
 from ..space import families, is_supernet
 from ..space.core import Arch, SearchSpace
+from ..space.resources import RESOURCES
 from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
-__all__ = ['ModelRecord', 'build_network', 'check_tensors', 'fits', 'read_archs', 'saved_class_names']
+__all__ = ['ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'fits', 'read_archs',
+           'saved_class_names']
 
 KEY, FORMAT = 'timm_shiftnas', 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
 BN_STATS = 'bn_stats.safetensors'
-FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; files with other names are neither read nor published
+FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config and device files; others are neither read nor published
+DEVICES = 'device_*.json'  # with the name of the device
 
 # Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
 # modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
@@ -45,7 +48,26 @@ Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
 Limits = Annotated[dict[str, float], lambda limits: {*limits} <= {'flops', 'params'}]
+Name = Annotated[str, lambda name: name == 'latency' or name in RESOURCES]
 Mode = Annotated[str, MODES.__contains__]
+
+
+def device_file(name: str) -> str:
+    """The name of the file of a device.
+
+    Raises:
+        ValueError: If the device has a name that no file can have.
+    """
+    file = DEVICES.replace('*', name)
+    if device_name(file) is None:
+        raise ValueError(f'the device {short(name)} must have a name of at most 64 letters, digits, -, _ and .')
+    return file
+
+
+def device_name(file: str) -> str | None:
+    """The device whose file this is; `None` if it is another file."""
+    match = re.fullmatch(r'device_(\w[\w.-]{,63})\.json', file, re.ASCII)
+    return match and match[1]
 
 
 class SavedFile(TypedDict):
@@ -53,7 +75,8 @@ class SavedFile(TypedDict):
     sha256: Sha256
 
 
-Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= set(files) <= FILES]
+Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= {
+    name for name in files if device_name(name) is None} <= FILES]
 
 
 class Row(TypedDict):
@@ -86,7 +109,9 @@ class ModelRecord:
     """The entry `timm_shiftnas` of `config.json`: what timm does not know of a saved model."""
     format: Literal[1] = FORMAT
     kind: Literal['supernet', 'subnet']
-    groups: Edges | None = None  # of the K budget groups, in MACs
+    groups: Edges | None = None  # of the K budget groups, in MACs or the unit of `resource`
+    resource: Name | None = None  # what the budgets of groups and generator bound, if it is not MACs
+    device: str | None = None  # the device of a latency
     probabilities: Probabilities | None = None  # P, one for each group
     results: list[Row] | None = None
     training: Training | None = None
@@ -135,11 +160,13 @@ def _problems(config: Any) -> Iterator[str]:
     yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
 
 
-def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
+def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, resource=None,
+                    device=None, **_) -> list[str]:
     """Names of entries that do not agree with the others."""
     wrong = dict(
         probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
         generator=GENERATOR in files and generator is None,
+        device=(resource == 'latency') != (device is not None and f'device_{device}.json' in files),
         bn_archs=(BN_STATS in files) != (bn_archs is not None))
     return [name for name in wrong if wrong[name]]
 

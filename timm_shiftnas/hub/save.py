@@ -22,11 +22,14 @@ from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
+from ..space.latency import Device
+from ..space.resources import MACS
 from ..utils.files import atomic_write
 from ..utils.paths import expand_home
 from .format import (
     BN_STATS,
     CONFIG,
+    DEVICES,
     FILES,
     GENERATOR,
     KEY,
@@ -35,11 +38,13 @@ from .format import (
     ModelRecord,
     build_network,
     check_tensors,
+    device_file,
+    device_name,
     read_archs,
     saved_class_names,
 )
 
-__all__ = ['save_pretrained']
+__all__ = ['add_device', 'save_pretrained']
 
 
 def save_pretrained(
@@ -56,6 +61,7 @@ def save_pretrained(
         training: Mapping[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
+        devices: Sequence[Device] = (),
 ) -> None:
     """Save a supernet and its generator, or an extracted subnet, as a directory that timm can load too.
 
@@ -66,7 +72,7 @@ def save_pretrained(
         directory: Where to save, '~' is the home directory; created if missing, with its parents.
         net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`).
         generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
-        groups: The K + 1 edges of the budget groups, in MACs.
+        groups: The K + 1 edges of the budget groups, in MACs, or in the unit of the generator's resource.
         probabilities: P, the K probabilities of the groups.
         results: Rows of evaluated subnets, as in `evaluation.tables`.
         searched: Archs that a search on images found, the least accurate first. For a budget, the last one within it
@@ -78,6 +84,7 @@ def save_pretrained(
         training: Facts about the training for the model card: `command`, `dataset`, `versions`.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
+        devices: Devices on which the latencies of a supernet were measured, that of the generator among them.
 
     Raises:
         ValueError: If `net` is neither a supernet nor a subnet, if an argument does not belong to it, or if the
@@ -108,10 +115,16 @@ def save_pretrained(
     if bn_stats:
         tensors[BN_STATS] = number_statistics(bn_stats)
     files = {name: as_file(state) for name, state in tensors.items()}
+    resource = MACS if generator is None else generator.resource
+    for device in (*devices, *([] if resource.device is None else [resource.device])):
+        device.check_space(net.space if kind == 'supernet' else static_space(net))
+        files[device_file(device.name)] = device.to_json().encode()
     mode = getattr(net, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
+        resource=None if resource == MACS else resource.name,
+        device=None if resource.device is None else resource.device.name,
         probabilities=probabilities,
         results=results,
         training=training,
@@ -131,7 +144,8 @@ def save_pretrained(
     check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
     saved_class_names(config, net.num_classes, CONFIG)
     check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
-    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES)
+    others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
 
 
 def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -157,6 +171,28 @@ def config_content(config: Mapping[str, Any]) -> bytes:
         raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
                          'give shorter results, training or model_config')
     return content
+
+
+def add_device(directory: str | os.PathLike, device: Device) -> Path:
+    """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
+
+    Raises:
+        ValueError: If no supernet is saved there, or the device file is of another one.
+    """
+    directory = Path(expand_home(directory))
+    content = (directory / CONFIG).read_bytes()
+    config = json.loads(content)
+    record = ModelRecord.of_config(config, str(directory / CONFIG))
+    device.check_space(build_network(config, str(directory / CONFIG)).space)
+    name, data = device_file(device.name), device.to_json().encode()
+    if record.device == device.name and (directory / name).read_bytes() != data:
+        raise ValueError(
+            f'the generator of {directory} was trained with the device file {name}; give another name, with --name')
+    config[KEY]['files'][name] = describe_file(data)
+    for path, new in ((directory / name, data), (directory / CONFIG, config_content(config))):
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(new)
+    return directory / name
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

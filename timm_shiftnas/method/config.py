@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..utils.units import parse_count
+from ..utils.units import KINDS, parse_quantity
 
 __all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
 
@@ -81,8 +81,9 @@ class Setting:
     def _allows(self, item: Any) -> bool:
         """Whether an item has the right type and is in range."""
         if self.unit:
-            with suppress(ValueError):
-                return parse_count(item) > 0
+            for kind in KINDS:  # which one fits depends on the resource
+                with suppress(ValueError):
+                    return parse_quantity(item, kind, self.name) > 0
             return False
         if type(item) is not self.kind:
             return False
@@ -249,10 +250,15 @@ class RunConfig:
     Raises:
         ValueError: If a value is out of range.
     """
+    resource: str = setting(
+        'macs', 'what budgets bound; latency needs --resource-file',
+        choices=('macs', 'params', 'size', 'size_fp16', 'size_int8', 'memory', 'latency'))
+    resource_file: str | None = setting(
+        None, 'device file that timm-shiftnas measure wrote, for the resource latency', metavar='FILE')
     num_groups: int | None = setting(None, 'number of budget groups, instead of their width', least=1)
     group_width: str | float | None = setting(
-        None, "width of a budget group in MACs, such as '0.1G' (default: 0.1G, but at least 8 groups)",
-        metavar='MACS', unit='MACs')
+        None, "width of a budget group in MACs, such as '0.1G', or in the unit of the resource, such as '1ms' "
+        '(default: 0.1G, but at least 8 groups; as many for other resources)', metavar='MACS', unit='MACs')
     generator_fit_steps: int = setting(
         1000, 'steps of the generator on the resource term before training, without images', least=0)
     shift_images: int = setting(

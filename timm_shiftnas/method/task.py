@@ -23,6 +23,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..space.core import Arch, SearchSpace
+from ..space.resources import MACS, Resource
 from ..utils.distributed import Ranks
 from .config import ShiftNASConfig
 from .distillation import distilled, divergence
@@ -68,7 +69,7 @@ class ShiftNASTask(ClassificationTask):
         teacher: `teacher(images)` returns logits to distil from.
 
     Raises:
-        ValueError: If `shift_batches` is missing, or generator and model have different search spaces.
+        ValueError: If `shift_batches` is missing, or generator, model and groups do not belong together.
     """
 
     def __init__(
@@ -89,9 +90,7 @@ class ShiftNASTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         net = unwrap_model(model)
         self.space: SearchSpace = net.space
-        if generator.space.to_dict() != self.space.to_dict():
-            raise ValueError(
-                "the generator belongs to another search space than the model; create it with the model's space")
+        check_generator(generator, self.space, groups)
         self.config, self.groups = config, groups
         # no module, so that `.parameters()` and `.to(device)` of the task leave the generator out
         self.sampler = SAMPLERS[config.sampler](config, generator, groups, shift_batches)
@@ -243,8 +242,9 @@ class ShiftNASTask(ClassificationTask):
         if ema:
             return {}
         return dict(
-            network=self.network, space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
-            micro_step=self._micro_step, loop=self.loop_state, **self.sampler.state_dict())
+            network=self.network, space=self.space.to_dict(), resource=resource_state(self.groups.resource),
+            edges=list(self.groups.edges), update=self._update, micro_step=self._micro_step, loop=self.loop_state,
+            **self.sampler.state_dict())
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
@@ -256,6 +256,7 @@ class ShiftNASTask(ClassificationTask):
         if ema or not state:
             return
         check_same_space(state, self.space)
+        check_same_resource(state, self.groups.resource)
         if list(state['edges']) != list(self.groups.edges):
             raise ValueError(
                 f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
@@ -263,6 +264,31 @@ class ShiftNASTask(ClassificationTask):
         self.sampler.load_state_dict(state)
         self._update, self._micro, self._micro_step = state['update'], 0, state['micro_step']
         self.loop_state = state['loop']
+
+
+def check_generator(generator: ArchitectureGenerator, space: SearchSpace, groups: BudgetGroups) -> None:
+    """Raise a `ValueError` unless a generator is of this space, and for the resource of these groups."""
+    if generator.space.to_dict() != space.to_dict():
+        raise ValueError(
+            "the generator belongs to another search space than the model; create it with the model's space")
+    if generator.resource != groups.resource:
+        raise ValueError(
+            f'the generator is for {generator.resource.label}, the groups are of {groups.resource.label}; create both '
+            'with the same resource')
+
+
+def resource_state(resource: Resource) -> dict[str, str]:
+    """What a checkpoint holds of a resource: its name, and its device file."""
+    return dict(name=resource.name, device='' if resource.device is None else resource.device.to_json())
+
+
+def check_same_resource(state: dict[str, Any], resource: Resource) -> None:
+    """Raise a `ValueError` unless the budgets of a task state bound this resource; those of older versions are MACs."""
+    saved, mine = state.get('resource') or resource_state(MACS), resource_state(resource)
+    if saved != mine:
+        raise ValueError(
+            f'the checkpoint has budgets of {saved["name"]} and this run of {mine["name"]}, or of another device file; '
+            'resume with the same --resource and --resource-file')
 
 
 def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:

@@ -56,7 +56,7 @@ def macs(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots, convention: 
     """
     if convention not in CONVENTIONS:
         raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
-    polynomial = family_of(space).macs
+    polynomial = family_of(space).count_macs
     return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots, convention))
 
 
@@ -68,7 +68,7 @@ def params(space: SearchSpace, arch: Sequence[Arch] | OneHots) -> torch.Tensor: 
 
 def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
-    return _evaluate(space, arch, family_of(space).params)
+    return _evaluate(space, arch, family_of(space).count_params)
 
 
 def macs_range(space: SearchSpace) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class AttentiveNASSampler(Sampler):
         super().__init__(*args, **kwargs)
         self.choices = self.generator.choices
         observed = self.draw_uniform_indices(stream(self.config.seed, 'attentivenas', 0))
-        bins = self.bins(self.choices.macs(observed))
+        bins = self.bins(self.choices.count(observed, self.groups.resource))
         self.target_frequency = torch.bincount(bins, minlength=BINS).double()  # [bins]
         # frequencies of values by bin, [bins, choices, values]; a choice counts where it is active
         self.value_frequency = torch.zeros(BINS, len(self.choices), self.choices.most, dtype=torch.float64)
@@ -55,10 +55,10 @@ class AttentiveNASSampler(Sampler):
         drawn = (torch.rand(OBSERVED, len(counts), generator=noise, dtype=torch.float64) * counts).long()
         return drawn * self.choices.active(drawn)
 
-    def bins(self, macs: Tensor) -> Tensor:
-        """The bin of MACs, int64, 0 to 31."""
+    def bins(self, counts: Tensor) -> Tensor:
+        """The bin of MACs, or of another resource: int64, 0 to 31."""
         low, high = self.groups.edges[0], self.groups.edges[-1]
-        return ((macs - low) / (high - low or 1) * BINS).long().clamp(0, BINS - 1)
+        return ((counts - low) / (high - low or 1) * BINS).long().clamp(0, BINS - 1)
 
     def draw(self, step: Step, count: int) -> list[Arch]:
         noise = stream(self.config.seed, 'arch', step.micro_step)
@@ -76,7 +76,7 @@ class AttentiveNASSampler(Sampler):
         drawn = torch.multinomial(
             self.value_frequency[int(target)], TRIALS * count, replacement=True, generator=noise).T  # [trials, choices]
         drawn = drawn * self.choices.active(drawn)
-        outside = self.bins(self.choices.macs(drawn)) != target
+        outside = self.bins(self.choices.count(drawn, self.groups.resource)) != target
         return [self.space.decode(drawn[row].tolist()) for row in outside.int().argsort(stable=True)[:count].tolist()]
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...space import complexity
 from ...space.core import Arch
 from ...utils.streams import stream
 from ..signals import frozen, full_precision
@@ -58,7 +57,7 @@ class PreNASSampler(Sampler):
         found = []
         for low, high in zip(self.groups.edges, self.groups.edges[1:]):
             drawn = self.generator.sample(torch.linspace(low, high, CANDIDATES, dtype=torch.float64), noise)
-            within = [arch for arch in drawn if low < complexity.macs(self.space, arch) <= high]
+            within = [arch for arch in drawn if low < self.groups.resource.count(self.space, arch) <= high]
             found.append(list(dict.fromkeys([self.generator.propose(high), *within])))
         return found
 
