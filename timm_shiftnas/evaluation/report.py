@@ -105,7 +105,7 @@ def _fields(space: SearchSpace) -> list[dict[str, Any]]:
     return [
         dict(name=name, choices=choices, layered=space.choices[choices[0]].layer is not None,
              gated=space.choices[choices[0]].gate is not None,
-             largest=max(space.choices[i].values[-1] for i in choices))
+             largest=[space.choices[i].values[-1] for i in choices])
         for name, choices in positions.items()]
 
 
@@ -150,7 +150,7 @@ def _devices(resources: Sequence[Resource]) -> str:
     """How each latency was measured."""
     notes = [f'Latency of a batch on {each.device}, as a device file predicts it (median error '
              f'{each.device.error["median"]:.1%}).' for each in resources if each.device is not None]
-    return '\n'.join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)
+    return '\n'.join(f'<p class="soft note">{html.escape(note)}</p>' for note in notes)
 
 
 def _shares(edges: Sequence[float], probabilities: Sequence[float], resource: Resource) -> str:
@@ -163,5 +163,6 @@ def _shares(edges: Sequence[float], probabilities: Sequence[float], resource: Re
                     f'{bar}</span></td></tr>')
     head = f'<tr><th>group</th><th>{html.escape(resource.label)}</th><th class="value">P</th></tr>'
     body = '\n'.join(rows)
-    return ('<section>\n<h2>Where training drew budgets: P over groups</h2>\n<div class="scroll"><table>\n<thead>'
-            f'{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n</section>')
+    table = f'<table class="bars">\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    return ('<section>\n<h2>Where training drew budgets: P over groups</h2>\n'
+            f'<div class="scroll">{table}</div>\n</section>')
