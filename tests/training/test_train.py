@@ -27,6 +27,7 @@ from timm.loss import PolyCrossEntropy
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
+from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.training.data import create_loaders, open_data
 from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli
@@ -65,6 +66,10 @@ def test_output_files(finished):
     rows = list(csv.DictReader((output / 'budgets.csv').open()))
     assert [row['name'] for row in rows] == ['smallest', 'group 1', 'group 2', 'group 3', 'largest']
     assert all(float(row['macs']) <= float(row['budget']) for row in rows[1:-1])
+    report = (output / 'report.html').read_text(encoding='utf-8')
+    shown = json.loads(report.split('<script type="application/json" id="data">')[1].split('</script>')[0])['subnets']
+    assert [(subnet['name'], str(subnet['score']), str(subnet['counts'][0])) for subnet in shown] == [
+        (row['name'], row['top1'], row['macs']) for row in rows]
     top1 = [float(row['top1']) for row in rows[1:-1]]
     assert float(summary[2]['eval_top1']) == pytest.approx(sum(top1) / 3, abs=.01)
     assert all(float(row['train_seconds']) > 0 for row in summary)
@@ -316,6 +321,14 @@ def trainer_of(tmp_path, *flags):
     return train.Trainer(train.parse_args([*ONE, '--output', str(tmp_path), *map(str, flags)]))
 
 
+def test_a_report_that_cannot_be_written_does_not_end_a_run(saved, tmp_path, caplog):
+    results = trainer_of(tmp_path, '--model', f'local-dir:{saved / "subnet"}', '--experiment', 'run').results
+    (tmp_path / 'run' / 'report.html').mkdir()
+    results.evaluate(last=True)
+    assert caplog.text.count('cannot write the report') == 1
+    assert SavedModel(tmp_path / 'run' / 'model').record.results and (tmp_path / 'run' / 'budgets.csv').exists()
+
+
 @pytest.mark.slow
 def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved, tmp_path, caplog):
     """Flags of supernets are ignored, and named."""
@@ -338,6 +351,7 @@ def test_a_saved_subnet_is_fine_tuned_and_resumes_like_an_undisturbed_run(saved,
     summary = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
     row, = csv.DictReader((tmp_path / 'run' / 'budgets.csv').open())
     assert summary[0]['eval_top1'] == '' and summary[1]['eval_top1'] == row['top1']
+    assert f'{float(row["top1"]):.2f}%' in (tmp_path / 'run' / 'report.html').read_text(encoding='utf-8')
     tuned = tsn.from_pretrained(tmp_path / 'run' / 'model')
     assert tuned.arch == before.arch and json.loads(row['arch']) == tuned.arch.to_dict()
     same(tuned.state_dict(), run['state_dict_ema'])
