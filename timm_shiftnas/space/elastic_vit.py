@@ -15,7 +15,7 @@ import torch
 
 from .core import Arch, OneHots, SearchSpace
 from .families import Family, register_family
-from .shiftformer import vit_choices, vit_masks, vit_sizes, vit_space_of, vit_values
+from .shiftformer import vit_channels, vit_choices, vit_masks, vit_sizes, vit_space_of, vit_values
 
 __all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
 
@@ -147,4 +147,4 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 register_family(Family(
     name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params,
     masks=partial(vit_masks, hidden_width=hidden_width), geometry=_geometry, supernet='elastic_supernet',
-    subnet='elastic_vit_subnet'))
+    subnet='elastic_vit_subnet', channels=vit_channels))

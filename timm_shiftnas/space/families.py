@@ -42,6 +42,9 @@ class Family:
         stock: `stock(space, arch)`: JSON-able description of a subnet that plain timm can build, or `None`.
         resolution: `resolution(arch)`: height and width of the images that a subnet takes, if its arch says so.
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
+        channels: `channels(space, stage)`: channels of a feature map, the size of a stage in `features` of the
+            geometry. A space whose geometry has `features`, stages in ascending order, is of networks that end with the
+            last of them; `macs` and `params` leave out what follows.
     """
     name: str
     space: Callable[..., SearchSpace]
@@ -54,6 +57,7 @@ class Family:
     stock: Callable[[SearchSpace, Arch], dict[str, Any] | None] = lambda space, arch: None
     resolution: Callable[[Arch], int | None] = lambda arch: None
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
+    channels: Callable[[SearchSpace, int], Any] | None = None
 
 
 _FAMILIES: dict[str, Family] = {}

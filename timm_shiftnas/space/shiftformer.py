@@ -9,11 +9,11 @@ import torch
 
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
-from .matrix_mapping import nested
+from .matrix_mapping import Size, nested
 
 __all__ = [
     'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of',
-    'vit_choices', 'vit_masks', 'vit_sizes', 'vit_space_of', 'vit_values',
+    'vit_channels', 'vit_choices', 'vit_masks', 'vit_sizes', 'vit_space_of', 'vit_values',
 ]
 
 HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
@@ -164,6 +164,11 @@ def vit_sizes(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) 
     )
 
 
+def vit_channels(space: SearchSpace, stage: int) -> Size:
+    """Channels of a feature map: the token width, after every layer."""
+    return Size.of(space, int, 0)
+
+
 def _tokens(geometry: dict[str, Any]) -> _Tokens:
     (height, width), (patch_h, patch_w) = geometry['img_size'], geometry['patch_size']
     rows, cols = height // patch_h, width // patch_w
@@ -253,4 +258,4 @@ def vit_masks(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) 
 register_family(Family(
     name='shiftformer', space=shiftformer_space, macs=_macs, params=_params,
     masks=partial(vit_masks, hidden_width=_hidden_width), geometry=_geometry, supernet='shiftformer_supernet',
-    subnet='shiftformer_subnet'))
+    subnet='shiftformer_subnet', channels=vit_channels))
