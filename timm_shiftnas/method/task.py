@@ -74,6 +74,7 @@ class ShiftNASTask(ClassificationTask):
         shift_batches: `shift_batches(n)` returns the (images, targets) of the training data and of the held-out data
             for the n-th shift, without mixup and the same in every process. Required unless `shift` is 'none'.
         teacher: `teacher(images)` returns logits to distil from.
+        held_out_loss: `held_out_loss(output, targets)`: what the shift measures.
 
     Raises:
         ValueError: If `shift_batches` is missing, or generator and model have different search spaces.
@@ -90,9 +91,8 @@ class ShiftNASTask(ClassificationTask):
             groups: BudgetGroups,
             shift_batches: ShiftBatches | None = None,
             teacher: Callable[[Tensor], Tensor] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+            held_out_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+            device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True,
     ) -> None:
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         net = unwrap_model(model)
@@ -107,7 +107,7 @@ class ShiftNASTask(ClassificationTask):
         self.config, self.groups = config, groups
         self._shift_batches = cast(ShiftBatches, shift_batches)
         self._generator = [generator]  # in a list, so that `.parameters()` and `.to(device)` of the task leave it out
-        self._teacher = teacher
+        self._teacher, self._held_out_loss = teacher, held_out_loss
         self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
             architecture=net.pretrained_cfg['architecture'], label_names=net.pretrained_cfg.get('label_names'),
             model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
@@ -178,10 +178,10 @@ class ShiftNASTask(ClassificationTask):
 
         Args:
             input: Images [B, C, H, W].
-            target: Targets of the criterion.
+            target: Targets of the criterion, [B, ...].
 
         Returns:
-            'loss', 'archs' (a tuple) and 'output' (the logits of the first arch).
+            'loss', 'archs' (a tuple) and 'output' (of the first arch).
         """
         if self._micro == 0:
             self._update_samplers(input, target)
@@ -213,7 +213,7 @@ class ShiftNASTask(ClassificationTask):
         losses: list[Tensor] = []
         for output in outputs:
             if losses and config.inplace_distillation:
-                losses.append(divergence(output, outputs[0].detach()))
+                losses.append(divergence(output, outputs[0]))
                 continue
             loss = self.criterion(output, target)
             if logits is not None:
@@ -320,7 +320,7 @@ class ShiftNASTask(ClassificationTask):
 
         def loss(arch: Arch, batch: Batch) -> Tensor:
             images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            return F.cross_entropy(net(images, arch), targets)
+            return self._held_out_loss(net(images, arch), targets)
 
         with frozen(net), full_precision(self.device), torch.enable_grad():
             return self.signal(net, loss, archs, train, held_out, self.ranks)
