@@ -62,19 +62,17 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     """
     for name in saved.info['files']:
         saved.read(name)
-    net = saved.skeleton()
+    net, space, counts = saved.skeleton(), saved.space(), dict(macs=complexity.macs, params=complexity.params)
     data = dict(
         directory=saved.name, kind=saved.kind, architecture=saved.config['architecture'],
         input_size=list(net.pretrained_cfg['input_size']), image_mode=net.image_mode, num_classes=net.num_classes)
     if saved.kind == 'supernet':
-        space = net.space
         ends = space.smallest, space.largest
         data.update(
             space=space.unbind().to_dict(), size=space.size,
-            macs=[net.macs(arch) for arch in ends], params=[net.params(arch) for arch in ends])
+            **{name: [count(space, arch) for arch in ends] for name, count in counts.items()})
     else:
-        macs, params = static_counts(net)
-        data.update(arch=net.arch.to_dict(), macs=macs, params=params)
+        data.update(arch=net.arch.to_dict(), **{name: count(space, net.arch) for name, count in counts.items()})
     optional = {name: saved.info[name] for name in ('groups', 'probabilities', 'results') if name in saved.info}
     return dict(data, **optional, files=saved.info['files'])
 

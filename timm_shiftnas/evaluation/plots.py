@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.files import atomic_write
-from .tables import Row
+from .tables import Row, score_columns
 
 __all__ = ['plot_accuracy', 'plot_shift']
 
@@ -28,13 +28,15 @@ def plot_accuracy(
         path: str | os.PathLike,
         rows: Sequence[Row],
         others: Mapping[str, Sequence[Row]] | None = None,
+        metric: str = 'top-1 accuracy',
 ) -> bool:
-    """Draw top-1 against MACs as a PNG of 900 x 560 pixels.
+    """Draw top-1, or the score of another task, against MACs as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
+        metric: What the percentages are.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -54,13 +56,14 @@ def plot_accuracy(
         ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
                     xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
     ax.set_xlabel(f'{unit} per image')
-    ax.set_ylabel('top-1 accuracy (%)')
+    ax.set_ylabel(f'{metric} (%)')
     ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
     ax.grid(color='#e4e6ea')
     ax.set_axisbelow(True)
     ax.spines[['top', 'right']].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
-        falls = max(rows, key=lambda row: row['macs'])['top1'] < min(rows, key=lambda row: row['macs'])['top1']
+        score = score_columns(rows)[0]
+        falls = max(rows, key=lambda row: row['macs'])[score] < min(rows, key=lambda row: row['macs'])[score]
         ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
     _save(figure, path)
     return True
@@ -120,7 +123,7 @@ def _draw_subnets(
         label: str,
 ) -> list[tuple[str, tuple[float, float]]]:
     """Draw the groups' subnets as a line and the two ends as triangles. Returns names and points of the ends."""
-    points = [(row['name'], (row['macs'] / scale, row['top1'])) for row in rows]
+    points = [(row['name'], (row['macs'] / scale, row[score_columns(rows)[0]])) for row in rows]
     markers = {'smallest': 'v', 'largest': '^'}
     if line := sorted(point for name, point in points if name not in markers):
         ax.plot(*zip(*line), '-o', color=colour, linewidth=2, markersize=5, label=label)

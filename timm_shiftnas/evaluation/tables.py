@@ -5,7 +5,7 @@ A *row* is one evaluated subnet, a dict with the keys
 * `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
 * `budget`: the upper limit of its MACs, or `None`;
 * `macs`, `params`: counts of the subnet;
-* `top1`, `top5`: accuracy in percent;
+* `top1`, `top5`: accuracy in percent; of tasks other than classification, `score` in percent;
 * `arch`: `Arch.to_dict()`.
 """
 from __future__ import annotations
@@ -19,19 +19,31 @@ from typing import Any
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
-__all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'write_budgets_csv', 'write_shift_csv']
+__all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'score_columns', 'write_budgets_csv', 'write_shift_csv']
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Format rows as aligned text: name, budget, MACs, params, top-1 and top-5 in percent. No final newline."""
-    cells = [('name', 'budget', 'MACs', 'params', 'top-1', 'top-5')]
+def score_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The keys of rows that hold percentages, the most important one first."""
+    return ('score',) if rows and 'score' in rows[0] else ('top1', 'top5')
+
+
+def format_table(rows: Sequence[Row], metric: str = 'score') -> str:
+    """Format rows as aligned text: name, budget, MACs, params, and percentages. No final newline.
+
+    Args:
+        rows: The rows.
+        metric: What the `score` is called.
+    """
+    scores = score_columns(rows)
+    titles = [dict(top1='top-1', top5='top-5', score=metric)[name] for name in scores]
+    cells: list[tuple[str, ...]] = [('name', 'budget', 'MACs', 'params', *titles)]
     for row in rows:
         budget = '-' if row['budget'] is None else format_count(row['budget'])
         counts = format_count(row['macs']), format_count(row['params'])
-        cells.append((row['name'], budget, *counts, f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'))
+        cells.append((row['name'], budget, *counts, *(f'{row[name]:.2f}' for name in scores)))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return '\n'.join(
         '  '.join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -40,11 +52,12 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Write rows as CSV with a header line. The arch is JSON, a missing budget an empty cell."""
+    columns = (*COLUMNS[:4], *score_columns(rows), 'arch')
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         for row in rows:
-            writer.writerow({**{column: row[column] for column in COLUMNS}, 'arch': json.dumps(row['arch'])})
+            writer.writerow({**{column: row[column] for column in columns}, 'arch': json.dumps(row['arch'])})
 
 
 def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -52,8 +65,8 @@ def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
     with open(path, newline='', encoding='utf-8') as file:
         return [
             dict(row, budget=float(row['budget']) if row['budget'] else None, macs=int(row['macs']),
-                 params=int(row['params']), top1=float(row['top1']), top5=float(row['top5']),
-                 arch=json.loads(row['arch']))
+                 params=int(row['params']), arch=json.loads(row['arch']),
+                 **{name: float(row[name]) for name in score_columns([row])})
             for row in csv.DictReader(file)]
 
 

@@ -30,6 +30,7 @@ from .heads import (
     PrefixConvTranspose2d,
     SimpleFeaturePyramid,
     elastic_inputs,
+    input_channels,
     keep_inputs,
     make_inputs_elastic,
 )
@@ -54,5 +55,6 @@ __all__ = [
     'NoShortcut', 'PrefixConv2d', 'PrefixConvTranspose2d', 'ProjectedDepthwiseSeparableConv',
     'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock', 'RelativeIndex',
     'RelativePosition2d', 'SimpleFeaturePyramid', 'WidthShortcut', 'elastic_inputs', 'elastic_kernel', 'extend_table',
-    'keep_activations', 'keep_inputs', 'make_elastic', 'make_inputs_elastic', 'masked', 'normalize', 'resize',
+    'input_channels', 'keep_activations', 'keep_inputs', 'make_elastic', 'make_inputs_elastic', 'masked',
+    'normalize', 'resize',
 ]

@@ -19,8 +19,8 @@ from .vit import ElasticLinear
 from .widths import leading
 
 __all__ = [
-    'FeatureSum', 'PrefixConv2d', 'PrefixConvTranspose2d', 'SimpleFeaturePyramid', 'elastic_inputs', 'keep_inputs',
-    'make_inputs_elastic',
+    'FeatureSum', 'PrefixConv2d', 'PrefixConvTranspose2d', 'SimpleFeaturePyramid', 'elastic_inputs', 'input_channels',
+    'keep_inputs', 'make_inputs_elastic',
 ]
 
 
@@ -67,6 +67,11 @@ def elastic_inputs(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers of a module that read any prefix of their input channels, with their names."""
     classes = tuple(elastic for elastic, _, _ in _INPUTS.values())
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, classes))
+
+
+def input_channels(layer: Any) -> int:
+    """The largest number of channels that a layer reads."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def keep_inputs(layer: Any, channels: int | None) -> None:

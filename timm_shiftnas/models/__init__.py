@@ -4,7 +4,7 @@ from .backbone import ElasticBackbone, StaticBackbone
 from .calibration import BatchNormCalibration, ResizedInput, bn_statistics, calibrate_bn, has_batch_norm
 from .elastic import elastic
 from .elastic_cnn import ElasticEfficientNet, ElasticMobileNetV3, ElasticPretrainedCnn
-from .elastic_model import ElasticModel, backbone_of, with_backbone
+from .elastic_model import ElasticModel, backbone_of, static_model, with_backbone
 from .elastic_vit import ElasticVisionTransformer
 from .importance import sort_by_importance
 from .shiftformer import ShiftFormer, ShiftFormerSupernet
@@ -26,5 +26,5 @@ __all__ = [
     'ShiftFormer', 'ShiftFormerSupernet', 'ShiftMobileNetSupernet', 'StaticBackbone', 'Subnet', 'TimmSupernet',
     'backbone_of', 'bn_statistics', 'bound_space', 'calibrate_bn', 'describe_images', 'elastic', 'extract',
     'has_batch_norm', 'ofa_space', 'plain_state_dict', 'present_args', 'sort_by_importance', 'static_counts',
-    'static_space', 'stock_description', 'with_backbone',
+    'static_model', 'static_space', 'stock_description', 'with_backbone',
 ]

@@ -135,10 +135,6 @@ class ElasticCnn(TimmSupernet):
         """
         return self.prune_intermediate_layers(indices, prune_norm=True)
 
-    def feature_stages(self, indices: list[int]) -> list[int]:
-        """The stages of the space that feature maps are taken after, by timm's count: 0 is the stem."""
-        return [self.stage_ends[i] for i in indices]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False, *, arch: Arch | Masks | None = None) -> Tensor:
         if arch is None:
             return super().forward_head(x, pre_logits)

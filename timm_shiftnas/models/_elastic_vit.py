@@ -111,10 +111,6 @@ class ElasticViT(TimmSupernet):
         self.model_args['final_norm'] = not isinstance(self.norm, nn.Identity)
         return [index - len(self.blocks) for index in taken]
 
-    def feature_stages(self, indices: list[int]) -> list[int]:
-        """The stages of the space that feature maps are taken after: layers, counted from the last one."""
-        return indices
-
     def forward_head(
             self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
         embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None

@@ -60,12 +60,7 @@ class ElasticBackbone(Supernet, FeatureGetterNet):
     @property
     def space(self) -> SearchSpace:
         """The search space, bound to the geometry of the backbone."""
-        space, stages = self.model.unbound_space, tuple(self.model.feature_stages(self.out_indices))
-        if -1 in stages or min(stages) >= 0:
-            return space.bind(**family_of(space).geometry(self.model), features=stages)
-        raise ValueError(
-            f'out_indices={stages} of a ViT end before its last layer, so its MACs are undefined at a smaller depth; '
-            'give out_indices=(-1,), or the number of last layers')
+        return _bound(self.model.unbound_space, self.model, self.out_indices)
 
     @property
     def unbound_space(self) -> SearchSpace:
@@ -92,13 +87,12 @@ class ElasticBackbone(Supernet, FeatureGetterNet):
         """Channels of every feature map at an arch; `feature_info.channels()` are those of the largest."""
         space, indices = self.unbound_space, self.unbound_space.encode(arch)
         return [family_of(space).channels(space, stage).at(indices)  # type: ignore[misc]
-                for stage in self.model.feature_stages(self.out_indices)]
+                for stage in _stages(self.model, self.out_indices)]
 
     def build_subnet(self, arch: Arch, **kwargs: Any) -> StaticBackbone:
         """The static backbone of an arch, with its own weights; users call `timm_shiftnas.extract`."""
         return StaticBackbone(
-            self.model.build_subnet(arch, **kwargs), self.out_indices, norm=self.norm, output_fmt=self.output_fmt,
-            space=self.space)
+            self.model.build_subnet(arch, **kwargs), self.out_indices, norm=self.norm, output_fmt=self.output_fmt)
 
     def subnet_state_dict(self, arch: Arch, subnet: StaticBackbone) -> dict[str, Tensor]:
         state = self.model.subnet_state_dict(arch, subnet.model)
@@ -110,19 +104,18 @@ class StaticBackbone(FeatureGetterNet):
 
     Args:
         model: A static subnet, changed in place: its head is removed.
-        out_indices, norm, output_fmt: As for `ElasticBackbone`.
-        space: The space of the supernet, bound to the geometry of its backbone.
+        out_indices, norm, output_fmt: As for `ElasticBackbone`; those of a ViT count from its last layer.
 
     Attributes:
         arch: The arch.
         static_space: The space of the arch's own values, bound to the geometry.
     """
 
-    def __init__(self, model: nn.Module, out_indices: int | Sequence[int], *, norm: bool = False,
-                 output_fmt: str = 'NCHW', space: SearchSpace) -> None:
-        super().__init__(model, out_indices, norm=norm, output_fmt=output_fmt)
+    def __init__(
+            self, model: Any, out_indices: Sequence[int], *, norm: bool = False, output_fmt: str = 'NCHW') -> None:
+        super().__init__(model, list(out_indices), norm=norm, output_fmt=output_fmt)
         self.arch = model.arch
-        self.static_space = model.static_space.bind(**space.geometry)
+        self.static_space = _bound(model.static_space, model, out_indices)
         self.pretrained_cfg = self.default_cfg = getattr(model, 'pretrained_cfg', {})
 
     @property
@@ -133,6 +126,28 @@ class StaticBackbone(FeatureGetterNet):
     def forward(self, x: Tensor) -> list[Tensor]:
         resolution = family_of(self.static_space).resolution(self.arch)
         return super().forward(x if resolution is None else resize(x, resolution))
+
+
+def _stages(net: Any, indices: Sequence[int]) -> tuple[int, ...]:
+    """The stages of the space that feature maps are taken after: of a CNN by timm's count, in which 0 is the stem.
+
+    In a ViT, they are layers counted from the last one.
+    """
+    return tuple(net.stage_ends[i] for i in indices) if hasattr(net, 'stage_ends') else tuple(indices)
+
+
+def _bound(space: SearchSpace, net: Any, indices: Sequence[int]) -> SearchSpace:
+    """A space bound to the geometry of a backbone.
+
+    Raises:
+        ValueError: If the maps of a ViT end before its last layer.
+    """
+    stages = _stages(net, indices)
+    if stages[-1] < -1:
+        raise ValueError(
+            f'out_indices={stages} of a ViT end before its last layer, so its MACs are undefined at a smaller depth; '
+            'give out_indices=(-1,), or the number of last layers')
+    return space.bind(**family_of(space).geometry(net), features=stages)
 
 
 def _set_image_size(net: Any, size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers.heads import elastic_inputs, keep_inputs
+from ..layers.heads import elastic_inputs, input_channels, keep_inputs
 from ..space import SearchSpace, Supernet
 from ..space.core import Arch
 from ..space.families import Masks
@@ -17,7 +17,7 @@ from ..space.heads import HeadCounts, resolutions
 from .backbone import ElasticBackbone, StaticBackbone
 from .subnet import Subnet
 
-__all__ = ['ElasticModel', 'backbone_of', 'with_backbone']
+__all__ = ['ElasticModel', 'backbone_of', 'static_model', 'with_backbone']
 
 
 class ElasticModel(Supernet, nn.Module):
@@ -60,6 +60,11 @@ class ElasticModel(Supernet, nn.Module):
         return space.bind(**space.geometry, **self._head._asdict())
 
     @property
+    def head_counts(self) -> HeadCounts:
+        """What the head costs, as a function of the channels of the feature maps."""
+        return self._head
+
+    @property
     def unbound_space(self) -> SearchSpace:
         return self.backbone.unbound_space
 
@@ -92,10 +97,7 @@ class ElasticModel(Supernet, nn.Module):
         for name, layer in list(elastic_inputs(network)):
             if not name.startswith(f'{self._path}.'):
                 keep_inputs(layer, channels[self.reads[name]] if name in self.reads else None)
-        network.arch = backbone.arch
-        network.static_space = backbone.static_space.bind(
-            **backbone.static_space.geometry, **_at_resolution(self._head, self.space, arch))
-        return network
+        return _described(network, backbone, _at_resolution(self._head, self.space, arch))
 
     def subnet_state_dict(self, arch: Arch, subnet: nn.Module) -> dict[str, Tensor]:
         """The shared weights of an arch: those of the backbone, and of the head the first input channels."""
@@ -107,9 +109,29 @@ class ElasticModel(Supernet, nn.Module):
             if name not in state}
 
 
-def backbone_of(network: nn.Module) -> ElasticBackbone | StaticBackbone | None:
-    """The elastic or static backbone in a network, or `None`."""
-    return next((each for each in network.modules() if isinstance(each, (ElasticBackbone, StaticBackbone))), None)
+def backbone_of(network: nn.Module) -> tuple[str, ElasticBackbone | StaticBackbone | None]:
+    """The name of the elastic or static backbone in a network, and the backbone; '' and `None` if there is none."""
+    found = ((name, each) for name, each in network.named_modules()
+             if isinstance(each, (ElasticBackbone, StaticBackbone)))
+    return next(found, ('', None))
+
+
+def static_model(network: nn.Module) -> nn.Module:
+    """Complete a network that was built around a `StaticBackbone`, in place: as if it had been extracted.
+
+    Its elastic layers become plain ones, and it gets the attributes `arch` and `static_space`.
+    """
+    path, backbone = _find(network, StaticBackbone)
+    for name, layer in list(elastic_inputs(network)):
+        if not name.startswith(f'{path}.'):
+            keep_inputs(layer, None)
+    return _described(network, backbone, _measure(network, path)[0])
+
+
+def _described(network: Any, backbone: StaticBackbone, head: HeadCounts) -> nn.Module:
+    space = backbone.static_space
+    network.arch, network.static_space = backbone.arch, space.bind(**space.geometry, **head._asdict())
+    return network
 
 
 def with_backbone(network: nn.Module, path: str, backbone: nn.Module) -> nn.Module:
@@ -156,11 +178,12 @@ def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]
     """The counts of the head of a network, and which feature map each of its elastic layers reads.
 
     The network runs once for every resolution on maps of 1, 2, ... channels. So the number of channels that arrive at
-    a layer is the number of its map.
+    a layer is the number of its map. Around a static backbone, maps have its channels, and all counts are constant.
     """
     backbone: Any = network.get_submodule(path)
-    space, weight = backbone.space, next(backbone.parameters())
-    sizes = resolutions(space)
+    elastic, weight = isinstance(backbone, ElasticBackbone), next(backbone.parameters())
+    space = backbone.space if elastic else backbone.static_space
+    sizes, total = resolutions(space), sum(each.numel() for each in network.parameters())
     side = backbone.model.patch_embed.img_size if sizes[-1] is None else (sizes[-1], sizes[-1])
     images = torch.zeros(1, backbone.model.in_chans, *side, device=weight.device, dtype=weight.dtype)
     modes = [(module, module.training) for module in network.modules()]
@@ -170,19 +193,18 @@ def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]
         network.eval()
         for size in sizes:
             arch = space.smallest if size is None else space.arch(**{**space.smallest.to_dict(), 'resolution': size})
-            maps = [each.new_zeros(1, i + 1, *each.shape[2:]) for i, each in enumerate(backbone(images, arch))]
+            maps = backbone(images, arch) if elastic else backbone(images)
+            maps = [each[:, :i + 1 if elastic else None] for i, each in enumerate(maps)]
             row, reads = _count(with_backbone(network, path, _Maps(maps)), images, len(maps))
             counts += row
     finally:
         for module, training in modes:
             module.training = training
-    params = [0] * (1 + len(maps))
-    params[0] = sum(each.numel() for each in network.parameters()) - sum(each.numel() for each in backbone.parameters())
+    params = [total - sum(each.numel() for each in backbone.parameters()), *[0] * len(maps)]
     for name, level in reads.items():
         layer: Any = network.get_submodule(name)
-        channels = getattr(layer, 'in_channels', None) or layer.in_features
         params[0] -= layer.weight.numel()
-        params[1 + level] += layer.weight.numel() // channels
+        params[1 + level] += layer.weight.numel() // input_channels(layer)
     return HeadCounts(tuple(counts), tuple(params)), reads
 
 
@@ -192,14 +214,13 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
 
     def watch(name: str, layer: nn.Module) -> list[Any]:
         dim = -1 if isinstance(layer, nn.Linear) else 1
-        channels: int = getattr(layer, 'in_channels', None) or layer.in_features  # type: ignore[assignment]
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             started[layer] = counter.get_total_flops()
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             width = inputs[0].shape[dim]
-            if width < channels:
+            if width <= levels and width < input_channels(layer):
                 reads[name] = width - 1
                 linear[width - 1] += (counter.get_total_flops() - started[layer]) // (2 * width)
 
@@ -221,8 +242,8 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
     return [total - sum(share * (i + 1) for i, share in enumerate(linear)), *linear], reads
 
 
-def _at_resolution(head: HeadCounts, space: SearchSpace, arch: Arch) -> dict[str, tuple[int, ...]]:
+def _at_resolution(head: HeadCounts, space: SearchSpace, arch: Arch) -> HeadCounts:
     """The counts of a head for the one resolution of an arch."""
     sizes, length = resolutions(space), len(head.head_params)
     row = sizes.index(getattr(arch, 'resolution', None))
-    return head._replace(head_macs=head.head_macs[row * length:(row + 1) * length])._asdict()
+    return head._replace(head_macs=head.head_macs[row * length:(row + 1) * length])
