@@ -19,6 +19,7 @@ def parse_args(description: str, output: str) -> argparse.Namespace:
     parser.add_argument('--size', type=int, default=64, help='height and width of the images')
     parser.add_argument('--images', type=int, default=2000, help='number of training images without --data-dir')
     parser.add_argument('--epochs', type=int, default=20)
+    parser.add_argument('--fit-steps', type=int, default=1000, help='steps that fit the generator to budgets')
     parser.add_argument('--output', type=Path, default=Path(output))
     return parser.parse_args()
 
@@ -53,8 +54,9 @@ def train(model: nn.Module, loss: Callable, loader: Iterable, epochs: int, lr: f
     return task.generator
 
 
-def take_networks(model: nn.Module, generator: tsn.ArchitectureGenerator, loader: Iterable, metric: str, score: Callable,
-                  task: str, output: Path) -> tuple[list[nn.Module], float]:
+def take_networks(
+        model: nn.Module, generator: tsn.ArchitectureGenerator, loader: Iterable, metric: str, score: Callable,
+        task: str, output: Path) -> tuple[list[nn.Module], float]:
     """Extract networks for three budgets; write their table and picture, and save the model.
 
     Args:

@@ -14,14 +14,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.io import write_png
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes, save_image
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data.dense import BoxImages, pad_boxes, split_boxes
@@ -122,7 +121,7 @@ def draw(path: Path, nets: list[nn.Module], detector: Detector, loader: DataLoad
             labels = [names[label] for label in column[i]['labels'][kept]]
             boxes = column[i]['boxes'][kept] * 192 / detector.size
             tiles.append(draw_bounding_boxes(image, boxes, labels, width=2) if labels else image)
-    write_png(make_grid(torch.stack(tiles), len(columns)), str(path))
+    save_image(torch.stack(tiles) / 255, path, nrow=len(columns))
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def main() -> None:
     # 1. Train: one set of weights for all budgets.
     model = tsn.ElasticModel(build(create_backbone(args.model, args.size)))
     detector = model.network
-    generator = train(model, detector.loss, loader, args.epochs)
+    generator = train(model, detector.loss, loader, args.epochs, generator_fit_steps=args.fit_steps)
 
     # 2. Take networks out of it. No search, no retraining.
     nets, budget = take_networks(

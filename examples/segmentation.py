@@ -16,9 +16,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
-from torchvision.io import write_png
 from torchvision.transforms import v2
-from torchvision.utils import draw_segmentation_masks, make_grid
+from torchvision.utils import draw_segmentation_masks, save_image
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data.dense import MaskImages
@@ -76,7 +75,7 @@ def draw(path: Path, nets: list[nn.Module], loader: DataLoader, classes: int, co
     tiles = [
         draw_segmentation_masks(image.byte(), torch.stack([each[i] == label for label in range(1, classes)]), alpha=.7)
         for i, image in enumerate(pixels) for each in columns]
-    write_png(make_grid(v2.functional.resize(torch.stack(tiles), [128]), len(columns)), str(path))
+    save_image(v2.functional.resize(torch.stack(tiles), [128]) / 255, path, nrow=len(columns))
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def main() -> None:
 
     # 1. Train: one set of weights for all budgets.
     model = tsn.ElasticModel(Segmenter(create_backbone(args.model, args.size), classes))
-    generator = train(model, loss, loader, args.epochs)
+    generator = train(model, loss, loader, args.epochs, generator_fit_steps=args.fit_steps)
 
     # 2. Take networks out of it. No search, no retraining.
     nets, budget = take_networks(

@@ -35,6 +35,7 @@ from .method import ArchitectureGenerator
 from .models import describe_images, sort_by_importance, static_counts
 from .models.calibration import ResizedInput, has_batch_norm
 from .models.export import export_onnx
+from .space import complexity
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
 from .training.timm_flags import literal

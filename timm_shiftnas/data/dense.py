@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.tv_tensors import BoundingBoxes, Image, Mask
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 __all__ = ['BoxImages', 'MaskImages', 'pad_boxes', 'split_boxes']
 
@@ -49,8 +50,9 @@ class MaskImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path = self.images[index]
-        image = Image(decode_image(str(path), ImageReadMode.RGB))
-        mask = Mask(decode_image(str(self.folder / 'masks' / f'{path.stem}.png')))
+        image = _read(path)
+        with Image.open(self.folder / 'masks' / f'{path.stem}.png') as file:
+            mask = tv_tensors.Mask(pil_to_tensor(file))  # of a palette, the indices
         if self.transform is not None:
             image, mask = self.transform(image, mask)
         return image, mask[0].long()
@@ -94,15 +96,20 @@ class BoxImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         about = self.coco.imgs[self.ids[index]]
-        image = Image(decode_image(str(self.folder / about['file_name']), ImageReadMode.RGB))
+        image = _read(self.folder / about['file_name'])
         found = [each for each in self.coco.imgToAnns[self.ids[index]]
                  if not each.get('iscrowd') and min(each['bbox'][2:]) > 0]
         boxes = torch.tensor([each['bbox'] for each in found], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         target = dict(
-            boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=image.shape[-2:]),
+            boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=image.shape[-2:]),
             labels=torch.tensor([self.categories.index(each['category_id']) for each in found], dtype=torch.long))
         return (image, target) if self.transform is None else self.transform(image, target)
+
+
+def _read(path: Path) -> Tensor:
+    with Image.open(path) as file:
+        return tv_tensors.Image(pil_to_tensor(file.convert('RGB')))
 
 
 def pad_boxes(target: dict[str, Tensor], count: int) -> Tensor:

@@ -1,0 +1,118 @@
+"""The task trains any network around an elastic backbone, with any loss."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from support.networks import rng
+from torch import nn
+
+import timm_shiftnas as tsn
+from timm_shiftnas.layers import PrefixConv2d
+from timm_shiftnas.method.distillation import divergence
+from timm_shiftnas.method.generator import generator_loss
+from timm_shiftnas.method.signals import frozen, hypergradient
+from timm_shiftnas.space import arch_masks
+
+
+class Centres(nn.Module):
+    """Where in the image something is: two outputs, as a dict with their confidence."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.read, self.head = PrefixConv2d(backbone.feature_info.channels()[-1], 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        output = self.head(self.read(self.backbone(x)[-1]).relu().mean((2, 3)))
+        return dict(place=output[:, :2], confidence=output[:, 2])
+
+
+def loss(output, targets):
+    return F.smooth_l1_loss(output['place'], targets) + output['confidence'].square().mean()
+
+
+def batch(count=16, seed=0):
+    """Bright squares, and their centres."""
+    x = .1 * torch.randn(count, 3, 32, 32, generator=rng(seed))
+    centres = torch.randint(4, 28, (count, 2), generator=rng(seed + 100))
+    for image, (row, column) in zip(x, centres.tolist(), strict=True):
+        image[:, row - 4:row + 4, column - 4:column + 4] += 1
+    return x, centres / 16 - 1.
+
+
+def create(**settings):
+    torch.manual_seed(0)
+    net = timm.create_model('test_shiftformer_supernet', space=tsn.shiftformer_space((16, 32), (1, 2), (1, 2), (1, 2)))
+    model = tsn.ElasticModel(Centres(tsn.ElasticBackbone(net, 1, norm=True)))
+    return model, tsn.create_task(
+        model, loss, held_out_loss=loss, num_groups=2, generator_fit_steps=20, total_updates=30, **settings)
+
+
+def test_it_learns_a_loss_of_its_own_at_every_arch():
+    model, task = create(
+        shift='hypergradient', shift_interval=5, shift_images=8, generator_interval=4, warmup_updates=2)
+    archs, held_out = [model.space.smallest, model.space.sample(rng()), model.space.largest], batch(64, seed=999)
+    before = [loss(model(held_out[0], arch), held_out[1]).item() for arch in archs]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for update in range(30):
+        result = task(*batch(seed=update))
+        result['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert task.update == 30 and len(task.history) == 6 and set(result['output']) == {'place', 'confidence'}
+    for arch, start in zip(archs, before, strict=True):
+        assert loss(model(held_out[0], arch), held_out[1]) < .8 * start
+
+
+def test_the_shift_measures_the_loss_of_the_user():
+    model, task = create(shift='hypergradient', shift_interval=5, shift_images=8)
+    train, held_out = batch(8, seed=1), batch(8, seed=2)
+    task._shift_batches = lambda number: (train, held_out)
+    scores = task.shift_scores(model)
+    archs = task.generator.propose_many(task.groups.budgets)
+    parts = [tuple(each[k::2] for each in held_out) for k in range(2)]
+    with frozen(model):
+        expected = hypergradient(model, lambda arch, each: loss(model(each[0], arch), each[1]), archs, train, parts)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
+    assert (scores != 0).all()
+
+
+def test_the_generator_learns_through_the_head():
+    """Its step is that of the gradient of the loss of the whole masked network."""
+    model, task = create(shift='none', generator_interval=4, generator_lr=1e-3)
+    x, y = batch()
+    task(x, y)  # fits the generator, and takes its first step
+    task._update = 4
+    expected = copy.deepcopy(task.generator)
+    losses = []
+
+    def watched(output, targets):
+        losses.append(loss(output, targets))
+        return losses[-1]
+
+    task.criterion = watched
+    task._update_generator(x, y)
+    masked, = losses
+    rollout_gradients = [p for p in expected.parameters()]
+    assert masked.requires_grad and any(not torch.equal(a, b) for a, b in zip(
+        rollout_gradients, task.generator.parameters(), strict=True))
+    one_hots = [one_hot.requires_grad_() for one_hot in model.space.one_hot(model.space.smallest)]
+    task_loss = loss(model(x, arch_masks(model.space, one_hots)), y)
+    total = generator_loss(task_loss, torch.zeros(()), 1.)
+    gradient = torch.autograd.grad(total, one_hots[0])[0]
+    with torch.no_grad():  # a finite difference in the share of the larger width
+        moved = [one_hot.clone() for one_hot in one_hots]
+        moved[0][1] += 1e-4
+        difference = loss(model(x, arch_masks(model.space, moved)), y) - task_loss
+    torch.testing.assert_close(gradient[1].float(), difference / 1e-4, rtol=.05, atol=1e-3)
+    assert gradient[1] != 0
+
+
+def test_distillation_of_other_outputs_than_logits_is_refused():
+    model, task = create(shift='none', sandwich=True, archs_per_step=3, inplace_distillation=True)
+    with pytest.raises(ValueError, match='inplace_distillation'):
+        task(*batch())
+    with pytest.raises(ValueError, match=r'\[2, 3, 4, 4\]'):
+        divergence(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
