@@ -16,8 +16,8 @@ from timm_shiftnas.method.signals import frozen, hypergradient
 from timm_shiftnas.space import arch_masks
 
 
-class Centres(nn.Module):
-    """Where in the image something is: two outputs, as a dict with their confidence."""
+class Colours(nn.Module):
+    """Two properties of an image, as a dict with their confidence."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -26,26 +26,23 @@ class Centres(nn.Module):
 
     def forward(self, x):
         output = self.head(self.read(self.backbone(x)[-1]).relu().mean((2, 3)))
-        return dict(place=output[:, :2], confidence=output[:, 2])
+        return dict(colour=output[:, :2], confidence=output[:, 2])
 
 
 def loss(output, targets):
-    return F.smooth_l1_loss(output['place'], targets) + output['confidence'].square().mean()
+    return F.smooth_l1_loss(output['colour'], targets) + output['confidence'].square().mean()
 
 
 def batch(count=16, seed=0):
-    """Bright squares, and their centres."""
-    x = .1 * torch.randn(count, 3, 32, 32, generator=rng(seed))
-    centres = torch.randint(4, 28, (count, 2), generator=rng(seed + 100))
-    for image, (row, column) in zip(x, centres.tolist(), strict=True):
-        image[:, row - 4:row + 4, column - 4:column + 4] += 1
-    return x, centres / 16 - 1.
+    """Noise around colours, and their red and green."""
+    colours = torch.rand(count, 3, generator=rng(seed)) * 2 - 1
+    return colours[:, :, None, None] + .1 * torch.randn(count, 3, 32, 32, generator=rng(seed + 100)), colours[:, :2]
 
 
 def create(**settings):
     torch.manual_seed(0)
     net = timm.create_model('test_shiftformer_supernet', space=tsn.shiftformer_space((16, 32), (1, 2), (1, 2), (1, 2)))
-    model = tsn.ElasticModel(Centres(tsn.ElasticBackbone(net, 1, norm=True)))
+    model = tsn.ElasticModel(Colours(tsn.ElasticBackbone(net, 1, norm=True)))
     return model, tsn.create_task(
         model, loss, held_out_loss=loss, num_groups=2, generator_fit_steps=20, total_updates=30, **settings)
 
@@ -61,7 +58,7 @@ def test_it_learns_a_loss_of_its_own_at_every_arch():
         result['loss'].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert task.update == 30 and len(task.history) == 6 and set(result['output']) == {'place', 'confidence'}
+    assert task.update == 30 and len(task.history) == 6 and set(result['output']) == {'colour', 'confidence'}
     for arch, start in zip(archs, before, strict=True):
         assert loss(model(held_out[0], arch), held_out[1]) < .8 * start
 
@@ -85,8 +82,7 @@ def test_the_generator_learns_through_the_head():
     x, y = batch()
     task(x, y)  # fits the generator, and takes its first step
     task._update = 4
-    expected = copy.deepcopy(task.generator)
-    losses = []
+    before, losses = copy.deepcopy(task.generator), []
 
     def watched(output, targets):
         losses.append(loss(output, targets))
@@ -95,9 +91,8 @@ def test_the_generator_learns_through_the_head():
     task.criterion = watched
     task._update_generator(x, y)
     masked, = losses
-    rollout_gradients = [p for p in expected.parameters()]
-    assert masked.requires_grad and any(not torch.equal(a, b) for a, b in zip(
-        rollout_gradients, task.generator.parameters(), strict=True))
+    assert masked.requires_grad
+    assert any(not torch.equal(*pair) for pair in zip(before.parameters(), task.generator.parameters(), strict=True))
     one_hots = [one_hot.requires_grad_() for one_hot in model.space.one_hot(model.space.smallest)]
     task_loss = loss(model(x, arch_masks(model.space, one_hots)), y)
     total = generator_loss(task_loss, torch.zeros(()), 1.)
