@@ -309,11 +309,11 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(factory: Callable, variant: str, pretrained: bool, stride: Sequence[int],
-            feature_cls: str | type = 'getter', **kwargs) -> nn.Module:
+            features: str | type = 'getter', **kwargs) -> nn.Module:
     levels = tuple(range(1 + list(stride).count(2)))  # a feature map before every stride
     return build_model_with_cfg(
         factory, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls=feature_cls), **kwargs)
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls=features), **kwargs)
 
 
 def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mapping[str, Any], img_size: Any = None,
