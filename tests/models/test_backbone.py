@@ -256,6 +256,18 @@ def test_heads_of_fixed_channels_are_named():
     backbone = tsn.ElasticBackbone(NETWORKS['shiftmobilenet'][0](), [0, 1])
     with pytest.raises(ValueError, match='make_inputs_elastic'):
         tsn.ElasticModel(Fixed(backbone))
+    class Concatenating(Sum):
+        def __init__(self, backbone):
+            super().__init__(backbone)
+            self.neck = nn.Conv2d(sum(backbone.feature_info.channels()), 12, 1)
+            make_inputs_elastic(self.neck)
+
+        def forward(self, x):
+            large, small = self.backbone(x)
+            return self.neck(torch.cat([large, F.interpolate(small, size=large.shape[-2:])], dim=1))
+
+    with pytest.raises(ValueError, match='neck reads 3 of 48 channels'):
+        tsn.ElasticModel(Concatenating(backbone))
     with pytest.raises(ValueError, match='0 elastic backbones'):
         tsn.ElasticModel(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='BatchNorm2d'):

@@ -152,6 +152,8 @@ def _bound(space: SearchSpace, net: Any, indices: Sequence[int]) -> SearchSpace:
 
 def _set_image_size(net: Any, size: int) -> None:
     """Give a network one image size for all archs, in place."""
+    cfg = {name: value for name, value in net.pretrained_cfg.items() if name not in ('pool_size', 'test_input_size')}
+    net.pretrained_cfg = net.default_cfg = dict(cfg, input_size=(net.in_chans, size, size))
     data = net.unbound_space.to_dict()
     if 'resolution' not in data:
         net.set_input_size(size)

@@ -177,8 +177,8 @@ class _Maps(nn.Module):
 def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]:
     """The counts of the head of a network, and which feature map each of its elastic layers reads.
 
-    The network runs once for every resolution on maps of 1, 2, ... channels. So the number of channels that arrive at
-    a layer is the number of its map. Around a static backbone, maps have its channels, and all counts are constant.
+    The network runs once for every resolution on maps of 1, 2, 4, ... channels. So the number of channels that arrive
+    at a layer tells which map it reads. Around a static backbone, maps have its channels, and all counts are constant.
     """
     backbone: Any = network.get_submodule(path)
     elastic, weight = isinstance(backbone, ElasticBackbone), next(backbone.parameters())
@@ -194,9 +194,10 @@ def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]
         for size in sizes:
             arch = space.smallest if size is None else space.arch(**{**space.smallest.to_dict(), 'resolution': size})
             maps = backbone(images, arch) if elastic else backbone(images)
-            maps = [each[:, :i + 1 if elastic else None] for i, each in enumerate(maps)]
-            row, reads = _count(with_backbone(network, path, _Maps(maps)), images, len(maps))
-            counts += row
+            if elastic:
+                maps = [each.new_zeros(1, 2 ** i, *each.shape[2:]) for i, each in enumerate(maps)]
+            row, reads = _count(with_backbone(network, path, _Maps(maps)), images, len(maps) if elastic else 0)
+            counts += row + [0] * (1 + len(maps) - len(row))
     finally:
         for module, training in modes:
             module.training = training
@@ -209,7 +210,11 @@ def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]
 
 
 def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], dict[str, int]]:
-    """MACs (a, b_1, ..., b_L) of a network that reads maps of 1 to L channels, and which layers read them."""
+    """MACs (a, b_1, ..., b_L) of a network whose L maps have 1, 2, 4, ... channels, and which layers read them.
+
+    Raises:
+        ValueError: If a layer cannot read these channels, or reads more than one map.
+    """
     linear, reads, started = [0] * levels, dict[str, int](), dict[nn.Module, int]()
 
     def watch(name: str, layer: nn.Module) -> list[Any]:
@@ -220,9 +225,14 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             width = inputs[0].shape[dim]
-            if width <= levels and width < input_channels(layer):
-                reads[name] = width - 1
-                linear[width - 1] += (counter.get_total_flops() - started[layer]) // (2 * width)
+            if width == input_channels(layer):
+                return  # it reads something else
+            level = width.bit_length() - 1
+            if 2 ** level != width or level >= levels or reads.setdefault(name, level) != level:
+                raise ValueError(
+                    f'{name} reads {width} of {input_channels(layer)} channels, or several feature maps; give each map '
+                    'a layer of its own')
+            linear[level] += (counter.get_total_flops() - started[layer]) // (2 * width)
 
         return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
@@ -239,7 +249,7 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
         for handle in handles:
             handle.remove()
     total = counter.get_total_flops() // 2
-    return [total - sum(share * (i + 1) for i, share in enumerate(linear)), *linear], reads
+    return [total - sum(share * 2 ** i for i, share in enumerate(linear)), *linear], reads
 
 
 def _at_resolution(head: HeadCounts, space: SearchSpace, arch: Arch) -> HeadCounts:
