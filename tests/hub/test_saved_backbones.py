@@ -91,10 +91,13 @@ def test_faults_are_named(tmp_path):
     with pytest.raises(ValueError, match='num_classes'):
         tsn.load_supernet(tmp_path, network=Head, num_classes=4)
     config = json.loads((tmp_path / 'config.json').read_text())
-    config['timm_shiftnas']['backbone']['out_indices'] = 'all'
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='backbone'):
-        tsn.load_supernet(tmp_path, network=Head)
+    for name, value in [('out_indices', 'all'), ('out_indices', [99]), ('out_indices', []), ('head_macs', [1]),
+                        ('head_params', [-1, 2, 3])]:
+        wrong = json.loads(json.dumps(config))
+        wrong['timm_shiftnas']['backbone'][name] = value
+        (tmp_path / 'config.json').write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r'timm_shiftnas\.backbone'):
+            tsn.load_supernet(tmp_path, network=Head)
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):

@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from reprlib import repr as short
 from typing import Any
 
 from torch import nn
 
 from ..models import ElasticBackbone, ElasticModel, StaticBackbone, backbone_of, static_model
-from ..space import SearchSpace, is_supernet
-from .format import Backbone
+from ..space import SearchSpace, complexity, is_supernet
+from ..utils.text import one_line
+from .format import KEY, Backbone
 
-__all__ = ['Build', 'bound_to_head', 'build_around', 'build_backbone', 'describe_backbone', 'ready']
+__all__ = ['Build', 'build_around', 'build_backbone', 'describe_backbone', 'ready']
 
 Build = Callable[[Any], nn.Module]  # a network around a backbone
 
@@ -36,15 +38,29 @@ def describe_backbone(net: nn.Module, network: nn.Module) -> Backbone:
         head_macs=head.get('head_macs'), head_params=head.get('head_params'))
 
 
-def build_backbone(about: Backbone, net: nn.Module) -> ElasticBackbone | StaticBackbone:
-    """The backbone of a record.
+def build_backbone(
+        about: Backbone, net: nn.Module, where: str) -> tuple[ElasticBackbone | StaticBackbone, SearchSpace]:
+    """The backbone of a record, and its space, bound to the head of the record.
 
     Args:
         about: The record.
         net: The supernet or static subnet that timm creates, changed in place.
+        where: Name of the file in error messages.
+
+    Raises:
+        ValueError: If the record does not describe a backbone of this network.
     """
-    cls = ElasticBackbone if is_supernet(net) else StaticBackbone
-    return cls(net, about['out_indices'], norm=about['norm'])
+    try:
+        backbone: Any = (ElasticBackbone if is_supernet(net) else StaticBackbone)(
+            net, about['out_indices'], norm=about['norm'])
+        space = backbone.space if is_supernet(net) else backbone.static_space
+        head = {name: about[name] for name in ('head_macs', 'head_params') if about[name] is not None}  # type: ignore[literal-required]
+        space = space.bind(**space.geometry, **head)
+        complexity.macs(space, space.smallest), complexity.params(space, space.smallest)
+    except Exception as error:  # timm and torch raise many types; the record is always the cause
+        raise ValueError(
+            f'{where} has an unusable entry {KEY}.backbone: {short(about)} ({one_line(error)})') from error
+    return backbone, space
 
 
 def build_around(
@@ -76,9 +92,3 @@ def ready(network: nn.Module) -> nn.Module:
     if network is backbone:
         return network
     return ElasticModel(network) if is_supernet(backbone) else static_model(network)
-
-
-def bound_to_head(space: SearchSpace, about: Backbone) -> SearchSpace:
-    """The space of a backbone, bound to the head of a record."""
-    head = {name: about[name] for name in ('head_macs', 'head_params') if about[name] is not None}  # type: ignore[literal-required]
-    return space.bind(**space.geometry, **head)

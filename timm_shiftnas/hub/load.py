@@ -28,7 +28,7 @@ from ..space import complexity
 from ..space.core import Arch, SearchSpace
 from ..utils.paths import expand_home
 from ..utils.units import parse_count
-from .backbone import Build, bound_to_head, build_around, build_backbone, ready
+from .backbone import Build, build_around, build_backbone, ready
 from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
 from .format import (
     BN_STATS,
@@ -234,8 +234,7 @@ class SavedModel:
         net: Any = self.skeleton()
         if self.record.backbone is None:
             return net.space if self.kind == 'supernet' else bound_space(net)
-        backbone: Any = build_backbone(self.record.backbone, net)
-        return bound_to_head(backbone.space if self.kind == 'supernet' else backbone.static_space, self.record.backbone)
+        return build_backbone(self.record.backbone, net, self.where(CONFIG))[1]
 
     def network(self, num_classes: int | None = None, build: Build | None = None) -> nn.Module:
         """The supernet or the subnet, with its weights; another number of classes gives a new head.
@@ -246,7 +245,7 @@ class SavedModel:
             raise ValueError(f'num_classes={num_classes!r} must be an int from 0 to {MAX_SIZE:,}')
         net, about = self.skeleton(), self.record.backbone
         if about is not None:
-            net = build_around(build_backbone(about, net), about, build, str(self))
+            net = build_around(build_backbone(about, net, self.where(CONFIG))[0], about, build, str(self))
         elif build is not None:
             raise ValueError(f'{self} holds no network around a backbone; leave out network=')
         tensors = self.tensors(WEIGHTS)

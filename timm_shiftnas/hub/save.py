@@ -134,7 +134,7 @@ def save_pretrained(
     read_archs([row['arch'] for row in record.results or ()], space, 'results')
     skeleton, weights = build_network(config, CONFIG), tensors[WEIGHTS]
     if record.backbone is not None:  # the rest of the network is the user's code
-        skeleton = build_backbone(record.backbone, skeleton)
+        skeleton = build_backbone(record.backbone, skeleton, CONFIG)[0]
         prefix = record.backbone['path'] and f'{record.backbone["path"]}.'
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     check_tensors(skeleton.state_dict(), weights, WEIGHTS)
