@@ -41,7 +41,7 @@ import detection  # noqa: E402
 import segmentation  # noqa: E402
 from dense_prediction import train  # noqa: E402
 
-BASE, SIZE, LETTERS = 'test_efficientnet', 64, 8
+BASE, SIZE, LETTERS = 'test_efficientnet', 64, 4
 METHODS = {
     'even': dict(shift='none'),
     'learned': dict(shift='hypergradient', shift_interval=20, shift_lr=.1, shift_images=16),
