@@ -136,8 +136,8 @@ def train_alone(task: Task, start: str, row: dict[str, Any], args: argparse.Name
     model = create(task, start, args, seed)
     net = tsn.extract(model, model.space.from_dict(row['arch'])).train()
     loss, total, began = task.loss(net), args.epochs * len(task.loader), time.time()
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=total)
     for _ in range(args.epochs):
         for images, targets in task.loader:
             loss(net(images), targets).backward()

@@ -35,7 +35,7 @@ def create_backbone(name: str, size: int) -> nn.Module:
     return tsn.ElasticBackbone(net, maps, norm=True, img_size=size)
 
 
-def train(model: nn.Module, loss: Callable, loader: Iterable, epochs: int, lr: float = 2e-3,
+def train(model: nn.Module, loss: Callable, loader: Iterable, epochs: int, lr: float = 5e-3,
           **settings) -> tsn.ArchitectureGenerator:
     """Train all subnets of a model; returns the generator, which knows the one for a budget."""
     total = epochs * len(loader)
