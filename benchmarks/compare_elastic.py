@@ -6,7 +6,8 @@
 For every seed, a plain network of timm is trained on rendered letters, made elastic, and adapted in several ways.
 Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
 sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
-those of one epoch. Trainings that are finished are kept, so that the series can be stopped and started again.
+those of one epoch. Trainings that are finished are kept, so that the series can be stopped and started again; so are
+the rows that the CSV in `--results` has from an earlier series.
 """
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ ELASTIC = dict(
 ADAPT = '--held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
 LEARNED = '--shift hypergradient --generator-interval 0'.split()
 EVEN = '--shift none --generator-interval 0'.split()
+UNIFORM = '--shift none --sampler uniform'.split()
+SANDWICH = '--sandwich --archs-per-step 4 --inplace-distillation'.split()
 METHODS = {
     'even': EVEN,
     'hypergradient': LEARNED,
@@ -39,16 +42,19 @@ METHODS = {
     'sorted by magnitude': [*LEARNED, '--elastic-sort', 'magnitude'],
     'teacher': [*LEARNED, '--kd-model', 'base'],
     'curriculum': [*LEARNED, '--elastic-warmup', '2'],
-    'sandwich, in-place': '--shift none --sampler uniform --sandwich --archs-per-step 4 --inplace-distillation'.split(),
+    'learned, sandwich, in-place': [*LEARNED, *SANDWICH],
+    'even, sandwich, in-place': [*EVEN, *SANDWICH],
+    'uniform, sandwich, in-place': [*UNIFORM, *SANDWICH],
     'tilt': [*EVEN, '--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()],
     'grad_norm': '--shift grad_norm --generator-interval 0'.split(),
     'variation': '--shift variation --generator-interval 0'.split(),
-    'uniform': '--shift none --sampler uniform'.split(),
+    'uniform': UNIFORM,
     'trained generator': '--shift hypergradient --generator-interval 10'.split(),
 }
 BASE_EPOCHS = 12
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
 REFERENCE = 'even'
+Scores = dict[tuple[str, int], dict[int, float]]  # top-1 by (method, seed) and group
 SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that differ in their order of units
 
 
@@ -120,64 +126,91 @@ def main() -> None:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def tops(folder: Path, table: str = 'budgets.csv') -> list[float] | None:
-    """Top-1 of the groups of a finished training."""
-    if not (folder / 'done.json').exists():
-        return None
-    return [float(row['top1']) for row in runs.read_csv(folder / table) if row['name'].startswith('group')]
+def tops(path: Path) -> dict[int, float]:
+    """Top-1 by group, counted from 1: of a table of subnets, or of networks that were trained alone."""
+    if path.suffix == '.json':
+        return {row['group']: row['top1'] for row in json.loads(path.read_text())}
+    return {int(row['name'].split()[1]): float(row['top1'])
+            for row in runs.read_csv(path) if row['name'].startswith('group')}
 
 
-def finished(args: argparse.Namespace, method: str, table: str = 'budgets.csv') -> dict[int, list[float]]:
-    """The groups' top-1 by seed."""
-    by_seed = {seed: tops(adaptation(args, method, seed).folder, table) for seed in range(args.seeds)}
-    return {seed: found for seed, found in by_seed.items() if found}
+def trained(args: argparse.Namespace) -> Scores:
+    """What the finished trainings of these settings reached."""
+    scores: Scores = {}
+    for seed in range(args.seeds):
+        for method in METHODS:
+            folder = adaptation(args, method, seed).folder
+            if (folder / 'done.json').exists():
+                scores[method, seed] = tops(folder / 'budgets.csv')
+                if method in SORTED:
+                    scores[before(method), seed] = tops(folder / 'before.csv')
+        for epochs in (args.epochs, 1):
+            folder = pruned_alone(args, seed, epochs)[1]
+            if (folder / 'done.json').exists():
+                scores[alone(epochs), seed] = tops(folder / 'subnets.json')
+    return scores
+
+
+def written(path: Path) -> Scores:
+    """What a CSV of an earlier run holds, perhaps of trainings that are no longer there."""
+    scores: Scores = {}
+    for row in runs.read_csv(path) if path.exists() else ():
+        scores.setdefault((row['method'], int(row['seed'])), {})[int(row['group'])] = float(row['top1'])
+    return scores
+
+
+def before(method: str) -> str:
+    return f'{method}, before'
+
+
+def alone(epochs: int) -> str:
+    return f'pruned, alone for {epochs} epochs'
 
 
 def write_tables(args: argparse.Namespace) -> None:
-    """Write elastic_NETWORK_EPOCHS.csv and .md from the trainings that are finished."""
-    scores = {method: finished(args, method) for method in METHODS}
-    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
-    before = {method: finished(args, method, 'before.csv') for method in SORTED if method in scores}
-    reference = REFERENCE if REFERENCE in scores else next(iter(scores))
+    """Write elastic_NETWORK_EPOCHS.csv and .md: the finished trainings, and those that the CSV had before."""
+    path = args.results / f'elastic_{args.network}_{args.epochs}.csv'
+    found = written(path) | trained(args)
+    by_method: dict[str, dict[int, dict[int, float]]] = {}
+    for (name, seed), groups in sorted(found.items(), key=lambda item: item[0][1]):
+        by_method.setdefault(name, {})[seed] = groups
+    adapted = {name: by_method[name] for name in METHODS if name in by_method}
+    lists = {name: {seed: list(groups.values()) for seed, groups in seeds.items()} for name, seeds in adapted.items()}
+    reference = REFERENCE if REFERENCE in lists else next(iter(lists))
     parts = [
-        f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(scores, reference),
-        'After adaptation, top-1 at each group:', group_table(scores)]
-    if before:
-        parts += ['Before adaptation, top-1 at each group:', group_table(before)]
-    rows = [dict(method=name, seed=seed, group=group + 1, top1=round(top1, 3))
-            for name, table in [*scores.items(), *((f'{name}, before', table) for name, table in before.items())]
-            for seed, by_group in table.items() for group, top1 in enumerate(by_group)]
+        f'Adapted for {args.epochs} epochs at the learning rate {args.lr:g}:', runs.paired_table(lists, reference),
+        'After adaptation, top-1 at each group:', group_table(adapted)]
+    unadapted = {name: by_method[before(name)] for name in METHODS if before(name) in by_method}
+    if unadapted:
+        parts += ['Before adaptation, top-1 at each group:', group_table(unadapted)]
     for epochs in (args.epochs, 1):
-        paths = {seed: pruned_alone(args, seed, epochs)[1] for seed in range(args.seeds)}
-        alone = {seed: json.loads((path / 'subnets.json').read_text())
-                 for seed, path in paths.items() if (path / 'done.json').exists()}
-        if alone:
+        if alone(epochs) in by_method:
             parts += [f'Against pruned networks, each fine-tuned alone for {epochs} epochs:',
-                      alone_table(alone, scores)]
-            rows += [dict(method=f'pruned, alone for {epochs} epochs', seed=seed, group=row['group'],
-                          top1=round(row['top1'], 3)) for seed, found in alone.items() for row in found]
-    name = f'elastic_{args.network}_{args.epochs}'
-    runs.write_csv(args.results / f'{name}.csv', rows)
+                      alone_table(by_method[alone(epochs)], adapted)]
+    order = [*METHODS, *map(before, METHODS), alone(args.epochs), alone(1)]
+    runs.write_csv(path, [
+        dict(method=name, seed=seed, group=group, top1=round(top1, 3)) for name in order
+        for seed, groups in by_method.get(name, {}).items() for group, top1 in groups.items()])
     text = '\n\n'.join(parts) + '\n'
-    runs.write(args.results / f'{name}.md', text)
+    runs.write(path.with_suffix('.md'), text)
     print(text)
 
 
-def group_table(scores: dict[str, dict[int, list[float]]]) -> str:
+def group_table(scores: dict[str, dict[int, dict[int, float]]]) -> str:
     """Mean top-1 over seeds at every group."""
-    lines = [[name, str(len(by_seed)), *(f'{mean(column):.1f}' for column in zip(*by_seed.values(), strict=True))]
+    columns = sorted(next(iter(next(iter(scores.values())).values())))
+    lines = [[name, str(len(by_seed)), *(f'{mean(groups[k] for groups in by_seed.values()):.1f}' for k in columns)]
              for name, by_seed in scores.items()]
-    groups = max(len(line) for line in lines) - 2
-    return runs.markdown_table(['method', 'seeds', *(f'group {k + 1}' for k in range(groups))], lines)
+    return runs.markdown_table(['method', 'seeds', *(f'group {k}' for k in columns)], lines)
 
 
-def alone_table(alone: dict[int, list[dict]], scores: dict[str, dict[int, list[float]]]) -> str:
+def alone_table(alone: dict[int, dict[int, float]], scores: dict[str, dict[int, dict[int, float]]]) -> str:
     """Top-1 of networks trained alone, and paired differences of the subnets of one adaptation from them."""
     lines = []
-    for place, group in enumerate(ALONE_GROUPS):
-        line = [f'group {group}', f'{mean(rows[place]["top1"] for rows in alone.values()):.1f}']
+    for group in ALONE_GROUPS:
+        line = [f'group {group}', f'{mean(groups[group] for groups in alone.values()):.1f}']
         for by_seed in scores.values():
-            paired = [found[group - 1] - alone[seed][place]['top1'] for seed, found in by_seed.items() if seed in alone]
+            paired = [groups[group] - alone[seed][group] for seed, groups in by_seed.items() if seed in alone]
             line.append(runs.difference(paired) if paired else '')
         lines.append(line)
     return runs.markdown_table(['budget', 'alone', *(f'{name} - alone' for name in scores)], lines)

@@ -1,12 +1,14 @@
-"""Compare samplers: uniform, sandwich rule, generator with even P, and three probability shifts.
+"""Compare samplers: uniform, sandwich rule, generator with even P, three probability shifts, and rivals.
 
     python benchmarks/compare_samplers.py --task digits
     python benchmarks/compare_samplers.py --task glyphs
 
+Rivals are AttentiveNAS (best-up and worst-up of 3), FocusFormer and PreNAS (`timm_shiftnas/method/samplers`).
+
 Seeds are paired. Samplers are compared at equal images seen, and at the training time of uniform sampling (`--match
-time`). Uniform sampling and the sandwich rule are reported twice: at the archs of a generator that was fitted to
-budgets alone, and at the best of 25 archs per budget by held-out accuracy. `--alone` also trains every group's subnet
-alone: from scratch with all steps, and fine-tuned from inherited weights for a fifth of them. Writes
+time`). Uniform sampling, the sandwich rule and AttentiveNAS are reported twice: at the archs of a generator that was
+fitted to budgets alone, and at the best of 25 archs per budget by held-out accuracy. `--alone` also trains every
+group's subnet alone: from scratch with all steps, and fine-tuned from inherited weights for a fifth of them. Writes
 `samplers_TASK.csv`, a table `samplers_TASK.md` and pictures.
 """
 from __future__ import annotations
@@ -24,8 +26,10 @@ from runs import FINE_TUNING, SAMPLERS, Run
 ALONE = 'generator'  # the sampler whose archs are trained alone
 COLOURS = dict(zip(
     ('uniform', 'uniform, searched', 'sandwich', 'sandwich, searched', 'generator', 'hypergradient', 'grad_norm',
-     'variation', 'from scratch', 'fine-tuned'),
-    ('#b0b5bd', '#6f7680', '#e3c08a', '#b07d2b', '#1f5fa8', '#c23b3b', '#3f9a5f', '#8a4fb5', '#222222', '#d96fae')))
+     'variation', 'focusformer', 'prenas', 'best-up', 'best-up, searched', 'worst-up', 'worst-up, searched',
+     'from scratch', 'fine-tuned'),
+    ('#b0b5bd', '#6f7680', '#e3c08a', '#b07d2b', '#1f5fa8', '#c23b3b', '#3f9a5f', '#8a4fb5', '#17becf', '#7f9f1f',
+     '#f2a7c3', '#b0306a', '#a9c9e8', '#3a7fc1', '#222222', '#d96fae')))
 
 
 def rows_of(run: Run, folder: Path, match: str) -> list[dict]:

@@ -47,7 +47,11 @@ SAMPLERS = dict(
     hypergradient='--shift hypergradient'.split(),
     grad_norm='--shift grad_norm'.split(),
     variation='--shift variation'.split(),
+    focusformer='--sampler focusformer'.split(),
+    prenas='--sampler prenas'.split(),
 )
+SAMPLERS['best-up'] = '--sampler attentivenas_best_up'.split()
+SAMPLERS['worst-up'] = '--sampler attentivenas_worst_up'.split()
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Run:
 
     @property
     def searches(self) -> bool:
-        """Whether subnets come from a search, as with uniform sampling, and not from the generator."""
-        return '--sampler' in self.flags
+        """Whether subnets come from a search, as with uniform sampling, and not from what drew archs in training."""
+        return not {'uniform', 'attentivenas_best_up', 'attentivenas_worst_up'}.isdisjoint(self.flags)
 
     def folder(self, output: Path) -> Path:
         length = '' if self.epochs == EPOCHS[self.task] else f'-{self.epochs}epochs'

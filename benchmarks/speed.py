@@ -162,6 +162,7 @@ def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callab
         net, config=config, generator=ArchitectureGenerator(net.space).fit(), groups=groups,
         shift_batches=lambda n: (shift, shift), device=bench.device, verbose=False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=bench.device.type == 'cuda')
+    now = task._step(images, targets)
     if arch is None:
         archs = task.generator.propose_many([sum(pair) / 2 for pair in zip(groups.edges, groups.edges[1:])])
         arch = archs[len(archs) // 2]
@@ -175,15 +176,15 @@ def step_parts(bench: Bench, arch: Arch | None = None) -> tuple[dict[str, Callab
 
     def generator() -> None:
         with bench.autocast():
-            task._update_generator(images, targets)
+            task.sampler.update_generator(now)
 
     def draw() -> None:
-        task._archs.clear()
-        task._draw_archs()
+        task.sampler.archs.clear()
+        task._draw_archs(now)
 
     parts = {'uniform step': train, 'generator update': generator, 'drawing archs': draw}
     if config.shift != 'none':
-        parts['shift update'] = task._update_shift
+        parts['shift update'] = lambda: task.sampler.update_shift(now)
     return parts, task, arch
 
 

@@ -79,7 +79,7 @@ def take_networks(
         rows.append(dict(
             name=name, budget=budget, macs=model.macs(arch), params=model.params(arch), arch=arch.to_dict(),
             score=score(nets[-1])))
-    print(format_table(rows, metric))
+    print(format_table(rows, metric=metric))
     write_budgets_csv(output / 'budgets.csv', rows)
     plot_accuracy(output / 'accuracy.png', rows, metric=metric)
     tsn.save_pretrained(

@@ -22,14 +22,17 @@ __version__ = '0.1.0'
 __all__ = [
     'Arch', 'ArchitectureGenerator', 'ElasticBackbone', 'ElasticModel', 'SearchSpace', 'Subnet', 'calibrate_bn',
     'create_task', 'elastic', 'extract', 'from_pretrained', 'load_supernet', 'macs', 'ofa_space', 'params',
-    'push_directory', 'push_to_hub', 'save_pretrained', 'shiftformer_space', 'shiftmobilenet_space',
+    'push_directory', 'push_to_hub', 'save_pretrained', 'search', 'shiftformer_space', 'shiftmobilenet_space',
     'sort_by_importance',
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `create_task` when it is used: it needs `timm.task`, which is young and not in every timm."""
+    """Import what needs `timm.task`, which is young and not in every timm, when it is used."""
     if name == 'create_task':
         from .method.loop import create_task
         return create_task
+    if name == 'search':
+        from .evaluation.search import search
+        return search
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

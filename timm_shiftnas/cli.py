@@ -1,4 +1,4 @@
-"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, export, push and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, push and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -10,8 +10,11 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -23,27 +26,41 @@ from .data.datasets import class_names, create_dataset
 from .data.image_reader import standard_split
 from .data.modes import choose_mode, default_mode
 from .data.shift_batches import preprocessing
-from .data.views import DatasetView
+from .data.views import DatasetView, default_share, split_held_out
 from .evaluation.accuracy import evaluate
-from .evaluation.tables import format_table
+from .evaluation.backends import OnnxNetwork, versions_of
+from .evaluation.foreign_devices import export_subnets, read_latencies
+from .evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
+from .evaluation.plots import plot_front
+from .evaluation.search import COSTS, search
+from .evaluation.tables import format_table, write_budgets_csv
 from .hub.download import check_repo_id
-from .hub.format import CONFIG, saved_class_names
+from .hub.format import CONFIG, device_file, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
-from .hub.save import save_pretrained
-from .method import ArchitectureGenerator
+from .hub.save import add_device, save_pretrained
+from .hub.searched import save_searched
+from .method import ArchitectureGenerator, BudgetGroups
+from .method.proposals import BudgetWarning
 from .models import describe_images, sort_by_importance, static_counts
-from .models.calibration import ResizedInput, has_batch_norm
+from .models.calibration import ResizedInput, has_batch_norm, resized
 from .models.export import export_onnx
+from .models.quantize import quantize_onnx
 from .space import complexity
+from .space.latency import operator_features
+from .space.resources import RESOURCES, Resource
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
 from .training.timm_flags import literal
+from .utils.files import FolderLock
 from .utils.paths import expand_home
 from .utils.text import one_line, printable
-from .utils.units import format_count
+from .utils.units import format_count, format_quantity
 
 __all__ = ['COMMANDS', 'describe']
+
+LATENCY = Resource('latency', 'latency', 'latency', 'seconds', lambda space, one_hots: one_hots[0])  # to format alone
+BUDGETS = ('flops', 'params', 'size', 'memory', 'latency')
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
@@ -72,9 +89,14 @@ def describe(saved: SavedModel) -> dict[str, Any]:
         data.update(
             space=space.unbind().to_dict(), size=space.size,
             **{name: [count(space, arch) for arch in ends] for name, count in counts.items()})
+        if archs := saved.archs('searched', space):
+            data.update(searched=[complexity.macs(space, arch) for arch in archs])
     else:
         data.update(arch=net.arch.to_dict(), **{name: count(space, net.arch) for name, count in counts.items()})
-    optional = {name: saved.info[name] for name in ('groups', 'probabilities', 'results') if name in saved.info}
+    names = ('groups', 'resource', 'device', 'probabilities', 'results')
+    optional = {name: saved.info[name] for name in names if name in saved.info}
+    if devices := saved.devices():
+        optional['devices'] = {name: str(device) for name, device in devices.items()}
     return dict(data, **optional, files=saved.info['files'])
 
 
@@ -90,19 +112,24 @@ def info_text(data: dict[str, Any]) -> str:
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append(f'space    {data["size"]:,} archs')
+        if 'searched' in data:
+            low, high = min(data['searched']), max(data['searched'])
+            lines.append(f'searched {len(data["searched"])} archs of {format_count(low)} to {format_count(high)} MACs')
         lines += [field_line(name, values) for name, values in data['space'].items() if name != 'family']
     else:
         lines += [f'{unit:<9}{format_count(data[name])}' for unit, name in (('MACs', 'macs'), ('params', 'params'))]
         lines.append('arch')
         lines += [field_line(name, value) for name, value in data['arch'].items()]
+    resource = RESOURCES.get(data.get('resource', 'macs'), LATENCY)
     if 'groups' in data:
-        edges = [format_count(edge) for edge in data['groups']]
+        edges = [resource.format(edge) for edge in data['groups']]
         shares = data.get('probabilities', [None] * (len(edges) - 1))
-        lines.append(f'groups   {len(shares)}, of MACs')
+        lines.append(f'groups   {len(shares)}, of {resource.label}')
         lines += [f'  {low} to {high}' + ('' if share is None else f': P = {share:.4f}')
                   for low, high, share in zip(edges, edges[1:], shares, strict=False)]
     if 'results' in data:
-        lines += ['results', *(f'  {line}' for line in format_table(data['results']).splitlines())]
+        lines += ['results', *(f'  {line}' for line in format_table(data['results'], resource).splitlines())]
+    lines += [f'device   {device}' for device in data.get('devices', {}).values()]
     lines.append('files    unchanged since they were saved')
     lines += [f'  {name}: {format_count(entry["size"])}B, sha256 {entry["sha256"][:12]}'
               for name, entry in data['files'].items()]
@@ -159,6 +186,8 @@ def run_extract(args: argparse.Namespace) -> None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)
     rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
+    if saved.record.resource is not None:  # the budget is of a resource that a saved subnet does not know
+        rows = [dict(row, budget=None) for row in rows]
     save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
@@ -226,19 +255,23 @@ def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
 
 def load_subnet(saved: SavedModel, args: argparse.Namespace, device: torch.device | None = None) -> torch.nn.Module:
     """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from its images."""
-    if saved.kind == 'supernet' and args.flops is args.params is args.arch is None:
+    budgets = {name: getattr(args, name) for name in BUDGETS}
+    if saved.kind == 'supernet' and args.arch is None and not any(budgets.values()):
         raise ValueError(
-            f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M or --arch JSON')
+            f'{saved} holds a supernet; choose a subnet with --flops 1.4G (MACs), --params 6M, --size 5MB, '
+            '--memory 64MB, --latency 8ms or --arch JSON')
     loader = training_batches(Expected.by(saved), args) if args.dataset or args.data_dir else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         net = from_pretrained(
-            args.directory, flops=args.flops, params=args.params, arch=args.arch, loader=loader, device=device)
-    messages = dict.fromkeys(
-        str(warning.message).replace('loader= of training images', '--data-dir or --dataset')
-        for warning in caught if warning.category is UserWarning)
-    if messages and getattr(args, 'push', None):
-        raise ValueError(f'not published: {next(iter(messages))}')
+            args.directory, arch=args.arch, precision=args.precision, device_file=args.device_file, loader=loader,
+            device=device, **budgets)
+    messages = {
+        str(warning.message).replace('loader= of training images', '--data-dir or --dataset'): warning.category
+        for warning in caught if warning.category in (UserWarning, BudgetWarning)}
+    faults = [message for message, category in messages.items() if category is UserWarning]
+    if faults and getattr(args, 'push', None):
+        raise ValueError(f'not published: {faults[0]}')
     for message in messages:
         warn(message)
     return net
@@ -257,14 +290,95 @@ def run_export(args: argparse.Namespace) -> None:
     if output.is_dir() or (output.exists() and not args.overwrite):
         raise ValueError(f'--output {output} exists already; give another file, or add --overwrite to replace a file')
     output.parent.mkdir(parents=True, exist_ok=True)
-    net = load_subnet(SavedModel(args.directory), args)
-    written = export_onnx(net, output, opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
+    saved = SavedModel(args.directory)
+    net = load_subnet(saved, args)
+    options = dict(opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
+    if args.int8:
+        return export_int8(saved, net, output, args, options)
+    written = export_onnx(net, output, **options)
     size = ' x '.join(map(str, [args.fixed_batch or 'batch', *written['input_size']]))
     difference = written['difference']
     checked = 'not checked, because onnxruntime is not installed' if difference is None else (
         f'onnxruntime agrees to {difference:.1g}')
     print(f'{output}: {format_count(static_counts(net)[0])} MACs, {args.input_name} {size}, opset {written["opset"]}, '
           f'{checked}')
+
+
+def export_int8(
+        saved: SavedModel, net: torch.nn.Module, output: Path, args: argparse.Namespace, options: dict[str, Any],
+) -> None:
+    """Write a subnet as an ONNX file in int8, and print its bytes and its accuracy before and after.
+
+    Networks with BatchNorm are quantised statically, by their training images, and others dynamically.
+    """
+    with_images = bool(args.dataset or args.data_dir)
+    if has_batch_norm(net) and not with_images:
+        raise ValueError('the activations of this network are quantised by training images: give --data-dir or '
+                         '--dataset')
+    if args.fixed_batch is not None and with_images:
+        if args.fixed_batch > 1:
+            raise ValueError(f'--int8 with images reads batches of any size: leave out --fixed-batch {args.fixed_batch}'
+                             ', or give --fixed-batch 1')
+        args.batch_size = 1
+    expected, rows = Expected.by(saved), [('', 'bytes', 'top-1', 'top-5')]
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / 'fp32.onnx'
+        export_onnx(net, plain, **options)
+        static = has_batch_norm(net)
+        quantize_onnx(
+            plain, output,
+            (resized(net, images) for images, _ in training_batches(expected, args)) if static else None)
+        for name, path in (('fp32', plain), ('int8', output)):
+            accuracy = ['', '']
+            if with_images:
+                labelled, _ = labelled_images(saved, net.num_classes, args)
+                top = evaluate(OnnxNetwork(path, net), batches(expected, labelled, args), torch.device('cpu'))
+                accuracy = [f'{value:.2f}%' for value in top]
+            rows.append((name, format_quantity(path.stat().st_size, 'bytes'), *accuracy))
+    print(f'{output}: int8, {"static" if static else "dynamic"} quantisation')
+    print('\n'.join('  '.join(cell.rjust(9) for cell in row).rstrip() for row in rows))
+
+
+# -- measure -----------------------------------------------------------------------------------------------------------
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """Measure latencies of subnets on this machine, or on another one by ONNX files, and write a device file."""
+    saved = SavedModel(args.directory)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; latencies of many subnets are measured: give a supernet')
+    net = saved.network()
+    operator_features(net.space, net.space.one_hot(net.space.smallest))  # refused here, not after hours of measuring
+    setup = Setup(args.backend, args.device or 'cpu', args.threads or torch.get_num_threads(), args.batch_size)
+    archs = archs_to_measure(net.space, args.archs, args.seed)
+    if args.export:
+        print(f'{export_subnets(net, archs, args.export, args.batch_size)}: run these {len(archs)} files, and fill in '
+              f'the column milliseconds; then give --import, with --name, --backend and --threads')
+        return
+    name = args.name or f'{setup.backend}_{setup.device}_{setup.threads}_threads_batch_{setup.batch_size}'
+    output = args.output or args.directory / device_file(name)
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'{output} exists already; give another --name, or --overwrite')
+    facts: dict[str, Any] = {}
+    partial = output.with_name(f'{output.name}.partial')
+    if args.import_csv:
+        archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
+    else:
+        timings = measure_archs(net, archs, setup, partial, args.max_spread)
+        reference = median(timing.reference for timing in timings)
+        seconds = [timing.ratio * reference for timing in timings]
+        facts = dict(machine=machine(), versions=versions_of(setup.backend),
+                     spread=median(timing.spread for timing in timings))
+    device = create_device(net.space, archs, seconds, name, setup, **facts)
+    if args.output:
+        device.write(output)
+    else:
+        add_device(args.directory, device)
+    partial.unlink(missing_ok=True)
+    low, high = (format_quantity(each, 'seconds') for each in device.resource(net.space).range(net.space))
+    error = device.error
+    print(f'{output}: {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
+          f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------
@@ -275,13 +389,26 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if not (args.dataset or args.data_dir):
         raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
     saved, device = SavedModel(args.directory), open_device(args.device)
+    check_classifier(saved)
     net = load_subnet(saved, args, device)
-    images, part = labelled_images(saved, net.num_classes, args)
+    images, part = labelled_images(saved, net.num_classes, args, args.split)
     if has_batch_norm(net):
         net = ResizedInput(net)
-    autocast = torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
-    top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast)
+    top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast_of(args, device))
     print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
+
+
+def check_classifier(saved: SavedModel) -> None:
+    """Raise a `ValueError` if a saved model is a backbone, or a network around one: these have no top-1 accuracy."""
+    if saved.record.backbone is not None:
+        raise ValueError(
+            f'{saved} holds a backbone, or a network around one, and not an image classifier: load it in Python, with '
+            'timm_shiftnas.from_pretrained, and measure what it is for')
+
+
+def autocast_of(args: argparse.Namespace, device: torch.device) -> torch.autocast | None:
+    """The mixed precision of --amp."""
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else None
 
 
 def open_device(name: str | None) -> torch.device:
@@ -297,11 +424,82 @@ def open_device(name: str | None) -> torch.device:
         raise ValueError(f'--device {name} cannot be used ({one_line(error, 200)}); give cpu or cuda') from error
 
 
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Search for the best archs of a supernet, and store them in its directory."""
+    if not (args.dataset or args.data_dir):
+        raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
+    saved, device = SavedModel(args.directory), open_device(args.device)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; search needs a supernet')
+    check_classifier(saved)
+    net = saved.network().to(device).eval()
+    generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
+    images, train_images, which = search_images(saved, net.num_classes, args)
+    expected = Expected.by(saved)
+    output = args.output or args.directory / 'search'
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(output)
+    try:
+        print(f'searching on {which}')
+        found = search(
+            net, batches(expected, images, args), generator=generator, strategy=args.strategy, flops=args.flops,
+            params=args.params, cost=args.cost, evaluations=args.evaluations, population=args.population,
+            groups=BudgetGroups(tuple(edges), generator.resource) if generator and edges else None,
+            train_loader=batches(expected, train_images, args) if has_batch_norm(net) else None,
+            bn_images=args.bn_images, seed=args.seed, autocast=autocast_of(args, device),
+            file=output / 'evaluations.jsonl')
+        write_budgets_csv(output / 'front.csv', found.front)
+        plot_front(output / 'front.png', found.front, found.rows, COSTS[args.cost])
+        save_searched(saved, found.archs, found.bn_stats, found.limits)
+    finally:
+        lock.release()
+        lock.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            output.rmdir()  # nothing was measured
+    print(format_table(found.front))
+    print(f'{len(found.rows)} archs measured; the {len(found.front)} of the front are stored in {saved}, the table in '
+          f'{output / "front.csv"}')
+
+
+def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, Dataset, str]:
+    """The images that archs are compared on, training images for BatchNorm, and a description of the former.
+
+    Without --split, they are the part of the training images that the training has held out, or would have.
+
+    Raises:
+        ValueError: If there is no training split, or as for `labelled_images` and `split_held_out`.
+    """
+    train_split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
+    if args.split is not None:
+        images, part = labelled_images(saved, num_classes, args, args.split)
+        train_images = open_images(Expected.by(saved), args, train_split, min_classes=0)
+        return images, first_images(train_images, args.bn_images), f'{len(images)} images{part} of {args.split!r}'
+    if train_split in ('validation', 'test') and not args.train_split:
+        raise ValueError(
+            f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images '
+            'that no accuracy is reported on')
+    images, part = labelled_images(saved, num_classes, args, train_split)
+    known = (saved.record.training or {}).get('held_out')
+    share, seed = (known['share'], known['seed']) if known else (default_share(images), 0)
+    if args.held_out is not None:
+        share = args.held_out
+    train_images, held_out = split_held_out(images, share, seed)
+    if not known or share > known['share']:
+        warn('the supernet was trained on images that archs are compared on, which favours large ones; give --split '
+             'NAME of images that were not trained on and are not the test images')
+    return (held_out, first_images(train_images, args.bn_images),
+            f'{len(held_out)} images{part}, held out of {train_split or "all"!r} ({share:.1%}, seed {seed})')
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, str]:
-    """The images to evaluate on. Their targets are the classes of the network that have the same names.
+def labelled_images(
+        saved: SavedModel, num_classes: int, args: argparse.Namespace, split: str) -> tuple[Dataset, str]:
+    """The images of a split to evaluate on. Their targets are the classes of the network that have the same names.
 
     Returns:
         The dataset, and a remark if it has images of a part of the classes only.
@@ -309,14 +507,14 @@ def labelled_images(saved: SavedModel, num_classes: int, args: argparse.Namespac
     Raises:
         ValueError: If a class of the images is none of the network's, or it is not known which one.
     """
-    images = open_images(Expected.by(saved), args, args.split)
+    images = open_images(Expected.by(saved), args, split)
     names, where = class_names(images), args.data_dir or args.dataset
     found = {*names.values()}
     if args.class_map:
         indices = read_class_map(args.class_map, num_classes)
         left_out = sorted(found - {*indices})
         if left_out or not names:
-            images = open_images(Expected.by(saved), args, args.split, class_map=args.class_map)
+            images = open_images(Expected.by(saved), args, split, class_map=args.class_map)
             names = class_names(images)
         if left_out:
             warn(f'{where}: the classes {reprlib.repr(left_out)} are not in {args.class_map}; they are left out')
@@ -385,10 +583,16 @@ def training_batches(expected: Expected, args: argparse.Namespace) -> Iterator[A
     """Batches of --bn-images training images. The dataset is opened when the first one is read."""
     split = args.train_split or ('train' if args.dataset else standard_split(args.data_dir))
     images = open_images(expected, args, split, min_classes=0)
-    if not isinstance(images, IterableDataset):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = DatasetView(images, order[:args.bn_images])
-    yield from batches(expected, images, args)
+    yield from batches(expected, first_images(images, args.bn_images), args)
+
+
+def first_images(images: Dataset, count: int) -> Dataset:
+    """The first images of a dataset in random order; all of a stream."""
+    if isinstance(images, IterableDataset):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return DatasetView(images.base, images.indices[order]) if isinstance(images, DatasetView) else (
+        DatasetView(images, order))
 
 
 def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> Iterable[Any]:
@@ -400,4 +604,4 @@ def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> It
 
 COMMANDS = dict(
     elastic=run_elastic, info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate,
-    export=run_export)
+    search=run_search, export=run_export, measure=run_measure)

@@ -126,11 +126,41 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         '--class-map', metavar='FILE',
         help='index of each class by its name, as for train.py; only for other names than those of the training')
-    evaluate.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
-    evaluate.add_argument('--amp', action='store_true', help='mixed precision')
-    evaluate.add_argument(
-        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
-        help='number format of --amp (default: float16)')
+
+    search = commands.add_parser('search', help='search for the best archs of a supernet on images, and store them')
+    search.add_argument(
+        '--strategy', choices=('generator', 'evolutionary', 'random'),
+        help='NSGA-II from archs of the generator, NSGA-II from uniformly drawn archs, or uniformly drawn archs '
+             '(default: generator if there is one)')
+    search.add_argument('--flops', metavar='N', help='upper limit of MACs, such as 1.4G')
+    search.add_argument('--params', metavar='N', help='upper limit of parameters, such as 6M; both limits may be given')
+    search.add_argument(
+        '--cost', choices=('flops', 'params'), default='flops', help='what the front weighs against accuracy')
+    search.add_argument(
+        '--evaluations', metavar='N', type=_count, default=500, help='archs to measure at most (default: 500)')
+    search.add_argument(
+        '--population', metavar='N', type=partial(_count, least=2), default=50,
+        help='archs of a generation (default: 50)')
+    search.add_argument('--seed', metavar='N', type=partial(_count, least=0), default=0, help='seed (default: 0)')
+    search.add_argument(
+        '--output', metavar='FOLDER', type=_path,
+        help='folder of the table, the picture and the accuracies measured so far (default: DIR/search)')
+    search.add_argument(
+        '--split', metavar='NAME',
+        help='split of the images to compare archs on; not that of the test images (default: the held-out part of '
+             '--train-split)')
+    search.add_argument(
+        '--held-out', metavar='SHARE', type=float,
+        help='share of the training images to compare archs on (default: the one that the training has held out)')
+    search.add_argument('--class-map', metavar='FILE', help='as for evaluate')
+    _add_images(search, 'To compare archs on, and for their BatchNorm statistics.')
+
+    for command in (evaluate, search):
+        command.add_argument('--device', metavar='NAME', help='device to evaluate on (default: cuda if there is one)')
+        command.add_argument('--amp', action='store_true', help='mixed precision')
+        command.add_argument(
+            '--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+            help='number format of --amp (default: float16)')
 
     export = commands.add_parser('export', help='write the subnet for a budget as an ONNX file')
     export.add_argument('--output', metavar='FILE', type=Path, required=True, help='file to write, such as x.onnx')
@@ -138,13 +168,51 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
     export.add_argument('--fixed-batch', metavar='N', type=_count, help='fixed size of a batch (default: any)')
     export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
+    export.add_argument(
+        '--int8', action='store_true',
+        help='quantise it: networks with BatchNorm by training images, others without; with images, accuracy is shown '
+             'before and after')
+    export.add_argument(
+        '--split', metavar='NAME', default='validation', help='split of these images (default: validation)')
+    export.add_argument('--class-map', metavar='FILE', help='index of each class by its name, as for evaluate')
+
+    measure = commands.add_parser('measure', help='measure the latency of subnets, on this machine or on another one')
+    measure.add_argument(
+        '--backend', metavar='NAME', default='eager',
+        help='what runs them: eager, compile, onnxruntime or openvino; any other name with --import (default: eager)')
+    measure.add_argument('--device', metavar='NAME', help='device of torch (default: cpu)')
+    measure.add_argument('--threads', metavar='N', type=_count, help="threads (default: torch's)")
+    measure.add_argument('--batch-size', metavar='N', type=_count, default=1, help='images in a batch (default: 1)')
+    measure.add_argument('--archs', metavar='N', type=_count, default=200, help='number of subnets (default: 200)')
+    measure.add_argument(
+        '--seed', metavar='N', type=partial(_count, least=0), default=0, help='of the choice of subnets (default: 0)')
+    measure.add_argument(
+        '--max-spread', metavar='X', type=float, default=.05,
+        help='largest uncertainty of a latency, relative to it (default: 0.05)')
+    measure.add_argument('--name', metavar='NAME', help='name of the device (default: backend, device and threads)')
+    measure.add_argument('--output', metavar='FILE', type=_path, help='file to write (default: one in DIR)')
+    measure.add_argument('--overwrite', action='store_true', help='replace the file')
+    other = measure.add_mutually_exclusive_group()
+    other.add_argument(
+        '--export', metavar='FOLDER', type=_path,
+        help='measure nothing; write ONNX files of the subnets, and a CSV to fill in on another device')
+    other.add_argument(
+        '--import', metavar='CSV', type=_path, dest='import_csv', help='measure nothing; read the CSV of --export')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
     for command in (extract, evaluate, export):
-        which = command.add_mutually_exclusive_group(required=command is extract)
-        which.add_argument('--flops', metavar='N', help='most MACs of the subnet, such as 1.4G')
-        which.add_argument('--params', metavar='N', help='most parameters of the subnet, such as 6M')
+        which = command.add_argument_group('subnet', 'Of several budgets, all hold.')
+        which.add_argument('--flops', metavar='N', help='most MACs, such as 1.4G')
+        which.add_argument('--params', metavar='N', help='most parameters, such as 6M')
+        which.add_argument('--size', metavar='N', help='most bytes of weights, such as 5MB')
+        which.add_argument('--memory', metavar='N', help='most bytes of peak memory at batch 1, such as 64MB')
+        which.add_argument('--latency', metavar='T', help='most time on a device that was measured, such as 8ms')
+        which.add_argument(
+            '--precision', choices=('fp32', 'fp16', 'int8'), default='fp32',
+            help='number format that --size counts (default: fp32)')
+        which.add_argument(
+            '--device-file', metavar='NAME', help='device file of --latency: its name in DIR, or a path')
         which.add_argument('--arch', metavar='JSON', type=_json, help='the arch itself, such as \'{"depth": 12, ...}\'')
         _add_images(command)
     for command in (extract, push):
@@ -154,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, export, push):
+    for command in (info, extract, evaluate, search, export, measure, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
@@ -169,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--class-map', metavar='FILE',
         help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (elastic, info, extract, evaluate, export, push, convert):
+    for command in (elastic, info, extract, evaluate, search, export, measure, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 

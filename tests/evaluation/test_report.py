@@ -9,6 +9,7 @@ from PIL import Image
 from support.tables import read_csv
 
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, plots, write_budgets_csv
+from timm_shiftnas.space import MACS, MEMORY, PARAMS
 
 
 def row(name, budget, macs, params, top1, top5):
@@ -116,10 +117,12 @@ def test_accuracy_picture_of_one_or_two_rows(tmp_path, rows):
     rgb(tmp_path / 'a.png')
 
 
-@pytest.mark.parametrize('largest, unit', [(2.26e9, 'GMACs'), (6.1e6, 'MMACs'), (999e6, 'MMACs'), (5e5, 'kMACs')])
-def test_unit_of_the_axis(largest, unit):
-    scale, name = plots._unit(largest)
-    assert name == unit and 0.5 < largest / scale < 1000
+@pytest.mark.parametrize('resource, largest, label', [
+    (MACS, 2.26e9, 'GMACs per image'), (MACS, 6.1e6, 'MMACs per image'), (MACS, 999e6, 'MMACs per image'),
+    (MACS, 5e5, 'kMACs per image'), (MEMORY, 64e6, 'peak memory (MB)'), (PARAMS, 6e6, 'parameters (M)')])
+def test_label_of_the_axis(resource, largest, label):
+    scale, name = plots._axis(resource, largest)
+    assert name == label and 0.5 < largest / scale < 1000
 
 
 def heat_map(path):

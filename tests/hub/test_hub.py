@@ -27,6 +27,7 @@ from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.method.config import ShiftNASConfig
 from timm_shiftnas.method.groups import BudgetGroups
+from timm_shiftnas.method.proposals import BudgetWarning
 from timm_shiftnas.method.task import ShiftNASTask
 from timm_shiftnas.models import static_counts
 from timm_shiftnas.training.checkpoints import load_checkpoint
@@ -328,13 +329,17 @@ def test_other_number_of_classes(saved, net, generator):
 
 @pytest.mark.parametrize('kwargs, named', [
     (dict(), "flops='1.4G'"),
-    (dict(flops='2M', params='1M'), 'flops and params'),
+    (dict(flops='2M', params='1M', arch={}), 'flops and params and arch'),
+    (dict(flops='1.5M', params=1000, memory='1MB'), 'params=1000'),
+    (dict(size='8M'), '5MB'),
+    (dict(latency='8M'), '8ms'),
+    (dict(latency='8ms'), 'device_file'),
+    (dict(size='1MB', precision='int4'), 'int4'),
     (dict(flops=0), 'flops=0'),
     (dict(flops='abc'), "flops='abc'"),
     (dict(params='-1'), "params='-1'"),
     (dict(flops='1P'), "flops='1P'"),
     (dict(flops=1000), 'MACs'),
-    (dict(flops=1e15), 'more than any arch uses'),
     (dict(params=10), 'parameters'),
     (dict(arch=dict(depth=7, embed_dim=48, num_heads=1, mlp_ratio=1.0)), 'depth=7'),
     (dict(arch=dict(depth=4)), 'embed_dim'),
@@ -365,7 +370,9 @@ def test_other_values_are_no_budgets(saved, budget):
 
 
 def test_budgets_are_named_as_they_were_typed(saved, saved_subnet):
-    for where, budget in ((saved, '9.9M'), (saved, '4.9k'), (saved_subnet, '100.5k')):
+    with pytest.warns(BudgetWarning, match='9.9M'):
+        from_pretrained(saved, flops='9.9M')
+    for where, budget in ((saved, '4.9k'), (saved_subnet, '100.5k')):
         with pytest.raises(ValueError, match=budget):
             from_pretrained(where, flops=budget)
 
@@ -699,6 +706,7 @@ def test_networks_of_others_are_not_built(folder, architecture, args):
     assert time.process_time() - started < 1
 
 
+@pytest.mark.slow
 def test_a_network_is_bounded_whatever_the_names_of_its_arguments(folder):
     """Layers of 700 blocks pass all checks of numbers; so would a third family with `layers=700`."""
     edit(folder, lambda config, ours: config['model_args']['space'].update(depth=[700]))

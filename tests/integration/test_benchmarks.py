@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support.devices import device_of
 from support.networks import tiny_supernet
 from support.paths import ROOT
 from support.processes import call, run_file
@@ -15,11 +16,13 @@ from support.tables import read_csv
 
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
+from timm_shiftnas.method import ArchitectureGenerator
 
 BENCHMARKS = ROOT / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
 import compare_elastic  # noqa: E402
+import latency  # noqa: E402
 import ranking  # noqa: E402
 import runs  # noqa: E402
 
@@ -75,6 +78,18 @@ def test_tasks_are_compared_from_finished_trainings(tmp_path):
     assert (tmp_path / 'results' / 'tasks_segmentation.png').exists()
 
 
+def test_archs_chosen_by_macs_are_the_largest_proposals_that_fit():
+    net = tiny_supernet()
+    resource, generator = device_of(net.space).resource(net.space), ArchitectureGenerator(net.space)
+    low, high = resource.range(net.space)
+    budgets = [low, (low + high) / 2, high]
+    chosen = latency.chosen_by_macs(generator, resource, net.space, budgets)
+    macs = [net.macs(arch) for arch in chosen]
+    assert chosen[0] == net.space.smallest and macs == sorted(macs)
+    assert all(resource.count(net.space, arch) <= budget for arch, budget in zip(chosen, budgets))
+    assert chosen[-1] == generator.propose(generator.budget_max)
+
+
 def test_an_adaptation_is_compared_with_networks_trained_alone(tmp_path):
     """From the files of finished trainings; seed 1 of one method is not finished."""
     args = argparse.Namespace(network='vit', epochs=12, lr=.01, seeds=2, output=tmp_path, results=tmp_path / 'results')
@@ -125,6 +140,7 @@ def test_commands_run_once_and_failures_stop_the_benchmark(tmp_path):
     ('compare_samplers', ['--samplers', 'uniform', 'variation'], '--reference generator'),
     ('ablations', ['lambda', '--seeds', '0'], "--seeds: '0'"),
     ('ranking', ['--archs', '-3'], "--archs: '-3'"),
+    ('compare_search', ['--evaluations', '0'], "--evaluations: '0'"),
     ('speed', ['generator', '--device', 'cuda'], 'not on cuda'),
     ('train_subnet', ['--supernet', 'x', '--results-file', 'y', '--mixup', '0.8'], 'without --mixup'),
 ])

@@ -548,7 +548,7 @@ def test_held_out_images_are_not_mixed_into_training_images(patch, mode, size, h
         images, _ = Mixup(mixup_alpha=1., cutmix_alpha=0., mode=mode, num_classes=2)(images, torch.zeros(size).long())
         assert max(len(sources(image[None])) for image in images) == 2
     trained, _ = task._hold_out(images, torch.zeros(size))
-    (scored, _), (kept, _) = task._shift_batches.batches
+    (scored, _), (kept, _) = task.sampler.shift_batches.batches
     assert len(kept) == held_out and len(scored) == 8 and len(trained) == size - held_out
     assert sources(kept) == set(range(size)) - sources(trained) and sources(scored) <= sources(trained)
 
@@ -557,6 +557,7 @@ def sources(images):
     return set(images.sum((0, 1, 2)).nonzero().flatten().tolist())
 
 
+@pytest.mark.slow
 def test_updates_count_the_steps_of_optimizers_of_these_weights(patch):
     task, other = make(patch, shift='none'), make(patch, shift='none', seed=1)
 

@@ -8,16 +8,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.flops import counted_macs
+from support.memory import allocated_bytes
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 import timm_shiftnas as tsn
 from timm_shiftnas.layers import ElasticLinear, masked
+from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.method.loop import create_task
 from timm_shiftnas.models import TimmSupernet, static_counts
 from timm_shiftnas.space import (
+    MEMORY,
+    PARAMS,
+    SIZES,
     Choice,
     Family,
+    OperatorTable,
     SearchSpace,
     Size,
     arch_masks,
@@ -44,14 +50,14 @@ def layers(space, one_hots):
     return [(size.value(one_hots), Size.of(space, int, i + 1).value(one_hots)) for i, size in enumerate(exists)]
 
 
-def mlp_macs(space, one_hots, convention):
+def mlp_operators(space, one_hots):
     pixels, channels, classes = (space.geometry[name] for name in ('pixels', 'in_chans', 'num_classes'))
-    return STREAM * (channels * pixels + classes + sum(2 * exists * width for exists, width in layers(space, one_hots)))
-
-
-def mlp_params(space, one_hots):
-    blocks = sum(exists * (width + STREAM) for exists, width in layers(space, one_hots))  # biases
-    return mlp_macs(space, one_hots, 'fused') + STREAM + space.geometry['num_classes'] + blocks
+    table, image = OperatorTable(one_hots), channels * pixels
+    for kind, exists, size, rows, live in (
+            ('stem', 1, image, STREAM, image + 3 * STREAM), ('head', 1, classes, classes, 0),
+            *(('mlp', on, 2 * n, STREAM + n, image + STREAM + 2 * n) for on, n in layers(space, one_hots))):
+        table.add(kind, exists, macs=STREAM * size, matrix=STREAM * size, rows=rows, vectors=rows, live=live)
+    return table
 
 
 class MlpMasks(NamedTuple):
@@ -109,7 +115,7 @@ def toy_mlp_subnet(pretrained=False, **kwargs):
 
 
 register_family(Family(
-    name='toy_mlp', space=mlp_space, macs=mlp_macs, params=mlp_params, masks=mlp_masks, supernet='toy_mlp_supernet',
+    name='toy_mlp', space=mlp_space, operators=mlp_operators, masks=mlp_masks, supernet='toy_mlp_supernet',
     subnet='toy_mlp_subnet', geometry=lambda net: dict(net.model_args, num_classes=net.num_classes)))
 
 # -- tests -------------------------------------------------------------------------------------------------------------
@@ -154,6 +160,8 @@ def test_counts_are_exact(net):
     for arch in archs():
         subnet = tsn.extract(net, arch)
         assert net.macs(arch) == counted_macs(subnet, torch.zeros(1, 3, 8, 8)) == static_counts(subnet)[0]
+        assert MEMORY.count(net.space, arch) == allocated_bytes(subnet, torch.zeros(1, 3, 8, 8)).peak
+        assert SIZES['fp32'].count(net.space, arch) == 4 * net.params(arch)
         assert net.params(arch) == sum(weight.numel() for weight in subnet.parameters()) == static_counts(subnet)[1]
 
 
@@ -178,6 +186,7 @@ def train(net, updates: int = 60):
     return task
 
 
+@pytest.mark.slow
 def test_it_trains_with_shiftnas(net):
     x, targets = images(500, seed=1000)
 
@@ -200,6 +209,13 @@ def test_save_and_load_for_a_budget(net, tmp_path):
     torch.testing.assert_close(subnet(x), net(x, subnet.arch))
     tsn.save_pretrained(tmp_path / 'subnet', subnet)
     torch.testing.assert_close(tsn.from_pretrained(tmp_path / 'subnet', flops=budget)(x), subnet(x))
+
+
+def test_budgets_of_other_resources(net):
+    generator = ArchitectureGenerator(net.space).fit(steps=30, progress=False)
+    limits = {SIZES['int8']: 6500, MEMORY: 1000, PARAMS: '5k'}
+    arch = generator.propose_within(limits)
+    assert all(resource.count(net.space, arch) <= resource.parse(limit) for resource, limit in limits.items())
 
 
 def test_unknown_families_are_named():

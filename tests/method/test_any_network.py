@@ -66,8 +66,8 @@ def test_it_learns_a_loss_of_its_own_at_every_arch():
 def test_the_shift_measures_the_loss_of_the_user():
     model, task = create(shift='hypergradient', shift_interval=5, shift_images=8)
     train, held_out = batch(8, seed=1), batch(8, seed=2)
-    task._shift_batches = lambda number: (train, held_out)
-    scores = task.shift_scores(model)
+    task.sampler.shift_batches = lambda number: (train, held_out)
+    scores = task.sampler.shift_scores(task._step(*train))
     archs = task.generator.propose_many(task.groups.budgets)
     parts = [tuple(each[k::2] for each in held_out) for k in range(2)]
     with frozen(model):
@@ -89,7 +89,7 @@ def test_the_generator_learns_through_the_head():
         return losses[-1]
 
     task.criterion = watched
-    task._update_generator(x, y)
+    task.sampler.update_generator(task._step(x, y))
     masked, = losses
     assert masked.requires_grad
     assert any(not torch.equal(*pair) for pair in zip(before.parameters(), task.generator.parameters(), strict=True))

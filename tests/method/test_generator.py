@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_shiftnas.method import ArchitectureGenerator
-from timm_shiftnas.method.proposals import enlarge
+from timm_shiftnas.method.proposals import BudgetWarning, enlarge
 from timm_shiftnas.space import complexity, shiftformer_space
 from timm_shiftnas.utils import format_count, parse_count
 
@@ -378,7 +378,10 @@ def test_proposals_at_the_ends_of_the_range(steps):
     assert gen.propose(low) == SMALL.smallest
     for budget in (high, high * 1.005, high * 1.01):
         assert 0.99 * high <= complexity.macs(SMALL, gen.propose(budget)) <= high
-    for budget in (low - 1, high * 1.011, f'{low / 2}'):
+    for budget in (high * 1.011, '10G'):
+        with pytest.warns(BudgetWarning, match='8.845M MACs'):
+            assert 0.99 * high <= complexity.macs(SMALL, gen.propose(budget)) <= high
+    for budget in (low - 1, f'{low / 2}'):
         with pytest.raises(ValueError) as error:
             gen.propose(budget)
         message = str(error.value)
@@ -412,7 +415,11 @@ def test_proposals_for_a_number_of_parameters(fitted):
     larger = [  # limits at which the proposal of most MACs is not the one of most parameters
         size for _, size in proposals.values() if best(size) != best(size, order=lambda counts: counts[::-1])]
     for budget in (larger[len(larger) // 2], '0.1M', high - 1):
-        assert proposals[fitted.propose_for_params(budget)] == best(parse_count(budget))
+        proposed, limit = fitted.propose_for_params(budget), parse_count(budget)
+        if best(limit)[1] >= 0.99 * limit:
+            assert proposals[proposed] == best(limit)
+        else:  # enlarged
+            assert complexity.params(SMALL, proposed) <= limit and complexity.macs(SMALL, proposed) >= best(limit)[0]
     with pytest.raises(ValueError) as error:
         fitted.propose_for_params(low - 1)
     assert all(format_count(end) in str(error.value) for end in (low, high))

@@ -34,6 +34,8 @@ VARIANTS = {
     'variation': dict(shift='variation', generator_interval=0),
     'sandwich': dict(shift='hypergradient', archs_per_step=4, sandwich=True, inplace_distillation=True),
     'uniform': dict(sampler='uniform', shift='none', archs_per_step=2),
+    'best-up': dict(sampler='attentivenas_best_up', archs_per_step=2),
+    'focusformer': dict(sampler='focusformer', generator_interval=2),
     'each its own': dict(shift='none', generator_interval=0, arch_per_rank=True),
 }
 
@@ -117,7 +119,9 @@ def test_two_processes_with_half_the_batch_train_like_one_with_all_of_it(two, na
             used = {key for key in b if float(b[key].abs().max()) > 0}
             assert used <= set(a) and all(float(a[key].abs().max()) == 0 for key in set(a) - used)
             close({key: a[key] for key in sorted(used)}, {key: b[key] for key in sorted(used)})
-        close(result['generator'], one['generator'])
+        # Adam's first steps have the length of the learning rate, 1e-3, however small a policy gradient is
+        close(result['generator'], one['generator'], 2e-3 if name == 'focusformer' else 1e-6)
+        close(result['generator'], two[0][name]['generator'], 0)
         assert [update for update, _ in result['history']] == [update for update, _ in one['history']]
         for (_, p), (_, q) in zip(result['history'], one['history'], strict=True):
             assert p == pytest.approx(q, abs=2e-5)  # finite differences and counts of zeros amplify rounding errors

@@ -1,7 +1,6 @@
 """The road from a trained network of timm: `train.py --elastic`, `timm-shiftnas elastic`, other scripts."""
 import csv
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
@@ -26,7 +25,7 @@ from timm_shiftnas.training.elastic import open_base
 
 SIZE = dict(img_size=16, patch_size=4)
 BASE = ['--elastic', 'test_vit', '--model-kwargs', 'patch_size=4', '--img-size', '16']
-DATA = ['--dataset', 'sklearn/digits', '-j', '0', '-b', '128']
+DATA = ['--dataset', 'sklearn/digits', '-j', '0', '-b', '64', '--held-out', '.5']
 FAST = [*DATA, '--lr', '1e-3', '--warmup-epochs', '0', '--num-groups', '3', '--generator-fit-steps', '20',
         '--shift-interval', '4', '--shift-batch-size', '16', '--log-interval', '50']
 
@@ -66,6 +65,7 @@ def assert_same_function(a, b):
         torch.testing.assert_close(a.eval()(x), b.eval()(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_before_training_the_largest_subnet_is_the_base(adapted):
     images = create_dataset('sklearn/digits', None, split='validation', is_training=False)
     cfg = timm.get_pretrained_cfg('test_vit')
@@ -80,6 +80,7 @@ def test_before_training_the_largest_subnet_is_the_base(adapted):
     assert list(before) == ['smallest', 'group 1', 'group 2', 'group 3', 'largest']
 
 
+@pytest.mark.slow
 def test_settings_of_the_road(adapted):
     """The shift is on, and the head is that of the base; flags that are given win."""
     _, folder = adapted
@@ -89,6 +90,7 @@ def test_settings_of_the_road(adapted):
     assert history[2][1] != history[0][1]  # there is no warm-up; the first shift only measures the noise
 
 
+@pytest.mark.slow
 def test_what_is_saved_needs_no_weights_of_the_base(adapted):
     _, folder = adapted
     saved = load(folder / 'last.pth.tar')
@@ -99,6 +101,7 @@ def test_what_is_saved_needs_no_weights_of_the_base(adapted):
     assert_same_function(subnet, tsn.extract(net, subnet.arch))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_undisturbed_one(adapted):
     flags, folder = adapted
     other = folder.parent / 'other'
@@ -110,18 +113,28 @@ def test_a_resumed_run_is_the_undisturbed_one(adapted):
         same(whole[name], resumed[name], name)
 
 
-def test_a_resumed_run_does_not_need_the_weights_of_the_base(weights, tmp_path):
-    """Without a teacher: a run from weights that are gone, or cannot be downloaded again, goes on."""
-    file = str(shutil.copy(weights[7], tmp_path / 'base.safetensors'))
-    flags = [*BASE, *FAST, '--output', str(tmp_path), '--experiment', 'run', '--val-interval', '2', '--epochs', '2']
-    assert train.main([*flags, '--pretrained-path', file]) == 0
+@pytest.mark.slow
+def test_a_resumed_cnn_does_not_need_the_weights_of_the_base(tmp_path):
+    """Without a teacher: a run from weights that are gone, or cannot be downloaded again, goes on as if undisturbed."""
+    file = tmp_path / 'base.safetensors'
+    save_file(timm.create_model('test_efficientnet', num_classes=7).state_dict(), file)
+    flags = ['--elastic', 'test_efficientnet', '--img-size', '32', *FAST, '--output', str(tmp_path), '--experiment',
+             'run', '--val-interval', '2', '--epochs', '2']
+    assert train.main([*flags, '--pretrained-path', str(file)]) == 0
     whole = load(tmp_path / 'run' / 'last.pth.tar')
     shutil.move(tmp_path / 'run' / 'checkpoint-0.pth.tar', tmp_path / 'half.pth.tar')
-    Path(file).unlink()
+    file.unlink()
     assert train.main([*flags, '--resume', str(tmp_path / 'half.pth.tar')]) == 0
-    same(whole['state_dict'], load(tmp_path / 'run' / 'last.pth.tar')['state_dict'])
+    again = load(tmp_path / 'run' / 'last.pth.tar')
+    for name in ('state_dict', 'optimizer'):
+        same(whole[name], again[name], name)
+    same(whole['task_state']['history'], again['task_state']['history'])
+    arch = rows(tmp_path / 'run' / 'budgets.csv')['group 1']
+    subnet = tsn.from_pretrained(tmp_path / 'run' / 'model', flops=arch['budget'])
+    assert static_counts(subnet) == (int(arch['macs']), int(arch['params']))
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_is_replaced(weights, tmp_path, caplog):
     flags = [*BASE, *FAST, '--pretrained-path', weights[7], '--epochs', '1', '--lr', '1e-30', '--weight-decay', '0']
     assert train.main([*flags, '--output', str(tmp_path), '--experiment', 'run']) == 0
@@ -212,6 +225,7 @@ def test_two_processes_agree_about_the_order_of_the_layers(weights, tmp_path):
     assert sorted(net.space.to_dict()['layer_order']) == list(range(6))
 
 
+@pytest.mark.slow
 def test_the_curriculum_reaches_smaller_budgets_over_its_epochs():
     """Budgets follow P, restricted to what is reachable; the first archs are the largest."""
     net = tsn.elastic(create_base())
@@ -243,6 +257,7 @@ def test_an_unmodified_script_trains_it(tmp_path):
     assert code == 0 and 'StockTask rank' in out + err, err
 
 
+@pytest.mark.slow
 def test_the_command_saves_an_untrained_one(weights, tmp_path, capsys):
     argv = ['elastic', 'test_vit', '--img-size', '16', '--model-kwargs', 'patch_size=4', '--pretrained-path',
             weights[10], '--output', str(tmp_path / 'net'), '--dataset', 'sklearn/digits', '--bn-images', '128']

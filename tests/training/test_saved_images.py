@@ -61,6 +61,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(run, capsys):
         assert capsys.readouterr() == (f'24 images: top-1 {row["top1"]:.2f}%, top-5 {row["top5"]:.2f}%\n', '')
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_on_other_classes(run, tmp_path, capsys):
     flags, output, data = run
     shutil.copytree(data, tmp_path / 'data')

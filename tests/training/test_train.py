@@ -402,6 +402,7 @@ def test_a_linear_probe_trains_the_classifier_alone(saved, tmp_path):
     assert changed == {'head.weight', 'head.bias'}
 
 
+@pytest.mark.slow
 def test_frozen_modules_of_a_cnn_keep_weights_and_statistics(saved_cnn, tmp_path):
     trainer = trainer_of(tmp_path, '--model', f'local-dir:{saved_cnn / "subnet"}', '--freeze', 'conv_stem', 'bn1',
                          'blocks.0', '--epochs', 1)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .in_memory import apply_transforms
 
-__all__ = ['DatasetView', 'split_held_out']
+__all__ = ['DatasetView', 'default_share', 'split_held_out']
 
 
 class DatasetView(Dataset):
@@ -57,8 +57,13 @@ class DatasetView(Dataset):
         return len(self.indices)
 
 
+def default_share(dataset: Dataset) -> float:
+    """The share of the images of a dataset that is held out unless another one is asked for."""
+    return 0.02 if len(dataset) >= 20_000 else 0.05
+
+
 def split_held_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[DatasetView, DatasetView]:
-    """Split off images that the weights are not trained on. The probability shift is measured on them.
+    """Split off images that the weights are not trained on, for the probability shift or a search.
 
     Args:
         dataset: A dataset of (image, target) with random access and without a transform.

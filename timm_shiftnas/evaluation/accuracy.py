@@ -15,8 +15,8 @@ from ..method.groups import BudgetGroups
 from ..method.task import ClassificationEvaluator, evaluation_sample_limit
 from ..models.calibration import BatchNormCalibration, has_batch_norm
 from ..models.subnet import Subnet
-from ..space import complexity
 from ..space.core import Arch
+from ..space.resources import MACS, PARAMS, count_many
 from ..utils.distributed import Ranks
 
 __all__ = ['evaluate', 'evaluate_budgets']
@@ -108,7 +108,8 @@ def evaluate_budgets(
         ValueError: If the network has BatchNorm and there is no calibration.
 
     Returns:
-        K + 2 dicts with name, budget (MACs, or None), macs, params, top1, top5 (percent) and arch.
+        K + 2 dicts with name, budget (in the unit of the groups, or None), macs, params, top1, top5 (percent) and arch;
+        groups of another resource add it by its name.
     """
     space = net.space
     named = [('smallest', None, space.smallest)]
@@ -123,7 +124,6 @@ def evaluate_budgets(
             accuracies[arch] = evaluate(
                 at_arch(net, arch, calibration), loader, device, distributed=ranks.size > 1, **kwargs)
         top1, top5 = accuracies[arch]
-        rows.append(dict(
-            name=name, budget=budget, macs=complexity.macs(space, arch), params=complexity.params(space, arch),
-            top1=top1, top5=top5, arch=arch.to_dict()))
+        counts = count_many(space, [arch], list(dict.fromkeys((MACS, PARAMS, groups.resource))))[0]
+        rows.append(dict(name=name, budget=budget, **counts, top1=top1, top5=top5, arch=arch.to_dict()))
     return rows

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.files import atomic_write
+from ..utils.units import scale_of
 from .tables import Row, score_columns
 
-__all__ = ['plot_accuracy', 'plot_shift']
+__all__ = ['plot_accuracy', 'plot_front', 'plot_shift']
 
 SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
@@ -28,14 +30,16 @@ def plot_accuracy(
         path: str | os.PathLike,
         rows: Sequence[Row],
         others: Mapping[str, Sequence[Row]] | None = None,
+        resource: Resource = MACS,
         metric: str = 'top-1 accuracy',
 ) -> bool:
-    """Draw top-1, or the score of another task, against MACs as a PNG of 900 x 560 pixels.
+    """Draw top-1, or the score of another task, against MACs or another resource as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
+        resource: What the horizontal axis shows; rows hold it by its name.
         metric: What the percentages are.
 
     Returns:
@@ -46,25 +50,62 @@ def plot_accuracy(
     figure = _figure()
     ax = figure.add_subplot()
     others = others or {}
-    scale, unit = _unit(max(row['macs'] for each in (rows, *others.values()) for row in each))
+    others = {name: each for name, each in others.items() if all(resource.name in row for row in each)}
+    scale, label = _axis(resource, max(row[resource.name] for each in (rows, *others.values()) for row in each))
+    score = score_columns(rows)[0]
+
+    def points(each: Sequence[Row]) -> list[tuple[str, tuple[float, float]]]:
+        return [(row['name'], (row[resource.name] / scale, row[score])) for row in each]
+
     for (name, each), colour in zip(others.items(), OTHERS):
-        _draw_subnets(ax, each, scale, colour, colour, name)
-    ends = _draw_subnets(ax, rows, scale, BLUE, ORANGE, 'subnets for a budget')
+        _draw_subnets(ax, points(each), colour, colour, name)
+    ends = _draw_subnets(ax, points(rows), BLUE, ORANGE, 'subnets for a budget')
     ax.margins(x=0.05, y=0.12)
     for name, point in ends:
         side = 'right' if name == 'largest' else 'left'
         ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
                     xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
-    ax.set_xlabel(f'{unit} per image')
+    ax.set_xlabel(label)
     ax.set_ylabel(f'{metric} (%)')
     ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
     ax.grid(color='#e4e6ea')
     ax.set_axisbelow(True)
     ax.spines[['top', 'right']].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
-        score = score_columns(rows)[0]
-        falls = max(rows, key=lambda row: row['macs'])[score] < min(rows, key=lambda row: row['macs'])[score]
+        scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
+        falls = scores[-1] < scores[0]
         ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
+    _save(figure, path)
+    return True
+
+
+def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], cost: str = 'macs') -> bool:
+    """Draw the Pareto front of a search, and all archs that were measured, as a PNG of 900 x 560 pixels.
+
+    Args:
+        path: File to write.
+        front: The front, the cheapest first; at least one row.
+        rows: All archs.
+        cost: Column of the horizontal axis, 'macs' or 'params'.
+
+    Returns:
+        Whether the picture was written: `False` without matplotlib.
+    """
+    if not _has_matplotlib():
+        return False
+    figure = _figure()
+    ax = figure.add_subplot()
+    scale, label = _axis(RESOURCES[cost], max(row[cost] for row in rows))
+    points, best = ([(row[cost] / scale, row['top1']) for row in each] for each in (rows, front))
+    ax.plot(*zip(*points), 'o', color=GREY, alpha=0.6, markersize=4, label=f'{len(rows)} measured archs')
+    ax.step(*zip(*best), '-o', where='post', color=BLUE, linewidth=2, markersize=5, label='Pareto front')
+    ax.set_xlabel(label)
+    ax.set_ylabel('top-1 accuracy (%) on the images of the search')
+    ax.set_title('The most accurate archs for their cost', loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(loc='lower right', frameon=False)
     _save(figure, path)
     return True
 
@@ -73,19 +114,21 @@ def plot_shift(
         path: str | os.PathLike,
         history: Sequence[tuple[int, Sequence[float]]],
         edges: Sequence[float],
-        uniform_macs: Sequence[float],
+        uniform: Sequence[float],
+        resource: Resource = MACS,
 ) -> bool:
     """Draw the history of P, and below it the MACs of uniformly sampled archs, as a PNG of 900 x 560 pixels.
 
-    Both parts share the axis of MACs. In the upper part, time runs upwards and the colour of group k is `P_k * K`,
-    which is 1 for a uniform P. The lower part is a histogram of uniformly sampled archs, with the last P as a line in
-    the same unit.
+    Both parts share the axis of MACs, or of another resource. In the upper part, time runs upwards and the colour of
+    group k is `P_k * K`, which is 1 for a uniform P. The lower part is a histogram of uniformly sampled archs, with the
+    last P as a line in the same unit.
 
     Args:
         path: File to write.
         history: Pairs (update, [P_1, ..., P_K]), at least one; P is in effect from that optimizer update on.
-        edges: The K + 1 bounds of the groups, in MACs, increasing.
-        uniform_macs: MACs of uniformly sampled archs.
+        edges: The K + 1 bounds of the groups, increasing.
+        uniform: MACs of uniformly sampled archs, or what they use of the resource.
+        resource: What edges and archs count.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -97,7 +140,7 @@ def plot_shift(
     grid = figure.add_gridspec(2, 2, height_ratios=(2.2, 1), width_ratios=(40, 1))
     heat = figure.add_subplot(grid[0, 0])
     histogram = figure.add_subplot(grid[1, 0], sharex=heat)
-    scale, unit = _unit(edges[-1])
+    scale, label = _axis(resource, edges[-1])
     bounds = [edge / scale for edge in edges]
     mesh, ticks = _draw_heat_map(heat, history, bounds)
     heat.tick_params(labelbottom=False)
@@ -107,8 +150,8 @@ def plot_shift(
     colour_bar.ax.set_yticklabels([f'{tick:.3g}×' for tick in ticks])
     colour_bar.ax.minorticks_off()
     colour_bar.set_label('P relative to uniform')
-    _draw_uniform_samples(histogram, [macs / scale for macs in uniform_macs], bounds, history[-1][1])
-    histogram.set_xlabel(f'{unit} per image')
+    _draw_uniform_samples(histogram, [count / scale for count in uniform], bounds, history[-1][1])
+    histogram.set_xlabel(label)
     histogram.set_xlim(bounds[0], bounds[-1])
     _save(figure, path)
     return True
@@ -116,14 +159,12 @@ def plot_shift(
 
 def _draw_subnets(
         ax: Any,
-        rows: Sequence[Row],
-        scale: float,
+        points: Sequence[tuple[str, tuple[float, float]]],
         colour: str,
         end_colour: str,
         label: str,
 ) -> list[tuple[str, tuple[float, float]]]:
     """Draw the groups' subnets as a line and the two ends as triangles. Returns names and points of the ends."""
-    points = [(row['name'], (row['macs'] / scale, row[score_columns(rows)[0]])) for row in rows]
     markers = {'smallest': 'v', 'largest': '^'}
     if line := sorted(point for name, point in points if name not in markers):
         ax.plot(*zip(*line), '-o', color=colour, linewidth=2, markersize=5, label=label)
@@ -205,9 +246,13 @@ def _draw_edges(ax: Any, bounds: Sequence[float]) -> None:
         ax.axvline(bound, color=DARK, alpha=0.12, linewidth=0.6)
 
 
-def _unit(largest: float) -> tuple[float, str]:
-    """Scale and unit of an axis of MACs."""
-    return (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs') if largest >= 1e6 else (1e3, 'kMACs')
+def _axis(resource: Resource, largest: float) -> tuple[float, str]:
+    """Scale and label of an axis of a resource, with the unit of its largest value."""
+    if resource.name == 'macs':
+        scale, unit = (1e9, 'G') if largest >= 1e9 else (1e6, 'M') if largest >= 1e6 else (1e3, 'k')
+        return scale, f'{unit}MACs per image'
+    scale, unit = scale_of(largest, resource.kind)
+    return scale, f'{resource.label} ({unit})' if unit else resource.label
 
 
 @functools.cache

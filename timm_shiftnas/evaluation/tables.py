@@ -3,8 +3,9 @@
 A *row* is one evaluated subnet, a dict with the keys
 
 * `name`: 'smallest', 'group 1', 'group 2', ..., 'largest';
-* `budget`: the upper limit of its MACs, or `None`;
+* `budget`: the upper limit of its MACs, or of another resource, or `None`;
 * `macs`, `params`: counts of the subnet;
+* the name of that other resource, such as `latency` (seconds) or `memory` (bytes);
 * `top1`, `top5`: accuracy in percent; of tasks other than classification, `score` in percent;
 * `arch`: `Arch.to_dict()`.
 """
@@ -16,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
@@ -23,6 +25,8 @@ __all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'score_columns', 'writ
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
+# one of them, where budgets bound it
+RESOURCE_COLUMNS = (*(name for name in RESOURCES if name not in COLUMNS), 'latency')
 
 
 def score_columns(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -30,19 +34,24 @@ def score_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     return ('score',) if rows and 'score' in rows[0] else ('top1', 'top5')
 
 
-def format_table(rows: Sequence[Row], metric: str = 'score') -> str:
-    """Format rows as aligned text: name, budget, MACs, params, and percentages. No final newline.
+def format_table(rows: Sequence[Row], resource: Resource = MACS, metric: str = 'score') -> str:
+    """Format rows as aligned text: name, budget, MACs, params, the resource of the budgets, and percentages.
+
+    There is no final newline.
 
     Args:
         rows: The rows.
+        resource: What the budgets bound.
         metric: What the `score` is called.
     """
     scores = score_columns(rows)
     titles = [dict(top1='top-1', top5='top-5', score=metric)[name] for name in scores]
-    cells: list[tuple[str, ...]] = [('name', 'budget', 'MACs', 'params', *titles)]
+    further = [resource] if rows and resource.name in {*rows[0]} - {*COLUMNS} else []
+    cells: list[tuple[str, ...]] = [('name', 'budget', 'MACs', 'params', *(each.name for each in further), *titles)]
     for row in rows:
-        budget = '-' if row['budget'] is None else format_count(row['budget'])
-        counts = format_count(row['macs']), format_count(row['params'])
+        budget = '-' if row['budget'] is None else resource.format(row['budget'])
+        counts = format_count(row['macs']), format_count(row['params']), *(
+            each.format(row[each.name]) for each in further)
         cells.append((row['name'], budget, *counts, *(f'{row[name]:.2f}' for name in scores)))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return '\n'.join(
@@ -52,7 +61,8 @@ def format_table(rows: Sequence[Row], metric: str = 'score') -> str:
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Write rows as CSV with a header line. The arch is JSON, a missing budget an empty cell."""
-    columns = (*COLUMNS[:4], *score_columns(rows), 'arch')
+    further = (name for name in RESOURCE_COLUMNS if rows and name in rows[0])
+    columns = (*COLUMNS[:4], *score_columns(rows), 'arch', *further)
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
@@ -65,8 +75,8 @@ def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
     with open(path, newline='', encoding='utf-8') as file:
         return [
             dict(row, budget=float(row['budget']) if row['budget'] else None, macs=int(row['macs']),
-                 params=int(row['params']), arch=json.loads(row['arch']),
-                 **{name: float(row[name]) for name in score_columns([row])})
+                 params=int(row['params']), arch=json.loads(row['arch']), **{
+                     name: float(row[name]) for name in (*score_columns([row]), *RESOURCE_COLUMNS) if name in row})
             for row in csv.DictReader(file)]
 
 

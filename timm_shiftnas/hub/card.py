@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.tables import score_columns
 from ..models import static_counts
 from ..space import macs
+from ..space.resources import Resource
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
@@ -51,10 +52,12 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
         model_name=name, eval_results=_eval_results(results, training, task, metric_of(saved.record)) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if results:
-        metric = metric_of(saved.record)
-        parts += ['## Subnets' if saved.kind == 'supernet' else '## Accuracy', _table(results, training, metric)]
+        metric, resource = metric_of(saved.record), saved.resource
+        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
+        parts += [title, _table(results, training, metric, resource)]
         if ACCURACY in files:
-            parts.append(f'![{"top-1" if around is None else _plain(metric)} against MACs]({ACCURACY})')
+            what = 'top-1' if around is None else _plain(metric)
+            parts.append(f'![{what} against {resource.label}]({ACCURACY})')
     if SHIFT in files:
         parts.append(f'![probability of each budget group over training]({SHIFT})')
     parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
@@ -101,15 +104,18 @@ def _backbone_introduction(saved: SavedModel, paper: str) -> str:
             f'one for your budget: no search, no retraining.{code}')
 
 
-def _table(rows: Sequence[Any], training: Training, metric: str) -> str:
+def _table(rows: Sequence[Any], training: Training, metric: str, resource: Resource) -> str:
     scores = score_columns(rows)
     titles = [dict(top1='top-1', top5='top-5', score=_plain(metric))[name] for name in scores]
-    lines = [f'| subnet | budget | MACs | params | {" | ".join(titles)} |', '| --- |' + ' ---: |' * (3 + len(titles))]
+    further = [resource] if resource.name not in ('macs', 'params') else []
+    columns = ['budget', 'MACs', 'params', *(each.label for each in further), *titles]
+    lines = [f'| subnet | {" | ".join(columns)} |', f'| --- | {" | ".join(["---:"] * len(columns))} |']
     for row in rows:
-        budget = '' if row['budget'] is None else _digits(row['budget'])
-        counts = f'{_digits(row["macs"])} | {_digits(row["params"])}'
-        percentages = ' | '.join(f'{row[name]:.2f}' for name in scores)
-        lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {percentages} |')
+        budget = '' if row['budget'] is None else (
+            _digits(row['budget']) if resource.kind == 'count' else resource.format(row['budget']))
+        cells = [_digits(row['macs']), _digits(row['params']), *(each.format(row[each.name]) for each in further),
+                 *(f'{row[name]:.2f}' for name in scores)]
+        lines.append(f'| {_plain(row["name"])} | {budget} | {" | ".join(cells)} |')
     where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
     what = 'accuracy' if scores[0] == 'top1' else _plain(metric)
     return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; {what} in percent{where}.'
@@ -133,10 +139,11 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
     timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
     lines = [f'net = {ours})', f'net = {timms}  # the same']
     if saved.kind == 'supernet':
-        net = saved.skeleton()
-        ends = net.macs(net.space.smallest), net.macs(net.space.largest)
+        net, resource = saved.skeleton(), saved.resource
+        ends = resource.range(net.space)
         budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [sum(ends) / 2]
-        budget = f"flops='{format_count(budgets[len(budgets) // 2])}'"
+        budget = f"{resource.keyword}='{resource.format(budgets[len(budgets) // 2])}'"
+        budget += f", device_file='{saved.record.device}'" * (resource.device is not None)
         which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
         lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
     code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])

@@ -24,17 +24,20 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..data.modes import MODES, default_mode
 from ..space import families, is_supernet
 from ..space.core import Arch, SearchSpace
+from ..space.resources import RESOURCES
 from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
 __all__ = [
-    'Backbone', 'ModelRecord', 'build_network', 'check_tensors', 'fits', 'read_archs', 'saved_class_names',
+    'Backbone', 'ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'fits', 'read_archs',
+    'saved_class_names',
 ]
 
 KEY, FORMAT = 'timm_shiftnas', 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
 BN_STATS = 'bn_stats.safetensors'
-FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config; files with other names are neither read nor published
+FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config and device files; others are neither read nor published
+DEVICES = 'device_*.json'  # with the name of the device
 
 # Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
 # modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
@@ -46,7 +49,27 @@ Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
+Limits = Annotated[dict[str, float], lambda limits: {*limits} <= {'flops', 'params'}]
+Name = Annotated[str, lambda name: name == 'latency' or name in RESOURCES]
 Mode = Annotated[str, MODES.__contains__]
+
+
+def device_file(name: str) -> str:
+    """The name of the file of a device.
+
+    Raises:
+        ValueError: If the device has a name that no file can have.
+    """
+    file = DEVICES.replace('*', name)
+    if device_name(file) is None:
+        raise ValueError(f'the device {short(name)} must have a name of at most 64 letters, digits, -, _ and .')
+    return file
+
+
+def device_name(file: str) -> str | None:
+    """The device whose file this is; `None` if it is another file."""
+    match = re.fullmatch(r'device_(\w[\w.-]{,63})\.json', file, re.ASCII)
+    return match and match[1]
 
 
 class SavedFile(TypedDict):
@@ -54,7 +77,8 @@ class SavedFile(TypedDict):
     sha256: Sha256
 
 
-Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= set(files) <= FILES]
+Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= {
+    name for name in files if device_name(name) is None} <= FILES]
 
 
 class Row(TypedDict):
@@ -78,13 +102,23 @@ class Score(TypedDict):
     arch: Any
 
 
+class HeldOut(TypedDict):
+    """The part of the training images that was not trained on: arguments of `split_held_out`."""
+    share: float
+    seed: int
+
+
 class Training(TypedDict, total=False):
-    """Facts about the training, for the model card. `task` is one of the Hub's, such as 'object-detection'."""
+    """Facts about the training, for the model card and for a search.
+
+    `task` is one of the Hub's, such as 'object-detection'.
+    """
     command: str
     task: str
     metric: str
     dataset: str
     versions: dict[str, Any]
+    held_out: HeldOut
 
 
 class Backbone(TypedDict):
@@ -105,11 +139,14 @@ class ModelRecord:
     """The entry `timm_shiftnas` of `config.json`: what timm does not know of a saved model."""
     format: Literal[1] = FORMAT
     kind: Literal['supernet', 'subnet']
-    groups: Edges | None = None  # of the K budget groups, in MACs
+    groups: Edges | None = None  # of the K budget groups, in MACs or the unit of `resource`
+    resource: Name | None = None  # what the budgets of groups and generator bound, if it is not MACs
+    device: str | None = None  # the device of a latency
     probabilities: Probabilities | None = None  # P, one for each group
     results: list[Row | Score] | None = None
     training: Training | None = None
-    searched: list[Any] | None = None  # archs that a search on images found
+    searched: list[Any] | None = None  # archs that a search on images found, the least accurate first
+    searched_limits: Limits | None = None  # the limits of that search, if it had any
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
     backbone: Backbone | None = None  # of detectors, segmenters, ...
@@ -154,11 +191,13 @@ def _problems(config: Any) -> Iterator[str]:
     yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
 
 
-def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, **_) -> list[str]:
+def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, resource=None,
+                    device=None, **_) -> list[str]:
     """Names of entries that do not agree with the others."""
     wrong = dict(
         probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
         generator=GENERATOR in files and generator is None,
+        device=(resource == 'latency') != (device is not None and f'device_{device}.json' in files),
         bn_archs=(BN_STATS in files) != (bn_archs is not None))
     return [name for name in wrong if wrong[name]]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -21,13 +20,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..method.generator import ArchitectureGenerator
-from ..models import bound_space, static_counts, static_space
+from ..method.proposals import check_limits
+from ..models import static_space
 from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
-from ..models.subnet import extract
+from ..models.subnet import bound_space, extract
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
+from ..space.latency import Device, read_device
+from ..space.resources import MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
 from ..utils.paths import expand_home
-from ..utils.units import parse_count
+from ..utils.units import parse_quantity
 from .backbone import Build, build_around, build_backbone, ready
 from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
 from .format import (
@@ -40,6 +42,7 @@ from .format import (
     ModelRecord,
     build_network,
     check_tensors,
+    device_name,
     read_archs,
 )
 
@@ -51,6 +54,11 @@ def from_pretrained(
         *,
         flops: float | str | None = None,
         params: float | str | None = None,
+        size: float | str | None = None,
+        memory: float | str | None = None,
+        latency: float | str | None = None,
+        precision: str = 'fp32',
+        device_file: str | os.PathLike | None = None,
         arch: Arch | Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         network: Build | None = None,
@@ -67,10 +75,15 @@ def from_pretrained(
 
     Args:
         directory_or_repo: A directory of `save_pretrained`, or a repository 'owner/name' on the Hugging Face Hub.
-        flops: Budget in MACs, such as 1.4e9 or '1.4G'; the subnet never exceeds it.
+        flops: Budget in MACs, such as 1.4e9 or '1.4G'; the subnet never exceeds it. A supernet needs a budget or an
+            arch. Of several budgets, all hold. A saved subnet needs none, and has to satisfy those that are given.
         params: Budget in parameters, such as '6M'.
-        arch: The arch itself, or its dict. A supernet needs exactly one of the three; a saved subnet needs none, and
-            has to satisfy the one that is given.
+        size: Budget of the bytes of its weights, such as '5MB', in `precision`.
+        memory: Budget of the bytes of peak memory at batch 1, such as '64MB'; see `space.resources`.
+        latency: Budget of the time that `device_file` predicts for a batch, such as '8ms'.
+        precision: Number format that `size` counts: 'fp32', 'fp16' or 'int8'.
+        device_file: Name of a device file in the directory, or the path of one; default is the only one there.
+        arch: The arch itself, or its dict, in place of budgets.
         num_classes: Number of classes, if not the saved one: gives a new head, which counts towards budgets.
         network: `network(backbone)` builds the network around a backbone that was saved, with weights of its own, which
             are loaded. For an `ElasticModel` or a subnet of one.
@@ -83,28 +96,39 @@ def from_pretrained(
     Returns:
         A network in eval mode, with its `arch` as an attribute.
 
+    Warns:
+        BudgetWarning: If the budgets are above the largest subnet, which is returned.
+
     Raises:
-        ValueError: If no valid model is saved there, or no subnet satisfies the budget or arch.
+        ValueError: If no valid model is saved there, or no subnet satisfies the budgets or the arch.
     """
-    given = {name: value for name, value in dict(flops=flops, params=params, arch=arch).items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f'give one of flops, params and arch, not {" and ".join(given)}')
-    limits = {name: value for name, value in given.items() if name != 'arch'}
-    for name, value in limits.items():
-        parse_count(value, name)  # before anything is downloaded
+    budgets = dict(flops=flops, params=params, size=size, memory=memory, latency=latency)
+    budgets = {name: value for name, value in budgets.items() if value is not None}
+    if budgets and arch is not None:
+        raise ValueError(f'give budgets or an arch, not {" and ".join(budgets)} and arch')
+    if precision not in SIZES:
+        raise ValueError(f'precision={precision!r} is unknown; choose one of {", ".join(SIZES)}')
+    kinds = dict(size='bytes', memory='bytes', latency='seconds')
+    for name, value in budgets.items():
+        parse_quantity(value, kinds.get(name, 'count'), name)  # before anything is downloaded
     wanted = arch.to_dict() if isinstance(arch, Arch) else arch
     saved = SavedModel(
         directory_or_repo, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
         local_files_only=local_files_only)
-    if saved.kind == 'supernet' and not given:
+    if saved.kind == 'supernet' and not budgets and arch is None:
         raise ValueError(
-            f"{saved} holds a supernet: choose a subnet, with flops='1.4G' (MACs), params='6M' or arch=...")
+            f"{saved} holds a supernet: choose a subnet, with flops='1.4G' (MACs), params='6M', size='5MB', "
+            "memory='64MB', latency='8ms' or arch=...")
     net: Any = saved.network(num_classes, network)
+    space = net.space if saved.kind == 'supernet' else bound_space(net)
+    resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY)
+    if latency is not None:
+        resources['latency'] = saved.find_device(device_file).resource(space)
+    limits = {resources[name]: value for name, value in budgets.items()}
     if saved.kind == 'subnet':
         _check_subnet(net, limits, wanted)
         return net.to(device=device, dtype=dtype).eval()
-    space = net.space
-    net = extract(net, _arch_for_budget(saved, net, **limits) if wanted is None else space.from_dict(wanted))
+    net = extract(net, _arch_for_budgets(saved, net, limits) if wanted is None else space.from_dict(wanted))
     stored = saved.bn_statistics(net, space)
     net.load_state_dict(stored, strict=False)
     net = net.to(device=device, dtype=dtype).eval()
@@ -268,10 +292,38 @@ class SavedModel:
         if not self.has_generator:
             raise ValueError(f'{self} was saved without a generator, which finds the subnet for a budget; give arch=')
         tensors = self.tensors(GENERATOR)
-        generator = ArchitectureGenerator(space, hidden_size=self.record.generator['hidden_size'])
+        resource = self.resource if self.record.device is None else self.find_device(self.record.device).resource(space)
+        generator = ArchitectureGenerator(
+            space, hidden_size=self.record.generator['hidden_size'], resource=resource)
         check_tensors(generator.state_dict(), tensors, self.where(GENERATOR))
         generator.load_state_dict(tensors)
         return generator.eval()
+
+    @property
+    def resource(self) -> Resource:
+        """What the budgets of its groups and its generator bound."""
+        if self.record.device is not None:
+            return self.find_device(self.record.device).resource(self.space())
+        return RESOURCES[self.record.resource or 'macs']
+
+    def devices(self) -> dict[str, Device]:
+        """The device files that were saved with a supernet, by the name of the device."""
+        names = {name: file for file in self.record.files if (name := device_name(file))}
+        return {name: Device.of_json(self.read(file), self.where(file)) for name, file in names.items()}
+
+    def find_device(self, name: str | os.PathLike | None) -> Device:
+        """One of its device files, by name or as the path of any other file; without a name, the only one.
+
+        Raises:
+            ValueError: If there is no such file, or several.
+        """
+        devices = self.devices()
+        if name is not None:
+            return devices[str(name)] if str(name) in devices else read_device(name)
+        if len(devices) != 1:
+            known = ', '.join(devices) or 'none; write one with timm-shiftnas measure'
+            raise ValueError(f'a latency needs a device file: give device_file=; {self} has {known}')
+        return next(iter(devices.values()))
 
     def archs(self, name: str, space: SearchSpace) -> list[Arch]:
         """A saved list of archs: 'searched', or 'bn_archs' (those whose BatchNorm statistics were saved)."""
@@ -279,40 +331,50 @@ class SavedModel:
 
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The saved BatchNorm statistics of an extracted subnet; empty if none were saved."""
-        archs = self.archs('bn_archs', space)
-        if subnet.arch not in archs:
+        if subnet.arch not in self.archs('bn_archs', space):
             return {}
-        prefix = f'{archs.index(subnet.arch)}.'
-        stored = {
-            name.removeprefix(prefix): tensor for name, tensor in self.tensors(BN_STATS).items()
-            if name.startswith(prefix)}
+        stored = self.all_bn_statistics(space)[subnet.arch]
         check_tensors(bn_statistics(subnet), stored, self.where(BN_STATS))
         return stored
 
+    def all_bn_statistics(self, space: SearchSpace) -> dict[Arch, dict[str, Tensor]]:
+        """All saved BatchNorm statistics, by arch; they are not checked against a network."""
+        stored: list[dict[str, Tensor]] = [{} for _ in self.record.bn_archs or ()]
+        for name, tensor in (self.tensors(BN_STATS) if stored else {}).items():
+            number, _, own_name = name.partition('.')
+            if number.isdecimal() and int(number) < len(stored):
+                stored[int(number)][own_name] = tensor
+        return dict(zip(self.archs('bn_archs', space), stored))
 
-def _arch_for_budget(saved: SavedModel, net: nn.Module, flops: Any = None, params: Any = None) -> Arch:
-    """Choose the arch of a saved supernet for a budget: the largest searched one that fits, or the generator's."""
-    most_macs, most_params = (math.inf if limit is None else parse_count(limit) for limit in (flops, params))
-    fitting = [arch for arch in saved.archs('searched', net.space)
-               if net.macs(arch) <= most_macs and net.params(arch) <= most_params]
-    generator = saved.generator(net.space)
-    # even if a searched arch fits: the generator refuses a budget that is out of range
-    proposed = generator.propose(flops) if params is None else generator.propose_for_params(params)
-    if fitting:
-        return max(fitting, key=net.macs)
+
+def _arch_for_budgets(saved: SavedModel, net: nn.Module, budgets: Mapping[Resource, Any]) -> Arch:
+    """Choose the arch of a saved supernet within budgets: the best searched one that fits, or the generator's."""
+    space = net.space
+    limits = check_limits(space, budgets)  # even if a searched arch fits: a budget out of range is refused
+
+    def fits(arch: Arch, least: float = 0.) -> bool:
+        """Whether an arch is within all limits, and uses at least a share of one of them."""
+        shares = [resource.count(space, arch) / limit for resource, limit in limits.items()]
+        return least <= max(shares) <= 1
+
+    searched = saved.record.searched_limits
+    # a limited search says nothing about budgets beyond its limits, or of other kinds
+    covered = searched is None or any(limit <= searched.get(each.keyword, 0) for each, limit in limits.items())
+    if covered and (fitting := [arch for arch in saved.archs('searched', space) if fits(arch)]):
+        return fitting[-1]
+    proposed = saved.generator(space).propose_within(limits)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
-    stored = [arch for arch in saved.archs('bn_archs', net.space) if .99 * most_macs <= net.macs(arch) <= most_macs]
+    stored = [arch for arch in saved.archs('bn_archs', space) if fits(arch, .99)]
     return proposed if not stored or proposed in stored else max(stored, key=net.macs)
 
 
-def _check_subnet(net: nn.Module, limits: Mapping[str, Any], arch: Any) -> None:
-    """Raise a `ValueError` unless a saved subnet is within the limits and has the arch, if one is given."""
-    macs, params = static_counts(net) if limits else (0, 0)
-    for name, limit in limits.items():
-        count = macs if name == 'flops' else params
-        if count > parse_count(limit):
-            raise ValueError(f'this saved subnet has {count:,} {name}, more than the budget of {limit}; '
-                             'load a smaller one from its supernet')
+def _check_subnet(net: nn.Module, budgets: Mapping[Resource, Any], arch: Any) -> None:
+    """Raise a `ValueError` unless a saved subnet is within the budgets and has the arch, if one is given."""
+    for resource, budget in budgets.items():
+        count = resource.count(bound_space(net), net.arch)
+        if count > resource.parse(budget):
+            raise ValueError(f'this saved subnet has {resource.describe(count)}, more than the budget '
+                             f'{resource.keyword}={budget}; load a smaller one from its supernet')
     with suppress(ValueError):  # an arch outside its space
         if arch is None or static_space(net).from_dict(arch) == net.arch:
             return

@@ -24,7 +24,7 @@ from ..method.generator import ArchitectureGenerator
 from ..utils.paths import expand_home
 from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, metric_of, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
-from .format import BN_STATS, CONFIG, GENERATOR, KEY
+from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
 from .save import save_pretrained
 
@@ -183,7 +183,8 @@ def _stale_files(
         api: HfApi, retry: Retry, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
     """Files to delete: those of an earlier model of this package that the new one lacks."""
     ours = CONFIG in present and f'"{KEY}"' in _content(api, retry, info, CONFIG)
-    return sorted({GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT} & set(present) - set(files)) if ours else []
+    own = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT, *(name for name in present if device_name(name))}
+    return sorted(own & set(present) - set(files)) if ours else []
 
 
 def _may_exist(error: Exception) -> bool:
@@ -219,13 +220,16 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
             raise ValueError(f'{path} is a link, and what it leads to is not published; copy it to its place')
     files = {name: saved.read(name) for name in saved.record.files}
     for name in files:
-        saved.tensors(name)  # raises if it is not a safetensors file
+        if device_name(name) is None:
+            saved.tensors(name)  # raises if it is not a safetensors file
+    saved.devices()  # raises if one is not a device file
     files[CONFIG] = (model / CONFIG).read_bytes()
     if results := saved.record.results:
         with TemporaryDirectory() as folder:
             write_budgets_csv(Path(folder, TABLE), results)
             if saved.kind == 'supernet':
-                plot_accuracy(Path(folder, ACCURACY), results, metric=metric_of(saved.record))
+                plot_accuracy(
+                    Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record))
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}
     files[CARD] = str(model_card(saved, repo_id, set(files), license)).encode()

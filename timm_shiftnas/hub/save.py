@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +22,15 @@ from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
+from ..space.latency import Device
+from ..space.resources import MACS
 from ..utils.files import atomic_write
 from ..utils.paths import expand_home
 from .backbone import build_backbone, describe_backbone
 from .format import (
     BN_STATS,
     CONFIG,
+    DEVICES,
     FILES,
     GENERATOR,
     KEY,
@@ -36,11 +39,13 @@ from .format import (
     ModelRecord,
     build_network,
     check_tensors,
+    device_file,
+    device_name,
     read_archs,
     saved_class_names,
 )
 
-__all__ = ['save_pretrained']
+__all__ = ['add_device', 'save_pretrained']
 
 
 def save_pretrained(
@@ -52,10 +57,12 @@ def save_pretrained(
         probabilities: Sequence[float] | Tensor | None = None,
         results: Sequence[Mapping[str, Any]] | None = None,
         searched: Sequence[Arch] | None = None,
+        searched_limits: Mapping[str, float] | None = None,
         bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
         training: Mapping[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
+        devices: Sequence[Device] = (),
 ) -> None:
     """Save a supernet and its generator, or an extracted subnet, as a directory that timm can load too.
 
@@ -67,17 +74,20 @@ def save_pretrained(
         net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`). The code of a network
             around an elastic backbone is not saved: `from_pretrained(..., network=...)` builds it again.
         generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
-        groups: The K + 1 edges of the budget groups, in MACs.
+        groups: The K + 1 edges of the budget groups, in MACs, or in the unit of the generator's resource.
         probabilities: P, the K probabilities of the groups.
         results: Rows of evaluated subnets, as in `evaluation.tables`; with a `score` in place of `top1` and `top5`,
             `training` names it as its `metric`.
-        searched: Archs that a search on images found. For a budget, the one with the most MACs within it is loaded;
-            the generator, which may never have seen images, proposes an arch only if none fits.
+        searched: Archs that a search on images found, the least accurate first. For a budget, the last one within it
+            is loaded; the generator, which may never have seen images, proposes an arch only if none fits.
+        searched_limits: Upper limits of that search, in MACs ('flops') or parameters ('params'): for a budget beyond
+            them, the generator proposes an arch.
         bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest
             arch replace the supernet's own.
         training: Facts about the training for the model card: `command`, `dataset`, `versions`, `task`, `metric`.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
+        devices: Devices on which the latencies of a supernet were measured, that of the generator among them.
 
     Raises:
         ValueError: If `net` is neither a supernet nor a subnet, if an argument does not belong to it, or if the
@@ -109,24 +119,30 @@ def save_pretrained(
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:
-        tensors[BN_STATS] = _cpu_copies({
-            f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
-    files = {name: safetensors.torch.save(state, metadata={'format': 'pt'}) for name, state in tensors.items()}
+        tensors[BN_STATS] = number_statistics(bn_stats)
+    files = {name: as_file(state) for name, state in tensors.items()}
+    resource = MACS if generator is None else generator.resource
+    for device in (*devices, *([] if resource.device is None else [resource.device])):
+        device.check_space(net.space if kind == 'supernet' else static_space(net))
+        files[device_file(device.name)] = device.to_json().encode()
     mode = getattr(own, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
+        resource=None if resource == MACS else resource.name,
+        device=None if resource.device is None else resource.device.name,
         probabilities=probabilities,
         results=results,
         training=training,
         searched=None if searched is None else [arch.to_dict() for arch in searched],
+        searched_limits=searched_limits or None,
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(own) if kind == 'subnet' else None,
         backbone=None if backbone is None else describe_backbone(net, network),
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
         image_mode=None if mode == default_mode(getattr(own, 'in_chans', 3)) else mode,
         upright=None if getattr(own, 'upright', True) else False,
-        files={name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+        files={name: describe_file(data) for name, data in files.items()})
     config = _timm_config(own, record, data_config, model_config)
     # refuse what could not be loaded
     record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
@@ -140,11 +156,55 @@ def save_pretrained(
     check_tensors(skeleton.state_dict(), weights, WEIGHTS)
     saved_class_names(config, own.num_classes, CONFIG)
     check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
+    others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
+
+
+def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """BatchNorm statistics of several archs as one dict of tensors, whose names start with the arch's number."""
+    return _cpu_copies({
+        f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
+
+
+def as_file(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    return safetensors.torch.save(dict(tensors), metadata={'format': 'pt'})
+
+
+def describe_file(content: bytes) -> dict[str, Any]:
+    """What `config.json` says of a file."""
+    return dict(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def config_content(config: Mapping[str, Any]) -> bytes:
+    """The content of `config.json`."""
     content = json.dumps(config, indent=2).encode()
     if len(content) > MAX_CONFIG:
         raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
                          'give shorter results, training or model_config')
-    _write(directory, {CONFIG: content, **files})
+    return content
+
+
+def add_device(directory: str | os.PathLike, device: Device) -> Path:
+    """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
+
+    Raises:
+        ValueError: If no supernet is saved there, or the device file is of another one.
+    """
+    directory = Path(expand_home(directory))
+    content = (directory / CONFIG).read_bytes()
+    config = json.loads(content)
+    record = ModelRecord.of_config(config, str(directory / CONFIG))
+    device.check_space(build_network(config, str(directory / CONFIG)).space)
+    name, data = device_file(device.name), device.to_json().encode()
+    if record.device == device.name and (directory / name).read_bytes() != data:
+        raise ValueError(
+            f'the generator of {directory} was trained with the device file {name}; give another name, with --name')
+    config[KEY]['files'][name] = describe_file(data)
+    for path, new in ((directory / name, data), (directory / CONFIG, config_content(config))):
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(new)
+    return directory / name
 
 
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,11 +242,17 @@ def _json_data(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
 
 
-def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:
     """Write the files of a model, `config.json` first.
 
-    All are written under temporary names, which the stack renames in reverse order. The old `config.json` is removed
-    before the first rename and the new one is renamed last: a `config.json` is always beside its own files.
+    All are written under temporary names, which the stack renames in reverse order. If there is more than one, the old
+    `config.json` is removed before the first rename and the new one is renamed last: a `config.json` is always beside
+    its own files.
+
+    Args:
+        directory: The directory of the model.
+        files: Contents by name; `config.json` is the first one.
+        replaced: Names of the files that are in the directory afterwards only if they are in `files`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name in files:
@@ -198,5 +264,6 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for name in {CONFIG, *FILES - set(files)}:  # the latter are of the model that was here
+        stale = {*replaced} - {*files}  # of the model that was here
+        for name in {CONFIG, *stale} if len(files) > 1 or stale else ():
             (directory / name).unlink(missing_ok=True)

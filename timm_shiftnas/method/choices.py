@@ -1,13 +1,11 @@
 """Archs as tensors of choice indices, the form in which the architecture generator computes with them."""
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from ..space import complexity
 from ..space.core import SearchSpace
+from ..space.resources import MACS, Resource
 
 __all__ = ['ChoiceTable']
 
@@ -44,6 +42,6 @@ class ChoiceTable:
         """Which choices exist at the chosen depths: bool, [..., n]."""
         return self._exists[torch.arange(len(self), device='cpu'), indices[..., self._gates]]
 
-    def macs(self, indices: Tensor) -> Tensor:
-        """MACs, [...]: float64, which holds these integers exactly."""
-        return cast(Tensor, complexity.macs(self.space, self.space.one_hot_of_indices(indices)))
+    def count(self, indices: Tensor, resource: Resource = MACS) -> Tensor:
+        """MACs, or another resource, [...]: float64, which holds integers exactly."""
+        return resource.count(self.space, self.space.one_hot_of_indices(indices))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..utils.units import parse_count
+from ..utils.units import KINDS, parse_quantity
 
 __all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
 
@@ -81,8 +81,9 @@ class Setting:
     def _allows(self, item: Any) -> bool:
         """Whether an item has the right type and is in range."""
         if self.unit:
-            with suppress(ValueError):
-                return parse_count(item) > 0
+            for kind in KINDS:  # which one fits depends on the resource
+                with suppress(ValueError):
+                    return parse_quantity(item, kind, self.name) > 0
             return False
         if type(item) is not self.kind:
             return False
@@ -172,7 +173,9 @@ class ShiftNASConfig:
     """
     sampler: str = setting(
         'shiftnas', 'source of archs; uniform is the one-shot baseline: archs drawn uniformly, nothing learned',
-        choices=('shiftnas', 'uniform'))
+        choices=('shiftnas', 'uniform', 'attentivenas_best_up', 'attentivenas_worst_up', 'focusformer', 'prenas'))
+    sampler_candidates: int = setting(
+        3, 'archs that attentivenas and focusformer compare with each other on a batch', least=2)
     archs_per_step: int = setting(1, 'archs trained on each batch; the loss is their mean', least=1)
     sandwich: bool = setting(
         False, 'each step trains the largest and the smallest arch among its archs (Yu & Huang, ICCV 2019)')
@@ -247,10 +250,15 @@ class RunConfig:
     Raises:
         ValueError: If a value is out of range.
     """
+    resource: str = setting(
+        'macs', 'what budgets bound; latency needs --resource-file',
+        choices=('macs', 'params', 'size', 'size_fp16', 'size_int8', 'memory', 'latency'))
+    resource_file: str | None = setting(
+        None, 'device file that timm-shiftnas measure wrote, for the resource latency', metavar='FILE')
     num_groups: int | None = setting(None, 'number of budget groups, instead of their width', least=1)
     group_width: str | float | None = setting(
-        None, "width of a budget group in MACs, such as '0.1G' (default: 0.1G, but at least 8 groups)",
-        metavar='MACS', unit='MACs')
+        None, "width of a budget group in MACs, such as '0.1G', or in the unit of the resource, such as '1ms' "
+        '(default: 0.1G, but at least 8 groups; as many for other resources)', metavar='MACS', unit='MACs')
     generator_fit_steps: int = setting(
         1000, 'steps of the generator on the resource term before training, without images', least=0)
     shift_images: int = setting(
@@ -278,6 +286,9 @@ def find_conflict(settings: Mapping[str, Any], spell: Spell) -> str | None:
     if settings['curriculum_updates'] and settings['sampler'] != 'shiftnas':
         return (f'{spell("curriculum_updates", settings["curriculum_updates"])} narrows the budgets, and '
                 f'{spell("sampler", settings["sampler"])} draws none; give {spell("sampler", "shiftnas")}')
+    if settings['sampler'] == 'focusformer' and not settings['generator_interval']:
+        return (f'{spell("sampler", "focusformer")} is a generator that learns, and {spell("generator_interval", 0)} '
+                f'keeps it as it is; give {spell("generator_interval", 10)}')
     if settings['group_weights'] is not None and (settings['shift'] != 'none' or settings['sampler'] != 'shiftnas'):
         return (f'{spell("group_weights", settings["group_weights"])} fixes P and needs {spell("shift", "none")} and '
                 f'{spell("sampler", "shiftnas")}; give both')

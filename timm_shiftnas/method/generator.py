@@ -4,14 +4,14 @@ An LSTM makes the choices of a search space one after the other, given the budge
 hard; gradients pass through its softmax (straight-through Gumbel-softmax, Jang et al., ICLR 2017, arXiv 1611.01144). So
 the generator learns from any function of its one-hots: their MACs, or a task loss.
 
-A budget is an upper bound on MACs (multiply-accumulates per image at batch 1). What the generator minimises is
-`generator_loss`; `proposals` chooses the arch for a budget among its samples.
+A budget is an upper bound on MACs (multiply-accumulates per image at batch 1), or on another resource. What the
+generator minimises is `generator_loss`; `proposals` chooses the arch for a budget among its samples.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..space import complexity
 from ..space.core import Arch, SearchSpace
+from ..space.resources import MACS, Resource
 from . import proposals
 from .choices import ChoiceTable
 
@@ -27,16 +28,16 @@ __all__ = ['ArchitectureGenerator', 'Rollout', 'generator_loss', 'resource_loss'
 SAMPLES = 64  # candidates of a proposal besides the likeliest arch
 
 
-def resource_loss(macs: Tensor, budgets: Tensor, macs_min: float, macs_max: float) -> Tensor:
+def resource_loss(counts: Tensor, budgets: Tensor, least: float, most: float) -> Tensor:
     """How far archs miss their budgets: mean over the batch of `((C - b) / (C_max - C_min))**2`.
 
     Args:
-        macs: C, the MACs of the archs, [B].
-        budgets: b, their budgets in MACs, [B].
-        macs_min, macs_max: C_min and C_max, the MACs of the smallest and the largest arch of the space.
+        counts: C, the MACs of the archs, or what they use of another resource, [B].
+        budgets: b, their budgets, [B].
+        least, most: C_min and C_max, of the smallest and the largest arch of the space.
     """
-    span = macs_max - macs_min or 1  # a space may hold a single arch
-    return ((macs - budgets) / span).square().mean()
+    span = most - least or 1  # a space may hold a single arch
+    return ((counts - budgets) / span).square().mean()
 
 
 def generator_loss(task_loss: Tensor | float, resource: Tensor, weight: float) -> Tensor:
@@ -67,16 +68,21 @@ class ArchitectureGenerator(nn.Module):
         space: A bound search space (the `space` of a model).
         hidden_size: Width of the LSTM.
         seed: Seed of the initial weights; the global random state is neither read nor written.
+        resource: What budgets bound: MACs, or another resource.
+
+    Attributes:
+        budget_min, budget_max: What the smallest and the largest arch use of the resource.
 
     Raises:
         ValueError: If the space is not bound.
     """
 
-    def __init__(self, space: SearchSpace, hidden_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, space: SearchSpace, hidden_size: int = 64, seed: int = 0, resource: Resource = MACS) -> None:
         super().__init__()
         self.space = space
         self.hidden_size = hidden_size
-        self.macs_min, self.macs_max = complexity.macs_range(space)
+        self.resource = resource
+        self.budget_min, self.budget_max = resource.range(space)
         self.choices = ChoiceTable(space)
         steps, most = len(self.choices), self.choices.most
         generator = torch.Generator().manual_seed(seed)
@@ -92,6 +98,16 @@ class ArchitectureGenerator(nn.Module):
         self.head_weight = parameter(steps, hidden_size, most)
         self.head_bias = parameter(steps, most)
 
+    @property
+    def macs_min(self) -> int:
+        """MACs of the smallest arch."""
+        return complexity.macs(self.space, self.space.smallest)
+
+    @property
+    def macs_max(self) -> int:
+        """MACs of the largest arch."""
+        return complexity.macs(self.space, self.space.largest)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> ArchitectureGenerator:
         return self  # neither moved nor cast: see the class
 
@@ -101,7 +117,8 @@ class ArchitectureGenerator(nn.Module):
         """Generate one arch for each budget.
 
         Args:
-            budgets: MACs, [B]; a budget out of the space's range counts as the nearer end.
+            budgets: MACs, or in the unit of the resource, [B]; a budget out of the space's range counts as the nearer
+                end.
             noise: Source of the Gumbel noise that makes the archs samples. `None` takes the likeliest value of each
                 choice.
             tau: Temperature of the softmax that gradients pass through; it changes no decision.
@@ -114,8 +131,9 @@ class ArchitectureGenerator(nn.Module):
         budgets = _as_budgets(budgets)
         return self._roll(budgets, None if noise is None else self._gumbel(len(budgets), noise), tau, torch.float32)
 
-    def _roll(self, budgets: Tensor, gumbel: Tensor | None, tau: float, dtype: torch.dtype) -> Rollout:
-        """`forward` with given Gumbel noise, [B, n, most values], computed in `dtype`."""
+    def _roll(self, budgets: Tensor, gumbel: Tensor | None, tau: float, dtype: torch.dtype,
+              given: Tensor | None = None) -> Rollout:
+        """`forward` with given Gumbel noise, [B, n, most values], or given choice indices, [B, n]; in `dtype`."""
         batch, hidden_size = len(budgets), self.hidden_size
         with torch.autocast('cpu', enabled=False):
             step_weight, heads = self.step_weight.to(dtype), self.head_weight.to(dtype).unbind(0)
@@ -126,7 +144,9 @@ class ArchitectureGenerator(nn.Module):
 
             previous = from_budget.new_zeros(batch, self.choices.most)
             hidden = cell = from_budget.new_zeros(batch, hidden_size)
-            all_logits, all_indices, one_hots = [], [], []
+            all_logits: list[Tensor] = []
+            all_indices: list[Tensor] = []
+            one_hots: list[Tensor] = []
             for head, head_bias, noise in zip(heads, head_biases, noises):
                 gates = torch.addmm(from_budget, torch.cat((previous, hidden), 1), step_weight)
                 enter, forget, leave = gates[:, :3 * hidden_size].sigmoid().chunk(3, 1)
@@ -134,9 +154,9 @@ class ArchitectureGenerator(nn.Module):
                 hidden = leave * cell.tanh()
                 logits = torch.addmm(head_bias, hidden, head)
                 noisy = logits + noise
-                index = noisy.argmax(-1, keepdim=True)
+                index = noisy.argmax(-1, keepdim=True) if given is None else given[:, len(one_hots), None]
                 previous = torch.zeros_like(logits).scatter_(1, index, 1.)
-                if noisy.requires_grad:
+                if noisy.requires_grad and given is None:
                     soft = (noisy / tau).softmax(-1)
                     previous = previous + (soft - soft.detach())  # adds exactly 0, and the gradient of the softmax
                 all_logits.append(logits)
@@ -156,9 +176,9 @@ class ArchitectureGenerator(nn.Module):
 
         The logarithm separates the smallest budgets, which lie close together in a wide range of MACs.
         """
-        budgets = budgets.clamp(self.macs_min, self.macs_max)
-        linear = (budgets - self.macs_min) / (self.macs_max - self.macs_min or 1)
-        logarithmic = (budgets / self.macs_min).log() / (math.log(self.macs_max / self.macs_min) or 1.)
+        budgets = budgets.clamp(self.budget_min, self.budget_max)
+        linear = (budgets - self.budget_min) / (self.budget_max - self.budget_min or 1)
+        logarithmic = (budgets / self.budget_min).log() / (math.log(self.budget_max / self.budget_min) or 1.)
         return torch.stack((linear, logarithmic), dim=-1) * 2 - 1
 
     def _gumbel(self, rows: int, noise: torch.Generator) -> Tensor:
@@ -178,10 +198,22 @@ class ArchitectureGenerator(nn.Module):
             raise ValueError(f'sample needs a torch.Generator, got {noise!r}; try torch.Generator().manual_seed(0)')
         return [self.space.decode(indices) for indices in self(budgets, noise=noise).indices.tolist()]
 
+    def log_prob(self, budgets: Tensor, indices: Tensor) -> Tensor:
+        """Log-probability of sampled decisions, as a `Rollout` has them. Its gradient passes through no decision.
+
+        Args:
+            budgets: MACs, [B].
+            indices: Choice indices, [B, n], those of inactive choices included.
+
+        Returns:
+            [B]: the sum over active choices.
+        """
+        return self._roll(_as_budgets(budgets), None, 1., torch.float32, indices).log_prob
+
     # -- learning the resource constraint ------------------------------------------------------------------------------
 
     def resource_loss(self, budgets: Tensor, one_hots: Sequence[Tensor]) -> Tensor:
-        """`resource_loss` of archs given as one-hots, whose exact MACs are differentiable.
+        """`resource_loss` of archs given as one-hots, whose exact MACs (or other resource) are differentiable.
 
         Args:
             budgets: MACs, [B].
@@ -190,8 +222,8 @@ class ArchitectureGenerator(nn.Module):
         Returns:
             A differentiable float64 scalar.
         """
-        macs = cast(Tensor, complexity.macs(self.space, one_hots))
-        return resource_loss(macs, _as_budgets(budgets), self.macs_min, self.macs_max)
+        counts = self.resource.count(self.space, one_hots)
+        return resource_loss(counts, _as_budgets(budgets), self.budget_min, self.budget_max)
 
     @torch.enable_grad()
     def fit(
@@ -247,23 +279,27 @@ class ArchitectureGenerator(nn.Module):
         share = (parts + torch.rand(count, generator=noise, dtype=torch.float64, device='cpu')) / count
         share = (share * 1.1 - 0.05).clamp(0, 1)
         share[0], share[-1] = 0, 1
-        linear = self.macs_min + share * (self.macs_max - self.macs_min)
-        logarithmic = self.macs_min * (self.macs_max / self.macs_min) ** share
+        linear = self.budget_min + share * (self.budget_max - self.budget_min)
+        logarithmic = self.budget_min * (self.budget_max / self.budget_min) ** share
         return torch.where(parts % 2 == 0, linear, logarithmic)
 
     # -- an arch for a budget ------------------------------------------------------------------------------------------
 
     def propose(self, flops: float | str) -> Arch:
-        """The arch for a budget. Its MACs never exceed the budget; it depends on the weights and the budget alone.
+        """The arch for a budget, which it never exceeds. It depends on the weights and the budget alone.
 
         Candidates are the likeliest arch and a fixed set of samples. The most probable one that uses at least 99% of
         the budget is taken. If there is none, the largest ones within the budget are enlarged by single choices.
 
         Args:
-            flops: Budget in MACs: a number, or a string such as '1.4G'. Up to 1% above the largest arch is accepted.
+            flops: Budget in MACs: a number, or a string such as '1.4G'. If the generator has another resource, in its
+                unit, such as '8ms'.
+
+        Warns:
+            BudgetWarning: If the budget is above the largest arch, which is returned.
 
         Raises:
-            ValueError: If the budget is out of the space's range or not a number.
+            ValueError: If the budget is below the smallest arch or not a number.
 
         Example:
             >>> from timm_shiftnas.space import macs, shiftformer_space
@@ -283,15 +319,22 @@ class ArchitectureGenerator(nn.Module):
         return proposals.propose_many(self, budgets)
 
     def propose_for_params(self, params: float | str) -> Arch:
-        """Of the proposals at 256 budgets over the whole range, the one of most MACs whose parameters fit.
+        """`propose_within` a number of parameters, such as '6M', with the same errors."""
+        return proposals.propose_for_params(self, params)
+
+    def propose_within(self, budgets: Mapping[Resource, float | str]) -> Arch:
+        """The arch within budgets of several resources, or of others than the generator's.
+
+        Of the proposals at 256 budgets over the whole range, the largest one that fits. If it uses less than 99% of
+        every budget, the largest ones that fit are enlarged by single choices as far as all budgets allow.
 
         Args:
-            params: Largest number of parameters: a number, or a string such as '6M'.
+            budgets: Numbers, or strings with a unit such as '5MB', by resource.
 
         Raises:
-            ValueError: If `params` is out of the space's range or not a number.
+            ValueError: If no arch fits, or a budget is not a number with a unit of its resource.
         """
-        return proposals.propose_for_params(self, params)
+        return proposals.propose_within(self, budgets)
 
     @torch.no_grad()
     def candidates(self, budgets: Tensor) -> tuple[Tensor, Tensor]:

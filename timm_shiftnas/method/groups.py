@@ -1,13 +1,12 @@
-"""Budget groups: the intervals of MACs that the learned distribution P is over (ShiftNAS, section 3.2)."""
+"""Budget groups: the intervals of a resource that the learned distribution P is over (ShiftNAS, section 3.2)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
-from ..space.complexity import macs_range
 from ..space.core import SearchSpace
-from ..utils.units import format_count
+from ..space.resources import MACS, Resource
 
 __all__ = ['BudgetGroups']
 
@@ -17,48 +16,55 @@ FEWEST, MOST = 8, 1000
 
 @dataclass(frozen=True)
 class BudgetGroups:
-    """K intervals of equal width that cover the MACs of a space.
+    """K intervals of equal width that cover the MACs of a space, or another resource.
 
     Args:
-        edges: K + 1 increasing numbers of MACs, from the smallest to the largest arch. Group k, counted from 0, lies
-            between the edges k and k + 1 and is evaluated at its upper edge.
+        edges: K + 1 increasing numbers of MACs, or in the unit of the resource, from the smallest to the largest arch.
+            Group k, counted from 0, lies between the edges k and k + 1 and is evaluated at its upper edge.
+        resource: What the edges count.
     """
     edges: tuple[float, ...]
+    resource: Resource = MACS
 
     @classmethod
-    def of_space(cls, space: SearchSpace, width: float | None = None, count: int | None = None) -> BudgetGroups:
-        """Divide the MACs range of a bound space into groups.
+    def of_space(cls, space: SearchSpace, width: float | None = None, count: int | None = None,
+                 resource: Resource = MACS) -> BudgetGroups:
+        """Divide the range of MACs, or of another resource, of a bound space into groups.
 
         Args:
             space: A bound search space.
-            width: Width in MACs, rounded to one that divides the range. Without `width` and `count` it is the paper's
-                0.1 GMACs, or less where that would give fewer than 8 groups.
+            width: Width in the unit of the resource, rounded to one that divides the range. Without `width` and `count`
+                it is the paper's 0.1 GMACs, or less where that would give fewer than 8 groups. Other resources get as
+                many groups as MACs would.
             count: Number of groups instead.
+            resource: What budgets bound.
 
         Raises:
             ValueError: If both are given, or there would be fewer than 1 or more than 1,000 groups.
         """
-        low, high = macs_range(space)
+        low, high = resource.range(space)
         if width is not None and count is not None:
             raise ValueError(
-                f'give the width of a group ({format_count(width)}) or the number of groups ({count}), not both')
-        if count is None:
-            count = round((high - low) / (width or PAPER_WIDTH))
-            if width is None:
-                count = max(count, FEWEST)
+                f'give the width of a group ({resource.format(width)}) or the number of groups ({count}), not both')
+        if count is None and width is not None:
+            count = round((high - low) / width)
+        elif count is None:
+            fewest_macs, most_macs = MACS.range(space)
+            count = max(round((most_macs - fewest_macs) / PAPER_WIDTH), FEWEST)
         if not 1 <= count <= MOST:
             raise ValueError(
-                f'{count} groups between {format_count(low)} and {format_count(high)} MACs are not from 1 to {MOST}; '
-                f'give a width between {format_count((high - low) / MOST)} and {format_count(high - low)}')
+                f'{count} groups between {resource.format(low)} and {resource.describe(high)} are not from 1 to '
+                f'{MOST}; give a width between {resource.format((high - low) / MOST)} and '
+                f'{resource.format(high - low)}')
         edges = [low + (high - low) * k / count for k in range(count)]
-        return cls((*map(float, edges), float(high)))
+        return cls((*map(float, edges), float(high)), resource)
 
     def __len__(self) -> int:
         return len(self.edges) - 1
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """The budget at which each group is evaluated: its upper edge, in MACs."""
+        """The budget at which each group is evaluated: its upper edge."""
         return self.edges[1:]
 
     def draw(
@@ -74,7 +80,7 @@ class BudgetGroups:
             probabilities: P, [K].
             count: Number of budgets.
             generator: Source of randomness.
-            lowest: Draw from P and the groups restricted to budgets of at least this many MACs, at most the largest.
+            lowest: Draw from P and the groups restricted to budgets of at least this, at most the largest.
         """
         edges = torch.tensor(self.edges, dtype=torch.float64)
         low, high = edges[:-1].clamp(min=lowest), edges[1:]

@@ -20,12 +20,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..space import is_supernet
-from ..utils.units import parse_count
+from ..space.latency import find_resource
 from ..utils.yaml_files import read_yaml
 from .config import RunConfig, ShiftNASConfig, settings_of
 from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
-from .task import Batch, ShiftNASTask
+from .samplers.base import Batch
+from .task import ShiftNASTask
 
 __all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings', 'update_running_statistics']
 
@@ -193,12 +194,13 @@ class StockTask(ShiftNASTask):
             raise ValueError(
                 f"shift={config.shift!r} measures small differences, which weights in half precision cannot hold; use "
                 "--amp instead of --model-dtype, or shift='none'")
-        width = None if run.group_width is None else parse_count(run.group_width, 'group_width')
+        resource = find_resource(run.resource, space, run.resource_file)
+        width = None if run.group_width is None else resource.parse(run.group_width, 'group_width')
         images = ShiftImages()
         super().__init__(
             model, criterion, criterion_kwargs, config=config,
-            generator=ArchitectureGenerator(space, seed=config.seed),
-            groups=BudgetGroups.of_space(space, width=width, count=run.num_groups),
+            generator=ArchitectureGenerator(space, seed=config.seed, resource=resource),
+            groups=BudgetGroups.of_space(space, width=width, count=run.num_groups, resource=resource),
             shift_batches=images, held_out_loss=held_out_loss, device=device, dtype=dtype, verbose=verbose)
         if isinstance(self.criterion, JsdCrossEntropy):
             raise ValueError(

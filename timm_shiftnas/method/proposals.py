@@ -1,58 +1,69 @@
 """Proposals: the arch for a budget, chosen among the generator's samples and enlarged where these leave room.
 
-`ArchitectureGenerator.propose` and its siblings call these functions.
+A budget is an upper bound on one resource, and several may be given at once. `ArchitectureGenerator.propose` and its
+siblings call these functions.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol, SupportsFloat, cast
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
 
-from ..space import complexity
 from ..space.core import Arch, SearchSpace
-from ..utils.units import format_count, parse_count
+from ..space.resources import MACS, PARAMS, Resource
 from .choices import ChoiceTable
 
-__all__ = ['enlarge', 'propose', 'propose_for_params', 'propose_many', 'select']
+__all__ = ['BudgetWarning', 'check_limits', 'enlarge', 'propose', 'propose_for_params', 'propose_many',
+           'propose_within', 'select']
 
 CLOSE = 0.99  # least share of its budget that a sampled proposal uses
-ROUNDING = 1.01  # budgets up to 1% above the largest arch are accepted: people type rounded figures
+ROUNDING = 1.01  # no warning for budgets up to 1% above the largest arch: people type rounded figures
 STARTS = 8  # archs that are enlarged
+
+Limit = tuple[Resource, float]  # a resource, and the most that an arch may use of it
+
+
+class BudgetWarning(UserWarning):
+    """A budget is above the largest arch, which is returned."""
 
 
 class CandidateGenerator(Protocol):
     """The part of an architecture generator that proposals use."""
     space: SearchSpace
     choices: ChoiceTable
-    macs_min: int
-    macs_max: int
+    resource: Resource
+    budget_min: float
+    budget_max: float
 
     def candidates(self, budgets: Tensor) -> tuple[Tensor, Tensor]:
         """Indices [B, candidates, n] and log-probabilities [B, candidates] of archs for each budget."""
 
 
-def propose(generator: CandidateGenerator, flops: SupportsFloat | str) -> Arch:
+def propose(generator: CandidateGenerator, budget: SupportsFloat | str) -> Arch:
     """The arch for a budget; see `ArchitectureGenerator.propose`."""
-    return propose_many(generator, [flops])[0]
+    return propose_many(generator, [budget])[0]
 
 
 @torch.no_grad()
 def propose_many(generator: CandidateGenerator, budgets: Sequence[SupportsFloat | str]) -> list[Arch]:
     """`propose` for several budgets at once, with the same results and errors."""
-    limits = [_parse_limit('flops', budget, generator.macs_min, generator.macs_max, 'MACs') for budget in budgets]
+    resource, ends = generator.resource, (generator.budget_min, generator.budget_max)
+    limits = [_check({resource: budget}, {resource: ends}, generator.space)[resource] for budget in budgets]
     archs = []
     for start in range(0, len(limits), 16):  # larger batches do not fit into the processor's cache
         part = torch.tensor(limits[start:start + 16], dtype=torch.float64, device='cpu')
         indices, log_probs = generator.candidates(part)
-        for case in zip(part, indices, generator.choices.macs(indices), log_probs):
-            archs.append(generator.space.decode(select(generator.choices, *case).tolist()))
+        for case in zip(part, indices, generator.choices.count(indices, resource), log_probs):
+            archs.append(generator.space.decode(select(generator.choices, *case, resource).tolist()))
     return archs
 
 
-def select(choices: ChoiceTable, limit: Tensor, indices: Tensor, macs: Tensor, log_probs: Tensor) -> Tensor:
+def select(choices: ChoiceTable, limit: Tensor, indices: Tensor, counts: Tensor, log_probs: Tensor,
+           resource: Resource = MACS) -> Tensor:
     """Choose the proposal among candidates.
 
     The most probable candidate that uses at least 99% of the budget. If there is none, the best result of enlarging
@@ -60,75 +71,124 @@ def select(choices: ChoiceTable, limit: Tensor, indices: Tensor, macs: Tensor, l
 
     Args:
         choices: The choices of the search space.
-        limit: The budget in MACs, 0-d.
+        limit: The budget, 0-d.
         indices: Choice indices of the candidates, [candidates, n]; 0 where a choice is inactive.
-        macs: Their MACs, [candidates].
+        counts: Their MACs, or what they use of the resource, [candidates].
         log_probs: Their log-probabilities, [candidates].
+        resource: What the budget bounds.
 
     Returns:
         Choice indices, [n].
     """
-    close = (macs >= CLOSE * limit) & (macs <= limit)
+    close = (counts >= CLOSE * limit) & (counts <= limit)
     if close.any():
         return indices[log_probs.masked_fill(~close, -math.inf).argmax()]
     smallest = torch.zeros_like(indices[:1])
-    fitting = torch.cat((smallest, indices[macs <= limit])).unique(dim=0)
-    return enlarge(choices, limit, fitting[choices.macs(fitting).argsort(descending=True, stable=True)[:STARTS]])
+    fitting = torch.cat((smallest, indices[counts <= limit])).unique(dim=0)
+    order = choices.count(fitting, resource).argsort(descending=True, stable=True)
+    return enlarge(choices, limit, fitting[order[:STARTS]], resource)
 
 
-def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor) -> Tensor:
+def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor, resource: Resource = MACS,
+            others: Sequence[Limit] = ()) -> Tensor:
     """Enlarge archs by single changes up to a budget, and return the largest result.
 
     From each start, repeat the change of one choice that gives the most MACs within the budget, until none adds any.
 
     Args:
         choices: The choices of the search space.
-        limit: The budget in MACs, 0-d.
+        limit: The budget, 0-d.
         indices: Choice indices of the starts, [starts, n].
+        resource: What the budget bounds, and what grows.
+        others: Further resources and their budgets.
 
     Returns:
         Choice indices, [n].
     """
     changed, values = torch.nonzero(~choices.is_padding).unbind(1)  # every change: a choice and its new index
-    macs = choices.macs(indices)
+    counts = choices.count(indices, resource)
     while True:
         # A change of an inactive choice leaves the MACs as they are and is therefore never taken.
         neighbours = indices[:, None].repeat(1, len(changed), 1)
         neighbours[:, range(len(changed)), changed] = values
         neighbours *= choices.active(neighbours)
-        reached = choices.macs(neighbours)
-        highest, change = reached.masked_fill(reached > limit, 0).max(1)
-        grows = highest > macs
+        reached = choices.count(neighbours, resource)
+        excess = reached > limit
+        for other, most in others:
+            excess |= choices.count(neighbours, other) > most
+        highest, change = reached.masked_fill(excess, 0).max(1)
+        grows = highest > counts
         if not grows.any():
-            return indices[macs.argmax()]
+            return indices[counts.argmax()]
         indices = torch.where(grows[:, None], neighbours[range(len(indices)), change], indices)
-        macs = torch.where(grows, highest, macs)
+        counts = torch.where(grows, highest, counts)
+
+
+@torch.no_grad()
+def propose_within(generator: CandidateGenerator, budgets: Mapping[Resource, SupportsFloat | str]) -> Arch:
+    """The arch within budgets of several resources, or of another one than the generator's.
+
+    Of the proposals at 256 budgets over the whole range of the generator, the largest one that fits. If it uses less
+    than 99% of every budget, the largest ones that fit are enlarged under all of them.
+
+    Raises:
+        ValueError: If no arch fits, or a budget is not a number with a unit of its resource.
+    """
+    space, target = generator.space, generator.resource
+    if {*budgets} == {target}:
+        return propose(generator, budgets[target])
+    limits = check_limits(space, budgets)
+    if all(limit == resource.range(space)[1] for resource, limit in limits.items()):
+        return space.largest
+    # The proposal at the lowest budget is the smallest arch, so at least one fits.
+    grid = torch.linspace(generator.budget_min, generator.budget_max, 256, dtype=torch.float64, device='cpu')
+    archs = list(dict.fromkeys(propose_many(generator, grid.tolist())))
+    used = {resource: resource.count(space, archs) for resource in {*limits, target, PARAMS}}
+    fits = torch.stack([used[resource] <= limit for resource, limit in limits.items()]).all(0)
+    chosen = [i for i, fit in enumerate(fits.tolist()) if fit]
+    chosen.sort(key=lambda i: (used[target][i].item(), used[PARAMS][i].item()), reverse=True)
+    best = chosen[0]
+    if any(used[resource][best] >= CLOSE * limit for resource, limit in limits.items()):
+        return archs[best]
+    starts = torch.tensor([space.encode(archs[i]) for i in chosen[:STARTS]], device='cpu')
+    most = torch.tensor(limits.pop(target, generator.budget_max), dtype=torch.float64, device='cpu')
+    return space.decode(enlarge(generator.choices, most, starts, target, list(limits.items())).tolist())
 
 
 def propose_for_params(generator: CandidateGenerator, params: SupportsFloat | str) -> Arch:
-    """The proposal of most MACs within a number of parameters; see `ArchitectureGenerator.propose_for_params`."""
-    space = generator.space
-    low, high = (cast(int, complexity.params(space, arch)) for arch in (space.smallest, space.largest))
-    limit = _parse_limit('params', params, low, high, 'parameters')
-    budgets = torch.linspace(generator.macs_min, generator.macs_max, 256, dtype=torch.float64, device='cpu')
-    archs = list(dict.fromkeys(propose_many(generator, budgets.tolist())))
-    macs, sizes = (cast(Tensor, count(space, archs)).tolist() for count in (complexity.macs, complexity.params))
-    # The proposal at the lowest budget is the smallest arch, so at least one fits.
-    best = max((i for i, size in enumerate(sizes) if size <= limit), key=lambda i: (macs[i], sizes[i]))
-    return archs[best]
+    """The proposal within a number of parameters; see `ArchitectureGenerator.propose_for_params`."""
+    return propose_within(generator, {PARAMS: params})
 
 
-def _parse_limit(name: str, value: SupportsFloat | str, low: int, high: int, unit: str) -> float:
-    """Read a budget, and lower it to that of the largest arch.
+def check_limits(space: SearchSpace, budgets: Mapping[Resource, Any]) -> dict[Resource, float]:
+    """Read budgets, and lower them to what the largest arch uses.
+
+    Warns:
+        BudgetWarning: If all budgets are above what the largest arch uses.
 
     Raises:
-        ValueError: If it is not a positive number, or out of the range from `low` to `high`.
+        ValueError: If a budget is not a positive number in a unit of its resource, or below what the smallest arch
+            uses: then it names the tightest one, and the least that it may be.
     """
-    limit = parse_count(value, name)
-    if not low <= limit <= high * ROUNDING:
-        problem, hint = ('too small a budget', f'{low} or more') if limit < low else (
-            'more than any arch uses', f'{high} for the largest')
+    return _check(budgets, {resource: resource.range(space) for resource in budgets}, space)
+
+
+def _check(
+        budgets: Mapping[Resource, Any], ranges: Mapping[Resource, tuple[float, float]], space: SearchSpace,
+) -> dict[Resource, float]:
+    """`check_limits` with known ranges of the resources."""
+    limits = {resource: resource.parse(value) for resource, value in budgets.items()}
+    tightest = min(limits, key=lambda resource: limits[resource] / ranges[resource][0])
+    low, high = ranges[tightest]
+    given = {resource: f'{resource.keyword}={str(value)[:40]}' for resource, value in budgets.items()}
+    if limits[tightest] < low:
+        several = f'; of {" and ".join(given.values())} it is the tightest' if len(given) > 1 else ''
         raise ValueError(
-            f'{name}={str(value)[:40]} is {problem}: the archs of this space have {format_count(low)} to '
-            f'{format_count(high)} {unit}; give {name}={hint}')
-    return min(limit, high)
+            f'{given[tightest]} is too small a budget: the archs of this space have {tightest.format(low)} to '
+            f'{tightest.describe(high)}; give {tightest.keyword}={tightest.least(low)} or more{several}')
+    if all(limits[resource] > ranges[resource][1] * ROUNDING for resource in limits):
+        macs = MACS.describe(MACS.range(space)[1])
+        warnings.warn(
+            f'{" and ".join(given.values())} is more than any arch of this space uses; the largest one has {macs}',
+            BudgetWarning, stacklevel=4)
+    return {resource: min(limit, ranges[resource][1]) for resource, limit in limits.items()}

@@ -1,17 +1,15 @@
 """`ShiftNASTask`: timm's classification task that trains a supernet with ShiftNAS (Zhang et al., ICCV 2023).
 
-Each micro-batch trains one arch: a budget group k ~ P, a budget uniform in it, an arch from the generator. Every
-`generator_interval` updates the generator takes a step on `generator_loss`, and every `shift_interval` updates the
-probability shift takes in its signal. All random draws are functions of (seed, step), so all processes of a distributed
-run draw the same; what they learn from is summed over them.
+Each micro-batch trains the archs that a sampler draws (`samplers`): ShiftNAS, or one of the methods it is compared
+with. All random draws are functions of (seed, step), so all processes of a distributed run draw the same; what they
+learn from is summed over them.
 
 `timm.task` is imported here, in `distillation` and in `timm_shiftnas.patch`, and nowhere else.
 """
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +24,20 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..space.core import Arch, SearchSpace
-from ..space.matrix_mapping import arch_masks
+from ..space.resources import MACS, Resource
 from ..utils.distributed import Ranks
-from ..utils.streams import stream
 from .config import ShiftNASConfig
 from .distillation import distilled, divergence
-from .generator import ArchitectureGenerator, generator_loss
+from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
+from .samplers import SAMPLERS, Step
+from .samplers.base import ShiftBatches
 from .shift import ProbabilityShift
-from .signals import create_signal, frozen, full_precision
 
 __all__ = [
     'ClassificationEvaluator', 'ClassificationTask', 'ShiftNASTask', 'check_same_space', 'evaluation_sample_limit',
     'load_task_ema_checkpoint', 'resume_task_checkpoint',
 ]
-
-Batch = tuple[Tensor, Tensor]
-ShiftBatches = Callable[[int], tuple[Batch, Batch]]
-DRAW_AHEAD = 10  # updates whose archs are drawn at once from a generator that does not change
 
 
 class EveryArch(nn.Module):
@@ -77,7 +71,7 @@ class ShiftNASTask(ClassificationTask):
         held_out_loss: `held_out_loss(output, targets)`: what the shift measures.
 
     Raises:
-        ValueError: If `shift_batches` is missing, or generator and model have different search spaces.
+        ValueError: If `shift_batches` is missing, or generator, model and groups do not belong together.
     """
 
     def __init__(
@@ -97,16 +91,13 @@ class ShiftNASTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         net = unwrap_model(model)
         self.space: SearchSpace = net.space
-        if generator.space.to_dict() != self.space.to_dict():
-            raise ValueError(
-                "the generator belongs to another search space than the model; create it with the model's space")
-        signal = 'none' if config.sampler == 'uniform' else config.shift
-        if signal != 'none' and shift_batches is None:
-            raise ValueError(
-                f"shift={signal!r} needs shift_batches (training and held-out images); give them or shift='none'")
+        check_generator(generator, self.space, groups)
         self.config, self.groups = config, groups
-        self._shift_batches = cast(ShiftBatches, shift_batches)
-        self._generator = [generator]  # in a list, so that `.parameters()` and `.to(device)` of the task leave it out
+        # no module, so that `.parameters()` and `.to(device)` of the task leave the generator out
+        self.sampler = SAMPLERS[config.sampler](config, generator, groups, shift_batches)
+        if self.shift.signal != 'none' and shift_batches is None:
+            raise ValueError(
+                f"shift={config.shift!r} needs shift_batches (training and held-out images); give them or shift='none'")
         self._teacher, self._held_out_loss = teacher, held_out_loss
         self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
             architecture=net.pretrained_cfg['architecture'], label_names=net.pretrained_cfg.get('label_names'),
@@ -114,20 +105,22 @@ class ShiftNASTask(ClassificationTask):
         self._one_call = False  # whether one forward call runs all archs of a step
         self.ranks = Ranks()
         self.loop_state: dict[str, Any] = {}
-        self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
-        self.signal = create_signal(signal, config.shift_epsilon)
-        self.shift = ProbabilityShift(
-            len(groups), signal, lr=config.shift_lr, momentum=config.shift_momentum, floor=config.shift_floor,
-            weights=config.group_weights)
-        self.history: list[tuple[int, list[float]]] = [(0, self.shift.probabilities.tolist())]
         self._update = 0  # completed updates
         self._micro = 0  # micro-batches of the current update
         self._micro_step = 0  # position in the streams that archs are drawn from
-        self._archs: deque[Arch] = deque()  # drawn ahead
 
     @property
     def generator(self) -> ArchitectureGenerator:
-        return self._generator[0]
+        return self.sampler.generator
+
+    @property
+    def shift(self) -> ProbabilityShift:
+        return self.sampler.shift
+
+    @property
+    def history(self) -> list[tuple[int, list[float]]]:
+        """Pairs (update, [P_1, ..., P_K]); P is in effect from that update on."""
+        return self.sampler.history
 
     @property
     def update(self) -> int:
@@ -183,9 +176,10 @@ class ShiftNASTask(ClassificationTask):
         Returns:
             'loss', 'archs' (a tuple) and 'output' (of the first arch).
         """
+        step = self._step(input, target)
         if self._micro == 0:
-            self._update_samplers(input, target)
-        archs = self._draw_archs()
+            self.sampler.update(step)
+        archs = self._draw_archs(step)
         net = self.trainable_module
         outputs = net(input, archs) if self._one_call else [net(input, arch) for arch in archs]
         losses = self._losses(outputs, input, target)
@@ -223,107 +217,25 @@ class ShiftNASTask(ClassificationTask):
 
     # -- drawing archs -------------------------------------------------------------------------------------------------
 
-    def _draw_archs(self) -> tuple[Arch, ...]:
+    def _step(self, input: Tensor, target: Tensor) -> Step:
+        """What the sampler sees of this micro-batch."""
+        return Step(
+            update=self.update, micro_step=self._micro_step, net=unwrap_model(self.trainable_module),
+            criterion=self.criterion, held_out_loss=self._held_out_loss, images=input, targets=target,
+            device=self.device, ranks=self.ranks)
+
+    def _draw_archs(self, step: Step) -> tuple[Arch, ...]:
         """The archs of this micro-batch: with the sandwich rule the largest and the smallest, then sampled ones."""
         config = self.config
         ends = (self.space.largest, self.space.smallest) if config.sandwich else ()
         # Every process draws the archs of all processes, so that all stay in the same state.
         ranks = self.ranks if config.arch_per_rank else Ranks()
         count = (config.archs_per_step - len(ends)) * ranks.size
-        warms_up = self.update < config.warmup_updates and config.warmup_sampler == 'uniform'
-        uniform = config.sampler == 'uniform' or warms_up
-        return (*ends, *ranks.shard(self._draw_uniform(count) if uniform else self._draw_generated(count)))
-
-    def _draw_uniform(self, count: int) -> list[Arch]:
-        """Archs sampled from the search space, without the generator."""
-        self._archs.clear()
-        noise = stream(self.config.seed, 'arch', self._micro_step)
-        return [self.space.sample(noise) for _ in range(count)]
-
-    def _draw_generated(self, count: int) -> list[Arch]:
-        """Archs from the generator, for budgets drawn from P."""
-        config = self.config
-        if not self._archs:
-            # Draw all archs up to the next step of the generator at once.
-            noise = stream(config.seed, 'arch', self._micro_step)
-            total = (config.generator_interval or DRAW_AHEAD) * (config.accum_steps or 1) * count
-            lowest = self.groups.lowest_budget(self.update, config.curriculum_updates)
-            budgets = self.groups.draw(self.shift.probabilities, total, noise, lowest)
-            self._archs.extend(self.generator.sample(budgets, noise))
-        return [self._archs.popleft() for _ in range(count)]
-
-    # -- learning to draw them -----------------------------------------------------------------------------------------
-
-    def _update_samplers(self, input: Tensor, target: Tensor) -> None:
-        """Take the steps of the generator and the shift that are due before this update."""
-        config, update = self.config, self.update
-        if config.sampler == 'uniform':
-            return
-        if config.generator_interval and update % config.generator_interval == 0:
-            self._update_generator(input, target)
-            self._archs.clear()
-        if self._shift_is_due:
-            self._update_shift()
-            self._archs.clear()
+        return (*ends, *ranks.shard(self.sampler.draw(step, count)))
 
     @property
     def _shift_is_due(self) -> bool:
-        return (self.shift.signal != 'none' and self._micro == 0
-                and self.update > 0 and self.update % self.config.shift_interval == 0)
-
-    def _update_generator(self, input: Tensor, target: Tensor) -> None:
-        """One step on `generator_loss`, with gradients of the generator alone."""
-        config, generator, net = self.config, self.generator, unwrap_model(self.trainable_module)
-        images = config.images_for_generator(self.ranks.size * len(input))
-        part = slice(max(-(-images // self.ranks.size), 2))  # BatchNorm needs two images
-        noise = stream(config.seed, 'generator', self.update)
-        spread = self.groups.spread(config.resource_batch, noise)
-        lowest = self.groups.lowest_budget(self.update, config.curriculum_updates)
-        drawn = self.groups.draw(self.shift.probabilities, 1, noise, lowest)
-        budgets = torch.cat([drawn, spread])
-        with torch.enable_grad():
-            rollout = generator(budgets, noise=noise, tau=self._tau)
-            masks = arch_masks(self.space, [one_hot[0].to(input.device) for one_hot in rollout.one_hots])
-            with frozen(net), full_precision(self.device):  # without autocast, float16 needs no loss scaling
-                task_loss = self.criterion(net(input[part], masks), target[part])
-            resource = generator.resource_loss(budgets, rollout.one_hots)
-            loss = generator_loss(task_loss.cpu(), resource, config.resource_weight)
-            parameters = list(generator.parameters())
-            gradients = torch.autograd.grad(loss, parameters)
-        self.ranks.mean_(gradients)
-        if all(bool(gradient.isfinite().all()) for gradient in gradients):
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, 1.)  # straight-through gradients have rare large outliers
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-
-    @property
-    def _tau(self) -> float:
-        """Gumbel temperature at this update: linear from the first to the last."""
-        first, last = self.config.tau
-        return first + (last - first) * min(self.update / self.config.total_updates, 1.)
-
-    def _update_shift(self) -> None:
-        """Take in the scores of the groups, and shift P after warm-up and curriculum."""
-        scores = self.shift_scores(unwrap_model(self.trainable_module))
-        if self.update < max(self.config.warmup_updates, self.config.curriculum_updates):
-            self.shift.observe(scores)
-        else:
-            self.shift.update(scores)
-        self.history.append((self.update, self.shift.probabilities.tolist()))
-
-    def shift_scores(self, net: nn.Module) -> Tensor:
-        """The signal of every group, [K]: at the proposed arch for its upper edge, on the batches of this shift."""
-        archs = self.generator.propose_many(self.groups.budgets)
-        train, held_out = self._shift_batches(self.update // self.config.shift_interval)
-
-        def loss(arch: Arch, batch: Batch) -> Tensor:
-            images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            return self._held_out_loss(net(images, arch), targets)
-
-        with frozen(net), full_precision(self.device), torch.enable_grad():
-            return self.signal(net, loss, archs, train, held_out, self.ranks)
+        return self._micro == 0 and self.sampler.shift_is_due(self.update)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -332,11 +244,9 @@ class ShiftNASTask(ClassificationTask):
         if ema:
             return {}
         return dict(
-            network=self.network, space=self.space.to_dict(), edges=list(self.groups.edges), update=self._update,
-            micro_step=self._micro_step, loop=self.loop_state,
-            generator=self.generator.state_dict(), generator_optimizer=self._optimizer.state_dict(),
-            shift=self.shift.state_dict(), **self.signal.state_dict(),
-            archs=[arch.to_dict() for arch in self._archs], history=[[step, list(p)] for step, p in self.history])
+            network=self.network, space=self.space.to_dict(), resource=resource_state(self.groups.resource),
+            edges=list(self.groups.edges), update=self._update, micro_step=self._micro_step, loop=self.loop_state,
+            **self.sampler.state_dict())
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
@@ -348,18 +258,39 @@ class ShiftNASTask(ClassificationTask):
         if ema or not state:
             return
         check_same_space(state, self.space)
+        check_same_resource(state, self.groups.resource)
         if list(state['edges']) != list(self.groups.edges):
             raise ValueError(
                 f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
                 'resume with the same --num-groups or --group-width')
-        self.shift.load_state_dict(state['shift'])
-        self.signal.load_state_dict(state)
-        self.generator.load_state_dict(state['generator'])
-        self._optimizer.load_state_dict(state['generator_optimizer'])
+        self.sampler.load_state_dict(state)
         self._update, self._micro, self._micro_step = state['update'], 0, state['micro_step']
         self.loop_state = state['loop']
-        self._archs = deque(self.space.from_dict(arch) for arch in state['archs'])
-        self.history = [(step, list(p)) for step, p in state['history']]
+
+
+def check_generator(generator: ArchitectureGenerator, space: SearchSpace, groups: BudgetGroups) -> None:
+    """Raise a `ValueError` unless a generator is of this space, and for the resource of these groups."""
+    if generator.space.to_dict() != space.to_dict():
+        raise ValueError(
+            "the generator belongs to another search space than the model; create it with the model's space")
+    if generator.resource != groups.resource:
+        raise ValueError(
+            f'the generator is for {generator.resource.label}, the groups are of {groups.resource.label}; create both '
+            'with the same resource')
+
+
+def resource_state(resource: Resource) -> dict[str, str]:
+    """What a checkpoint holds of a resource: its name, and its device file."""
+    return dict(name=resource.name, device='' if resource.device is None else resource.device.to_json())
+
+
+def check_same_resource(state: dict[str, Any], resource: Resource) -> None:
+    """Raise a `ValueError` unless the budgets of a task state bound this resource; those of older versions are MACs."""
+    saved, mine = state.get('resource') or resource_state(MACS), resource_state(resource)
+    if saved != mine:
+        raise ValueError(
+            f'the checkpoint has budgets of {saved["name"]} and this run of {mine["name"]}, or of another device file; '
+            'resume with the same --resource and --resource-file')
 
 
 def check_same_space(state: dict[str, Any], space: SearchSpace) -> None:

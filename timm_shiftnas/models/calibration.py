@@ -21,7 +21,7 @@ from ..space.core import Arch
 from ..utils.distributed import Ranks
 from .subnet import extract
 
-__all__ = ['BatchNormCalibration', 'ResizedInput', 'bn_statistics', 'calibrate_bn', 'has_batch_norm']
+__all__ = ['BatchNormCalibration', 'ResizedInput', 'bn_statistics', 'calibrate_bn', 'has_batch_norm', 'resized']
 
 RECIPES = ('attentivenas', 'ofa')
 
@@ -146,7 +146,7 @@ def _run(net: nn.Module, images: Tensor, means: Sequence[_Statistics]) -> None:
 
     handles = [mean.norm.register_forward_pre_hook(count) for mean in means]
     try:
-        net(_resized(net, images))
+        net(resized(net, images))
     finally:
         for handle in handles:
             handle.remove()
@@ -183,7 +183,7 @@ def _images_of(batch: Any) -> Tensor:
     return images
 
 
-def _resized(net: nn.Module, images: Tensor) -> Tensor:
+def resized(net: nn.Module, images: Tensor) -> Tensor:
     """Images at the resolution of a subnet, if its arch has one; a network around a backbone resizes them itself."""
     space = getattr(net, 'static_space', None)
     resolution = None if space is None or space.is_bound else family_of(space).resolution(net.arch)
@@ -198,7 +198,7 @@ class ResizedInput(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(_resized(self.module, x))
+        return self.module(resized(self.module, x))
 
 
 class BatchNormCalibration:

@@ -181,7 +181,9 @@ def _elastic_family_of(net: nn.Module, base: str) -> ElasticFamily:
     family, reason = _family_of(net), why_not_elastic(net)
     if family is None or reason:
         near = _elastic_names_near(base)
-        hint = 'it is without this option' if base.partition('.')[0] in near else f'elastic are {", ".join(near)}'
+        hint = f'elastic are {", ".join(near)}'
+        if base.partition('.')[0] in near:
+            hint = 'without this option it is elastic'
         raise ValueError(f'base={base!r} is not elastic: {reason}; {hint}')
     return family
 

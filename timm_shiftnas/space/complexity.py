@@ -57,7 +57,7 @@ def macs(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots, convention: 
     """
     if convention not in CONVENTIONS:
         raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
-    polynomial = family_of(space).macs
+    polynomial = family_of(space).count_macs
     return _evaluate(
         space, arch, lambda space, one_hots: polynomial(space, one_hots, convention) + head_macs(space, one_hots))
 
@@ -70,7 +70,7 @@ def params(space: SearchSpace, arch: Sequence[Arch] | OneHots) -> torch.Tensor: 
 
 def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
-    polynomial = family_of(space).params
+    polynomial = family_of(space).count_params
     return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots) + head_params(space, one_hots))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import torch
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
 from .matrix_mapping import Size
+from .operators import OperatorTable
 
 __all__ = [
     'CnnBlock', 'CnnMasks', 'CnnStructure', 'CnnTable', 'Weight', 'cnn_table', 'elastic_cnn_space',
@@ -313,6 +314,9 @@ class Weight(NamedTuple):
         vectors: How many further parameters it has for every row: its bias, or weight and bias of a norm.
         matrix: Whether it has a matrix or kernels, and not these vectors alone.
         trained: Whether these are parameters.
+        kind: Kind of its operator.
+        live: Tensors that exist when it has run, each by the labels of its channels and pixels, beside those that exist
+            throughout the block.
     """
     name: str
     rows: str
@@ -324,6 +328,8 @@ class Weight(NamedTuple):
     vectors: int = 0
     matrix: bool = True
     trained: bool = True
+    kind: str = 'pointwise'
+    live: tuple[tuple[str, str], ...] = ()
 
 
 class CnnTable(NamedTuple):
@@ -335,11 +341,13 @@ class CnnTable(NamedTuple):
         weights: In the order of the network.
         inner: Label of the channels inside each block; `None` for a plain convolution.
         frozen: Labels of channels whose order means something: those of convolutions with several groups.
+        padded: Pixels, by label, of the copy that a convolution of stride 2 with 'same' padding takes of its input.
     """
     sizes: dict[str, Size]
     weights: tuple[Weight, ...]
     inner: tuple[str | None, ...]
     frozen: frozenset[str]
+    padded: dict[str, Size]
 
     def at(self, space: SearchSpace, arch: Arch) -> dict[str, int]:
         """All sizes of an arch by label; those of blocks that it does not have are meaningless."""
@@ -364,10 +372,22 @@ def cnn_table(space: SearchSpace) -> CnnTable:
         sizes[label] = Size.of(space, lambda resolution: value, 0)
         return label
 
+    def padding(block: int, *kernel: int) -> Size:
+        """Pixels of the padded input of a block, or of the stem, -1."""
+        def area(resolution: int, size: int = structure.stem_kernel) -> int:
+            side = resolution if block < 0 else side_before(structure, resolution, block)
+            missing = max((-(-side // 2) - 1) * 2 + size - side, 0)
+            return (side + missing) ** 2 if missing else 0
+
+        return Size.of(space, area, 0, *kernel)
+
     mids = itertools.count()
+    padded = {'padded.stem': padding(-1)}
+    stem = ('width.0', pixels(0))
     weights = [
-        Weight('conv_stem', 'width.0', 'in_chans', area=constant('stem', structure.stem_kernel ** 2), pixels=pixels(0)),
-        Weight('bn1', 'width.0', vectors=2, matrix=False)]
+        Weight('conv_stem', 'width.0', 'in_chans', area=constant('stem', structure.stem_kernel ** 2), pixels=stem[1],
+               kind='stem', live=(stem, ('in_chans', 'padded.stem'))),
+        Weight('bn1', 'width.0', pixels=stem[1], vectors=2, matrix=False, kind='norm_act', live=(stem, stem))]
     inner: list[str | None] = []
     frozen: set[str] = set()
     for number, (block, (stage, position)) in enumerate(zip(structure.blocks, structure.places, strict=True)):
@@ -389,21 +409,34 @@ def cnn_table(space: SearchSpace) -> CnnTable:
                 space, lambda width, block=block: width // block.groups, index['width', incoming])
             columns = f'grouped.{number}'
             frozen |= {f'width.{incoming}', label}
+        if block.stride > 1 and not block.pool:
+            padded[f'padded.{number}'] = padding(number, kernel)
+        if block.pool == 'blur':
+            sizes[f'blurred.{number}'] = Size.of(
+                space, lambda resolution, number=number: (side_before(structure, resolution, number) + 2) ** 2, 0)
         fixed = {name: constant(f'{name}.{number}', value ** 2) for name, value in (
             ('start', block.start), ('end', block.end), ('filter', 3 * (block.pool == 'blur'))) if value}
         weights += _block_weights(
             block, number, f'blocks.{stage}.{position}', f'width.{incoming}', columns, label, fixed,
             pixels(number), pixels(number + 1))
+    plain, end = structure.head == 'plain', pixels(len(structure.blocks))
+    out, last = (f'width.{groups - 2}', end), (f'width.{groups - 1}', end)
     if structure.has_head:
         weights.append(Weight(
-            'conv_head', f'width.{groups - 1}', f'width.{groups - 2}',
-            pixels=pixels(len(structure.blocks)) if structure.head == 'plain' else 'unpooled',
-            vectors=int(structure.head_bias)))
+            'conv_head', f'width.{groups - 1}', f'width.{groups - 2}', pixels=end if plain else 'unpooled',
+            vectors=int(structure.head_bias), kind='pointwise' if plain else 'head',
+            live=(out, last) if plain else ()))
     if structure.head in ('plain', 'efficient_norm'):
-        norm = 'bn2' if structure.head == 'plain' else 'norm_head'
-        weights.append(Weight(norm, f'width.{groups - 1}', vectors=2, matrix=False))
-    weights.append(Weight('classifier', 'num_classes', f'width.{groups - 1}', vectors=1))
-    return CnnTable(sizes, tuple(weights), tuple(inner), frozenset(frozen))
+        weights.append(Weight(
+            'bn2' if plain else 'norm_head', f'width.{groups - 1}', pixels=end if plain else 'unpooled', vectors=2,
+            matrix=False, kind='norm_act', live=(last, last) if plain else ()))
+    weights.append(Weight(
+        'classifier', 'num_classes', f'width.{groups - 1}', vectors=1, kind='head'))
+    return CnnTable(sizes, tuple(weights), tuple(inner), frozenset(frozen), padded)
+
+
+Tensor2d = tuple[str, str]  # labels of the channels and the pixels of a tensor
+Live = tuple[Tensor2d, ...]
 
 
 def _block_weights(
@@ -421,78 +454,92 @@ def _block_weights(
         before, after: Labels of the pixels of input and output.
     """
     out = f'width.{block.width}'
+    spatial_pixels = before if block.pool else after  # of the output of the convolution of elastic kernel size
+    stream, wide, narrow = (incoming, before), (inner, spatial_pixels), (inner, after)  # tensors
     rows: list[tuple[str, str, str | None, dict[str, Any]]] = []
 
     def add(name: str, a: str, b: str | None = None, **more: Any) -> None:
         rows.append((name, a, b, more))
 
-    def spatial(name: str, a: str, b: str | None = None, pixels: str = after) -> None:
-        """The convolution of elastic kernel size, and the pooling that may follow it."""
-        add(name, a, b, kernel=f'kernel.{number}', area=f'area.{number}', pixels=before if block.pool else pixels)
+    def spatial(name: str, a: str, b: str | None = None, *, reads: Tensor2d = stream, held: Live = ()) -> None:
+        """The convolution of elastic kernel size; `reads` is its input, which is `held` or that of the block."""
+        padded = ((reads[0], f'padded.{number}'),) if block.stride > 1 and not block.pool else ()
+        add(name, a, b, kernel=f'kernel.{number}', area=f'area.{number}', pixels=spatial_pixels,
+            kind='depthwise' if b is None else 'conv', live=(*held, *padded, (a, spatial_pixels)))
 
-    def norm(name: str, a: str) -> None:
-        add(name, a, vectors=2, matrix=False)
+    def norm(name: str, output: Tensor2d, act: bool = True, held: Live = ()) -> None:
+        add(name, output[0], pixels=output[1], vectors=2, matrix=False, kind='norm_act' if act else 'norm',
+            live=(*held, output, output))
 
-    def pool(name: str) -> None:
+    def pool(name: str, held: Live = ()) -> None:
         if block.pool == 'blur':
-            add(name, inner, area=fixed['filter'], pixels=after, trained=False)
+            add(name, inner, area=fixed['filter'], pixels=after, trained=False, kind='depthwise',
+                live=(*held, wide, (inner, f'blurred.{number}'), narrow))
 
     def excite() -> None:
         if block.se:
-            add('se.conv_reduce', f'se.{number}', inner, vectors=1)
-            add('se.conv_expand', inner, f'se.{number}', vectors=1)
+            factors = (inner, 'one')
+            add('se.conv_reduce', f'se.{number}', inner, vectors=1, kind='se')
+            add('se.conv_expand', inner, f'se.{number}', vectors=1, kind='se', live=(narrow, narrow, factors, factors))
+
+    def project(name: str, *, norms: str, nested: bool = False) -> None:
+        """The convolution to the stream, and its norm; if `nested`, its input exists until the norm has run."""
+        add(name, out, inner, pixels=after, live=(narrow, (out, after)))
+        norm(norms, (out, after), act=False, held=(narrow,) if nested else ())
 
     if block.kind == 'ir':
-        add('conv_pw', inner, incoming, pixels=before)
-        norm('bn1', inner)
-        spatial('conv_dw', inner)
-        norm('bn2', inner)
+        add('conv_pw', inner, incoming, pixels=before, live=((inner, before),))
+        norm('bn1', (inner, before))
+        spatial('conv_dw', inner, reads=(inner, before), held=((inner, before),))
+        norm('bn2', wide)
         pool('aa')
         excite()
-        add('conv_pwl', out, inner, pixels=after)
-        norm('bn3', out)
+        project('conv_pwl', norms='bn3')
     elif block.kind == 'ds':
         spatial('conv_dw', inner)
-        norm('bn1', inner)
+        norm('bn1', wide)
         excite()
-        add('conv_pw', out, inner, pixels=after)
-        norm('bn2', out)
+        project('conv_pw', norms='bn2')
     elif block.kind == 'er':
         spatial('conv_exp', inner, columns)
-        norm('bn1', inner)
+        norm('bn1', wide)
         pool('aa')
         excite()
-        add('conv_pwl', out, inner, pixels=after)
-        norm('bn2', out)
+        project('conv_pwl', norms='bn2')
     elif block.kind == 'cn':
         spatial('conv', out, incoming)
-        norm('bn1', out)
+        norm('bn1', (out, spatial_pixels))
     else:
-        expanded = before if block.middle else after
+        started = (incoming, before if block.middle else after)
+        expanded = (inner, started[1])
+        held = (started,) if block.start else ()
         if block.start and block.middle:
-            add('dw_start.conv', incoming, area=fixed['start'], pixels=before)
+            add('dw_start.conv', incoming, area=fixed['start'], pixels=before, kind='depthwise', live=(started,))
         elif block.start:
             spatial('dw_start.conv', incoming)
         if block.start:
-            norm('dw_start.bn', incoming)
-        add('pw_exp.conv', inner, incoming, pixels=expanded)
-        norm('pw_exp.bn', inner)
+            norm('dw_start.bn', started, act=False)
+        add('pw_exp.conv', inner, incoming, pixels=expanded[1], live=(*held, expanded))
+        norm('pw_exp.bn', expanded, held=held)
         if block.middle:
-            spatial('dw_mid.conv', inner)
-            norm('dw_mid.bn', inner)
-            pool('dw_mid.aa')
+            spatial('dw_mid.conv', inner, reads=expanded, held=(expanded,))
+            norm('dw_mid.bn', wide, held=(expanded,))
+            pool('dw_mid.aa', held=(expanded,))
         excite()
-        add('pw_proj.conv', out, inner, pixels=after)
-        norm('pw_proj.bn', out)
+        project('pw_proj.conv', norms='pw_proj.bn', nested=True)
+        end = (out, after)
         if block.end:
-            add('dw_end.conv', out, area=fixed['end'], pixels=after)
-            norm('dw_end.bn', out)
+            add('dw_end.conv', out, area=fixed['end'], pixels=after, kind='depthwise', live=(end, end))
+            norm('dw_end.bn', end, act=False, held=(end,))
         if block.scale:
-            add('layer_scale', out, vectors=1, matrix=False)
+            add('layer_scale', out, pixels=after, vectors=1, matrix=False, kind='norm', live=(end, end))
     return [Weight(f'{prefix}.{name}', a, b, block=number, **more) for name, a, b, more in rows]
 
 
 # -- MACs and parameters -----------------------------------------------------------------------------------------------
+
+
+FIXED = ('one', 'unpooled', 'in_chans', 'num_classes')  # labels of sizes that the geometry decides
 
 
 @lru_cache(maxsize=64)
@@ -500,8 +547,7 @@ def _columns(space: SearchSpace) -> tuple[torch.Tensor, dict[str, list[int]]]:
     """All sizes as a linear map of the concatenated one-hots, and where each weight finds its own among them."""
     table, one_choice = cnn_table(space), list(itertools.accumulate(
         (len(choice.values) for choice in space.choices), initial=0))
-    fixed = ('one', 'unpooled', 'in_chans', 'num_classes')
-    position = {label: i for i, label in enumerate((*table.sizes, *fixed))}
+    position = {label: i for i, label in enumerate((*table.sizes, *FIXED))}
     with torch.inference_mode(False):
         matrix = torch.zeros(one_choice[-1], len(table.sizes), dtype=torch.float64, device='cpu')
         for label, size in table.sizes.items():
@@ -532,17 +578,21 @@ def _kept_weights(space: SearchSpace) -> list[int]:
         if weight.name in stem or (weight.block is not None and structure.blocks[weight.block].stage < last)]
 
 
-def _weight_sizes(space: SearchSpace, one_hots: OneHots) -> dict[str, torch.Tensor]:
-    """Sizes of the weights, each [..., weights]."""
-    g, (matrix, columns) = space.geometry, _columns(space.unbind())
+def _sizes(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    """All sizes, [..., sizes]: those of the table, and `FIXED`."""
+    g, (matrix, _) = space.geometry, _columns(space.unbind())
     joint = torch.cat(tuple(one_hots), dim=-1)
     sizes = joint @ matrix.to(joint)
     last = sizes[..., list(cnn_table(space.unbind()).sizes).index(f'pixels.{len(space.structure.blocks)}')]
     one = torch.ones_like(last)
-    sizes = torch.cat([sizes, torch.stack([
+    return torch.cat([sizes, torch.stack([
         one, one if g['global_pool'] else last, one * g['in_chans'], one * g['num_classes']], dim=-1)], dim=-1)
-    kept = _kept_weights(space)
-    return {name: sizes[..., [index[i] for i in kept]] for name, index in columns.items()}
+
+
+def _weight_sizes(space: SearchSpace, one_hots: OneHots) -> dict[str, torch.Tensor]:
+    """Sizes of the weights, each [..., weights]."""
+    sizes, kept = _sizes(space, one_hots), _kept_weights(space)
+    return {name: sizes[..., [index[i] for i in kept]] for name, index in _columns(space.unbind())[1].items()}
 
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
@@ -562,9 +612,71 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     return (size['active'] * size['rows'] * (matrices + vectors)).sum(-1)
 
 
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
+    table, cnn = OperatorTable(one_hots), cnn_table(space.unbind())
+    sizes = _sizes(space, one_hots)
+    of_weight = {name: sizes[..., index] for name, index in _columns(space.unbind())[1].items()}
+    live = _live(space, one_hots, sizes)
+    for kind in dict.fromkeys(weight.kind for weight in cnn.weights):
+        chosen = [i for i, weight in enumerate(cnn.weights) if weight.kind == kind]
+        weights = [cnn.weights[i] for i in chosen]
+        active, rows, area, columns, pixels = (
+            of_weight[name][..., chosen] for name in ('active', 'rows', 'area', 'columns', 'pixels'))
+
+        def fixed(values: Iterable[float], like: torch.Tensor = rows) -> torch.Tensor:
+            return torch.tensor([float(value) for value in values], dtype=torch.float64).to(like)
+
+        matrix = fixed(weight.matrix for weight in weights) * rows * columns * area
+        trained = fixed(weight.matrix and weight.trained for weight in weights)
+        is_norm = [not weight.matrix and weight.vectors == 2 for weight in weights]
+        table.add(
+            kind, active, macs=matrix * pixels, writes=rows * pixels, live=live[..., chosen], matrix=trained * matrix,
+            rows=trained * rows, vectors=fixed(weight.vectors for weight in weights) * rows,
+            statistics=fixed(is_norm) * rows)
+    return table
+
+
+def _live(space: SearchSpace, one_hots: OneHots, sizes: torch.Tensor) -> torch.Tensor:
+    """Values of all tensors that exist when a weight has been used, [..., weights]."""
+    g, cnn, structure = space.geometry, cnn_table(space.unbind()), space.structure
+    position = {label: i for i, label in enumerate((*cnn.sizes, *FIXED))}
+    inputs = structure.inputs
+    starts = [number for number, (_, place) in enumerate(structure.places) if place == 0]
+    padded = {label: size.value(one_hots) for label, size in cnn.padded.items()} if g.get('same_padding') else {}
+
+    def values(channels: str, pixels: str) -> torch.Tensor | float:
+        if pixels in cnn.padded:
+            return sizes[..., position[channels]] * padded.get(pixels, 0.)
+        return sizes[..., position[channels]] * sizes[..., position[pixels]]
+
+    resolution = torch.tensor(space.values('resolution'), dtype=torch.float64).to(sizes)
+    image = g['in_chans'] * (one_hots[0].to(sizes) @ resolution ** 2)
+    found = []
+    for weight in cnn.weights:
+        tensors, held = list(weight.live), image
+        if weight.kind == 'norm_act' and g.get('act_copies'):
+            tensors += tensors[-1:]
+        if weight.block is not None:
+            # the loops over stages and blocks hold their inputs: the output of the stem, that of the stage before, ...
+            stage, place = structure.places[weight.block]
+            tensors += [('width.0', 'pixels.0')]
+            tensors += [(f'width.{inputs[starts[stage]]}', f'pixels.{starts[stage]}')] * (stage > 0)
+            tensors += [(f'width.{inputs[weight.block]}', f'pixels.{weight.block}')] * (place > 0)
+        found.append(held + sum(values(*tensor) for tensor in tensors))
+    return torch.stack(found, dim=-1)
+
+
 def _geometry(net: Any) -> dict[str, Any]:
     """What MACs and parameters of a CNN of this family, elastic or static, depend on."""
-    return dict(in_chans=net.in_chans, num_classes=net.num_classes, global_pool=net.global_pool.pool_type)
+    found = dict(in_chans=net.in_chans, num_classes=net.num_classes, global_pool=net.global_pool.pool_type)
+    # what peak memory alone depends on: convolutions of stride 2 that copy their input, activations their output
+    copies = dict(
+        same_padding=net.conv_stem.padding == (0, 0) and net.conv_stem.kernel_size[0] > 1,
+        act_copies=not getattr(net.bn1.act, 'inplace', False))
+    return found | {name: True for name, value in copies.items() if value}
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -601,5 +713,5 @@ def _masks(space: SearchSpace, one_hots: OneHots) -> CnnMasks:
 
 register_family(Family(
     name='elastic_cnn', space=elastic_cnn_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
-    supernet='elastic_supernet', subnet='elastic_cnn_subnet', resolution=lambda arch: arch.resolution,
-    channels=_channels))
+    operators=_operators, supernet='elastic_supernet', subnet='elastic_cnn_subnet',
+    resolution=lambda arch: arch.resolution, channels=_channels))

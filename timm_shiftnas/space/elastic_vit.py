@@ -1,4 +1,4 @@
-"""The family of elastic pretrained ViTs: its search space, MACs, parameters and masks.
+"""The family of elastic pretrained ViTs: its search space, MACs, parameters, operators and masks.
 
 The networks are timm's `VisionTransformer` with most of its options: LayerScale, register tokens, normalised queries
 and keys, a norm before the blocks, attention pooling, heads of any width.
@@ -15,7 +15,17 @@ import torch
 
 from .core import Arch, OneHots, SearchSpace
 from .families import Family, register_family
-from .shiftformer import vit_channels, vit_choices, vit_masks, vit_sizes, vit_space_of, vit_values
+from .operators import OperatorTable
+from .shiftformer import (
+    add_vit_layers,
+    vit_channels,
+    vit_choices,
+    vit_hiddens,
+    vit_masks,
+    vit_sizes,
+    vit_space_of,
+    vit_values,
+)
 
 __all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
 
@@ -115,7 +125,8 @@ def _geometry(net: Any) -> dict[str, Any]:
         counts, img_size=net.patch_embed.img_size, patch_size=net.patch_embed.patch_size, in_chans=net.in_chans,
         num_classes=net.num_classes, global_pool=net.global_pool, prefix=net.num_prefix_tokens,
         head_dim=net.blocks[0].attn.head_dim, pool_inner=0 if pool is None else pool.q.out_features,
-        pool_hidden=0 if pool is None else pool.mlp.fc1.out_features)
+        pool_hidden=0 if pool is None else pool.mlp.fc1.out_features,
+        **({} if vit_hiddens(net) == 2 else dict(hiddens=vit_hiddens(net))))
 
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
@@ -144,7 +155,52 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     return outside * sizes.width + (sizes.active * block).sum(-1) + g['pool_fixed'] + g['num_classes']
 
 
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _first_layer(space: SearchSpace) -> list[list[float]]:
+    """1 for the first layer of the network, by depth."""
+    firsts = [kept_layers(space, depth)[0] for depth in space.values('depth')]
+    return [[float(layer == first) for layer in range(space.values('depth')[-1])] for first in firsts]
+
+
+def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
+    g, sizes, table = space.geometry, vit_sizes(space, one_hots, hidden_width), OperatorTable(one_hots)
+    width, inner, active = sizes.width[..., None], sizes.heads * g['head_dim'], sizes.active
+    (height, breadth), (patch_h, patch_w) = g['img_size'], g['patch_size']
+    patches, values = (height // patch_h) * (breadth // patch_w), patch_h * patch_w * g['in_chans']
+    tokens = patches + g['prefix']
+    table.add('embed', macs=patches * values * sizes.width, writes=patches * sizes.width, matrix=values * sizes.width,
+              rows=sizes.width, vectors=(g['stem'] - values) * sizes.width)
+    # The sequence of blocks holds its input, which is that of the first block, to the end.
+    first = one_hots[1] @ torch.tensor(_first_layer(space), dtype=torch.float64).to(one_hots[1])
+    image = height * breadth * g['in_chans']
+    held = image + (1 - first) * tokens * width
+    # x, its norm, queries, keys and values, and the output of attention; norms copy queries and keys, whose layout then
+    # makes the output be copied, too
+    normed = g['head_norm'] > 0
+    attended = (7 if normed else 4) * inner + (not normed) * sizes.heads
+    table.add('attention', active, macs=2 * tokens ** 2 * inner, writes=tokens * inner,
+              live=held + tokens * (2 * width + attended))
+    add_vit_layers(table, sizes, tokens, g['head_dim'], held, g['mlp_bias'], g['qkv_bias'], g.get('hiddens', 2),
+                   projected=held + tokens * (3 * width + (6 if normed else 4) * inner))
+    # LayerScale and the norms of queries and keys; norms of the stream and biases are counted above
+    table.add('scale', active, vectors=(g['block'] - 4 - 2 * g['mlp_bias']) * width + g['head_norm'])
+    pooled, hidden, classes = g['pool_inner'], g['pool_hidden'], g['num_classes']
+    if pooled:
+        matrix = (4 * pooled + 2 * hidden) * sizes.width
+        table.add('pool', macs=2 * ((tokens + 1) * pooled + hidden) * sizes.width + 2 * tokens * pooled,
+                  writes=2 * tokens * pooled,
+                  live=image + (tokens + 2) * sizes.width + (2 * tokens + 1) * pooled + g.get('hiddens', 2) * hidden,
+                  matrix=matrix, rows=3 * pooled + hidden + 2 * sizes.width,
+                  vectors=g['pool'] * sizes.width - matrix + g['pool_fixed'])
+    classified = tokens if g['global_pool'] == '' else 1
+    table.add('head', macs=classified * classes * sizes.width, writes=classified * classes,
+              matrix=classes * sizes.width, rows=classes, vectors=classes)
+    return table
+
+
 register_family(Family(
     name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params,
-    masks=partial(vit_masks, hidden_width=hidden_width), geometry=_geometry, supernet='elastic_supernet',
-    subnet='elastic_vit_subnet', channels=vit_channels))
+    masks=partial(vit_masks, hidden_width=hidden_width), geometry=_geometry, operators=_operators,
+    supernet='elastic_supernet', subnet='elastic_vit_subnet', channels=vit_channels))

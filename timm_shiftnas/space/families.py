@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .core import Arch, OneHots, SearchSpace
+
+if TYPE_CHECKING:
+    from .operators import OperatorTable
 
 __all__ = ['Family', 'Masks', 'families', 'family_of', 'register_family', 'space_from_dict', 'space_of_family']
 
@@ -31,14 +34,16 @@ class Family:
     Args:
         name: The `family` of its spaces, in memory and in saved files.
         space: Builder of its spaces; `SearchSpace.to_dict` writes its arguments.
-        macs: `macs(space, one_hots, convention)`: multiply-accumulates per image, a float64 tensor [...] for one-hots
-            [..., number of values], as a polynomial in them.
-        params: `params(space, one_hots)`: number of parameters, likewise.
         masks: `masks(space, one_hots)`: the masks of one arch, for one-hots [number of values].
         geometry: `geometry(net)`: what `macs` and `params` read from `SearchSpace.geometry`, of a supernet or a static
             subnet. Holds `num_classes` and `global_pool` if its networks can change them.
         supernet: Name in timm's registry of a supernet that takes `space=`.
         subnet: Name in timm's registry of the static network that takes `arch=`.
+        operators: `operators(space, one_hots)`: the table of the networks' operators, from which bytes of weights, peak
+            memory and latency are computed. It may be left out if these are not needed.
+        macs: `macs(space, one_hots, convention)`: multiply-accumulates per image, a float64 tensor [...] for one-hots
+            [..., number of values], as a polynomial in them. Default: their sum over the operators.
+        params: `params(space, one_hots)`: number of parameters, likewise.
         stock: `stock(space, arch)`: JSON-able description of a subnet that plain timm can build, or `None`.
         resolution: `resolution(arch)`: height and width of the images that a subnet takes, if its arch says so.
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
@@ -48,16 +53,52 @@ class Family:
     """
     name: str
     space: Callable[..., SearchSpace]
-    macs: Callable[[SearchSpace, OneHots, str], torch.Tensor]
-    params: Callable[[SearchSpace, OneHots], torch.Tensor]
     masks: Callable[[SearchSpace, OneHots], Masks]
     geometry: Callable[[Any], dict[str, Any]]
     supernet: str
     subnet: str
+    operators: Callable[[SearchSpace, OneHots], OperatorTable] | None = None
+    macs: Callable[[SearchSpace, OneHots, str], torch.Tensor] | None = None
+    params: Callable[[SearchSpace, OneHots], torch.Tensor] | None = None
     stock: Callable[[SearchSpace, Arch], dict[str, Any] | None] = lambda space, arch: None
     resolution: Callable[[Arch], int | None] = lambda arch: None
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
     channels: Callable[[SearchSpace, int], Any] | None = None
+
+    def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
+        """The operators of archs of a bound space.
+
+        Args:
+            space: The space.
+            one_hots: The archs, [..., number of values].
+            resource: What is computed from them, for error messages.
+
+        Raises:
+            ValueError: If the family has no table of them, or the networks are backbones or have heads of their own:
+                the table is of image classifiers.
+        """
+        if self.operators is None:
+            raise ValueError(
+                f'the family {self.name!r} describes no operators, so their {resource} is unknown; give '
+                'register_family(Family(..., operators=...))')
+        if 'features' in space.geometry:
+            raise ValueError(
+                f'the {resource} of a backbone, or of a network around one, is unknown: its operators are not those of '
+                'a classifier; give a budget of MACs (flops=) or parameters (params=), or the resource macs or params')
+        return self.operators(space, one_hots)
+
+    def count_macs(self, space: SearchSpace, one_hots: OneHots, convention: str = 'fused') -> torch.Tensor:
+        """Multiply-accumulates per image, [...], of archs given as one-hots [..., number of values]."""
+        if self.macs is not None:
+            return self.macs(space, one_hots, convention)
+        return self.operator_table(space, one_hots, 'macs').column('macs').sum(-1)
+
+    def count_params(self, space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+        """Number of parameters, likewise."""
+        if self.params is not None:
+            return self.params(space, one_hots)
+        table = self.operator_table(space, one_hots, 'params')
+        return (table.column('matrix') + table.column('vectors')).sum(-1)
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -106,5 +147,5 @@ def space_from_dict(data: Mapping[str, Any]) -> SearchSpace:
     try:
         space = _FAMILIES[name].space(**fields)
     except TypeError as error:
-        raise ValueError(f'not a {name} search space: {error}') from None
+        raise ValueError(f'not a search space of the family {name}: {error}') from None
     return space if geometry is None else space.bind(**geometry)

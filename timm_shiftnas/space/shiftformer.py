@@ -1,6 +1,10 @@
-"""The ShiftFormer family: its search space, MACs, parameters and masks (ViTs of AutoFormer, Chen et al., ICCV 2021)."""
+"""The ShiftFormer family: its search space, MACs, parameters, operators and masks.
+
+The networks are the ViTs of AutoFormer (Chen et al., ICCV 2021).
+"""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,10 +14,12 @@ import torch
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
 from .matrix_mapping import Size, nested
+from .operators import OperatorTable
 
 __all__ = [
-    'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'fused_columns', 'shiftformer_space', 'shiftformer_space_of',
-    'vit_channels', 'vit_choices', 'vit_masks', 'vit_sizes', 'vit_space_of', 'vit_values',
+    'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'add_vit_layers', 'fused_columns', 'shiftformer_space',
+    'shiftformer_space_of', 'vit_channels', 'vit_choices', 'vit_hiddens', 'vit_masks', 'vit_sizes', 'vit_space_of',
+    'vit_values',
 ]
 
 HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
@@ -217,7 +223,79 @@ def _geometry(net: Any) -> dict[str, Any]:
         num_classes=net.num_classes, global_pool=net.global_pool, class_token=net.has_class_token,
         no_embed_class=net.no_embed_class, pos_embed=net.pos_embed is not None,
         final_norm=args.get('final_norm', True), qkv_bias=args['qkv_bias'], proj_bias=args.get('proj_bias', True),
-        relative_position=args['relative_position'], max_relative_position=args['max_relative_position'])
+        relative_position=args['relative_position'], max_relative_position=args['max_relative_position'],
+        **({} if vit_hiddens(net) == 2 else dict(hiddens=vit_hiddens(net))))
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def add_vit_layers(
+        table: OperatorTable, sizes: ViTSizes, tokens: int, head_dim: int, held: torch.Tensor | float, bias: float,
+        qkv_bias: float, hiddens: int, projected: torch.Tensor | float = 0.) -> None:
+    """Add what the layers of all ViTs share: norms, projections and MLPs.
+
+    Args:
+        table: The table.
+        sizes: Of the archs.
+        tokens: Of an image.
+        head_dim: Channels of a head.
+        held: Values that exist throughout a layer, [...] or [..., layers], its own input aside.
+        bias: 1 if the projection of the heads and the layers of the MLP have a bias.
+        qkv_bias: 1 if queries, keys and values have one.
+        hiddens: Tensors of hidden width that exist in the activation; see `vit_hiddens`.
+        projected: Values that exist after the projection of the heads.
+    """
+    active, width, inner, hidden = sizes.active, sizes.width[..., None], head_dim * sizes.heads, sizes.hidden
+    table.add('norm', active, writes=tokens * width, vectors=2 * width)
+    table.add('norm', active, writes=tokens * width, vectors=2 * width)
+    table.add('qkv', active, macs=3 * tokens * width * inner, writes=3 * tokens * inner, matrix=3 * width * inner,
+              rows=3 * inner, vectors=3 * qkv_bias * inner)
+    table.add('proj', active, macs=tokens * width * inner, writes=tokens * width, matrix=width * inner, rows=width,
+              vectors=bias * width, live=projected)
+    table.add('fc1', active, macs=tokens * width * hidden, writes=tokens * hidden, matrix=width * hidden, rows=hidden,
+              vectors=bias * hidden)
+    # the input of the block, that of the MLP, its norm, and the hidden values
+    table.add('act', active, writes=tokens * hidden, live=held + tokens * (3 * width + hiddens * hidden))
+    table.add('fc2', active, macs=tokens * width * hidden, writes=tokens * width, matrix=width * hidden, rows=width,
+              vectors=bias * width)
+
+
+def vit_hiddens(net: Any) -> int:
+    """Tensors of hidden width that exist in an MLP's activation: its input and output, and a factor of quick GELU."""
+    return 2 + (type(net.blocks[0].mlp.act).__name__ == 'QuickGELU')
+
+
+def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
+    g, sizes, table = space.geometry, vit_sizes(space, one_hots, _hidden_width), OperatorTable(one_hots)
+    rows, cols, patches, tokens, patch_values = _tokens(g)
+    width, heads, active = sizes.width[..., None], sizes.heads, sizes.active
+    positions = patches if g['no_embed_class'] else tokens
+    image = math.prod(g['img_size']) * g['in_chans']
+    table.add('embed', macs=patches * patch_values * sizes.width, writes=patches * sizes.width,
+              matrix=patch_values * sizes.width, rows=sizes.width,
+              vectors=(1 + g['class_token'] + positions * g['pos_embed']) * sizes.width)
+    extra = 0
+    if g['relative_position']:
+        # of all layers: one-hot columns, and two tables of indices of 8 bytes
+        extra = fused_columns((rows, cols))
+        image += tokens * extra + 2 * (rows ** 2 + cols ** 2)
+        grids = HEAD_DIM * (rows ** 2 + cols ** 2 + 1)
+        table.add('position', active, macs=2 * patches * HEAD_DIM * (rows + cols) * heads,
+                  writes=patches * (2 * extra + HEAD_DIM) * heads,
+                  vectors=4 * (2 * g['max_relative_position'] + 2) * HEAD_DIM)
+        # x, its norm, queries, keys and values, the same with their columns, those of queries, tables, the output
+        live = grids + heads * tokens * (7 * HEAD_DIM + 5 * extra + 1)
+    else:
+        live = heads * tokens * (4 * HEAD_DIM + 1)
+    table.add('attention', active, macs=2 * tokens ** 2 * (HEAD_DIM + extra) * heads,
+              writes=tokens * (HEAD_DIM + extra) * heads, live=image + 2 * tokens * width + live)
+    add_vit_layers(table, sizes, tokens, HEAD_DIM, image, g['proj_bias'], g['qkv_bias'], g.get('hiddens', 2))
+    classified = tokens if g['global_pool'] == '' else 1
+    table.add('head', macs=classified * g['num_classes'] * sizes.width, writes=classified * g['num_classes'],
+              matrix=g['num_classes'] * sizes.width, rows=g['num_classes'],
+              vectors=g['num_classes'] + 2 * g['final_norm'] * sizes.width)
+    return table
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -257,5 +335,5 @@ def vit_masks(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) 
 
 register_family(Family(
     name='shiftformer', space=shiftformer_space, macs=_macs, params=_params,
-    masks=partial(vit_masks, hidden_width=_hidden_width), geometry=_geometry, supernet='shiftformer_supernet',
-    subnet='shiftformer_subnet', channels=vit_channels))
+    masks=partial(vit_masks, hidden_width=_hidden_width), geometry=_geometry, operators=_operators,
+    supernet='shiftformer_supernet', subnet='shiftformer_subnet', channels=vit_channels))

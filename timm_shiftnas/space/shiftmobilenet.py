@@ -1,4 +1,4 @@
-"""The ShiftMobileNet family: its search space, its block table, and the MACs, parameters and masks read off the table.
+"""The ShiftMobileNet family: its search space, its block table, and what is read off the table.
 
 One space for the weight-entangled CNN supernets of the field: BigNAS (Yu et al., ECCV 2020), AttentiveNAS (Wang et al.,
 CVPR 2021) and Once-for-all (Cai et al., ICLR 2020).
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from timm.layers import make_divisible
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
 from .matrix_mapping import Size, nested
+from .operators import OperatorTable
 
 __all__ = [
     'Block', 'BlockMasks', 'BlockShape', 'HEAD_RATIO', 'ShiftMobileNetMasks', 'Structure', 'block_shapes',
@@ -292,6 +293,7 @@ class BlockTable(NamedTuple):
     stage_pixels: Size
     expanded: Size  # channels of the 'efficient' head before pooling
     last: Size  # channels of the last convolution
+    resolution: Size
 
 
 @lru_cache(maxsize=64)
@@ -339,7 +341,7 @@ def block_table(space: SearchSpace) -> BlockTable:
     return BlockTable(
         tuple(blocks), stem=size(int, widths[0]), stem_pixels=pixels(2), stage=size(int, widths[-2]),
         stage_pixels=pixels(before), expanded=size(lambda width: HEAD_RATIO * width, widths[-2]),
-        last=size(int, widths[-1]))
+        last=size(int, widths[-1]), resolution=size(int, 0))
 
 
 def _side(resolution: int, stride: int) -> int:
@@ -454,7 +456,7 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
     inner = hidden * ((area + width_out) * pixels_out + 2 * se)
     project = projects * (1 - equal) * width_in * width_out * pixels_out
     blocks = (active * (expand + inner + project)).sum(-1)
-    stem, stem_pixels, stage, stage_pixels, expanded, last = (size.value(one_hots) for size in table[1:])
+    stem, stem_pixels, stage, stage_pixels, expanded, last = (size.value(one_hots) for size in table[1:7])
     pooled = 1 if geometry['global_pool'] else stage_pixels  # without pooling the head runs on every pixel
     head = geometry['num_classes'] * last * pooled
     if 'features' in geometry:
@@ -476,7 +478,7 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     excite = 2 * hidden * se + se + hidden * (se > 0).double()
     project = projects * (1 - equal) * width_in * width_out
     blocks = (active * (expand + inner + excite + project)).sum(-1)
-    stem, _, stage, _, expanded, last = (size.value(one_hots) for size in table[1:])
+    stem, _, stage, _, expanded, last = (size.value(one_hots) for size in table[1:7])
     head = geometry['num_classes'] * (last + 1)
     if 'features' in geometry:
         head = _expands(table, geometry) * expanded * (stage + 2)
@@ -485,6 +487,77 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     else:
         head = head + (stage + 2) * last
     return (9 * geometry['in_chans'] + 2) * stem + blocks + head
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
+    g, block_rows, table = space.geometry, block_table(space), OperatorTable(one_hots)
+    stem, stem_pixels, stage, stage_pixels, expanded, last = (size.value(one_hots) for size in block_rows[1:7])
+    image = g['in_chans'] * block_rows.resolution.value(one_hots) ** 2
+    table.add('stem', macs=9 * g['in_chans'] * stem * stem_pixels, writes=stem * stem_pixels,
+              matrix=9 * g['in_chans'] * stem, rows=stem)
+    table.add('norm', writes=stem * stem_pixels, vectors=2 * stem, statistics=stem,
+              live=image + 2 * stem * stem_pixels)
+    _add_blocks(table, space, one_hots, image + stem * stem_pixels)
+    efficient, pooled = space.structure.has_efficient_head, 1 if g['global_pool'] else stage_pixels
+    before = expanded if efficient else last  # channels of the last convolution at the size of the last stage
+    held = image + (stem * stem_pixels if efficient else 0)
+    table.add('pointwise', macs=stage * before * stage_pixels, writes=before * stage_pixels, matrix=stage * before,
+              rows=before, live=held + (stage + before) * stage_pixels)
+    table.add('norm', writes=before * stage_pixels, vectors=2 * before, statistics=before,
+              live=held + (stage * efficient + 2 * before) * stage_pixels)
+    if efficient:
+        table.add('head', macs=expanded * last * pooled, writes=last * pooled, matrix=expanded * last, rows=last)
+    classes = g['num_classes']
+    table.add('head', macs=classes * last * pooled, writes=classes * pooled, matrix=classes * last, rows=classes,
+              vectors=classes)
+    return table
+
+
+def _add_blocks(table: OperatorTable, space: SearchSpace, one_hots: OneHots, held: torch.Tensor) -> None:
+    """Add the operators of all blocks.
+
+    Args:
+        table: The table.
+        space: The space.
+        one_hots: Of the archs.
+        held: Values that exist throughout: the image, and the output of the stem.
+    """
+    rows = block_table(space).blocks
+    active, expands, projects, equal, width_in, hidden, width_out, area, se, pixels_in, pixels_out = _columns(
+        rows, one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out', 'kernel_area',
+        'se', 'pixels_in', 'pixels_out')
+
+    def fixed(values: Iterable[bool]) -> torch.Tensor:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64).to(active)
+
+    # Each loop over stages and blocks holds its input: the output of the stem, which `held` has already, the input of
+    # the stage, and that of the block.
+    reads = width_in * pixels_in
+    stages = [row.stage for row in rows]
+    stage_input = reads[..., [stages.index(stage) for stage in stages]] * fixed(stage > 0 for stage in stages)
+    held = held[..., None] + stage_input + reads * fixed(row.position > 0 for row in rows)
+    strides = fixed(row.stride > 1 for row in rows)
+    projected = projects * (1 - (1 - strides) * equal)  # such a block is another class, which holds more
+    before, after, out = expands * hidden * pixels_in, hidden * pixels_out, width_out * pixels_out
+    table.add('pointwise', active * expands, macs=width_in * before, writes=before, matrix=width_in * hidden,
+              rows=hidden)
+    table.add('norm', active * expands, writes=before, vectors=2 * hidden, statistics=hidden, live=held + 2 * before)
+    table.add('depthwise', active, macs=area * after, writes=after, matrix=area * hidden, rows=hidden,
+              live=held + before + after)
+    table.add('norm', active, writes=after, vectors=2 * hidden, statistics=hidden,
+              live=held + projected * before + 2 * after)
+    table.add('se', active * (se > 0), macs=2 * hidden * se, writes=after, matrix=2 * hidden * se, rows=hidden + se,
+              vectors=hidden + se, live=held + projected * before + 2 * after + 2 * hidden)
+    table.add('pointwise', active, macs=hidden * out, writes=out, matrix=hidden * width_out, rows=width_out,
+              live=held + after + out)
+    table.add('norm', active, writes=out, vectors=2 * width_out, statistics=width_out,
+              live=held + projected * after + 2 * out)
+    table.add('shortcut', active * projects * (1 - equal), macs=width_in * out, writes=out,
+              matrix=width_in * width_out, rows=width_out)
+    table.add('add', active * projected, writes=out, live=held + after + 3 * out)
 
 
 def _geometry(net: Any) -> dict[str, Any]:
@@ -561,6 +634,6 @@ def _block_masks(block: Block, one_hots: OneHots) -> BlockMasks:
 
 register_family(Family(
     name='shiftmobilenet', space=shiftmobilenet_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
-    supernet='shiftmobilenet_supernet', subnet='shiftmobilenet_subnet', stock=_stock,
+    operators=_operators, supernet='shiftmobilenet_supernet', subnet='shiftmobilenet_subnet', stock=_stock,
     resolution=lambda arch: arch.resolution,
     bn_recipe=lambda space: 'ofa' if space.structure.kernel == 'transform' else 'attentivenas', channels=_channels))

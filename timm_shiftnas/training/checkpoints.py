@@ -28,6 +28,8 @@ from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
 from ..models.subnet import describe_images
 from ..space.core import SearchSpace
+from ..space.latency import Device
+from ..space.resources import RESOURCES, Resource
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
 from ..utils.paths import expand_home
@@ -295,10 +297,16 @@ def load_checkpoint(
     describe_images(net, state['network'].get('label_names'), flags.get('input_img_mode'), upright)
     generator = None
     if 'generator' in state:
-        generator = ArchitectureGenerator(net.space)
+        generator = ArchitectureGenerator(net.space, resource=saved_resource(state, net.space, where))
         check_tensors(generator.state_dict(), state['generator'], where)
         generator.load_state_dict(state['generator'])
     return net.eval(), generator, dict(state, args=flags)
+
+
+def saved_resource(state: dict[str, Any], space: SearchSpace, where: str) -> Resource:
+    """The resource of the budgets of a task state; checkpoints of older versions have MACs."""
+    saved = state.get('resource') or dict(name='macs', device='')
+    return Device.of_json(saved['device'], where).resource(space) if saved['device'] else RESOURCES[saved['name']]
 
 
 def report_head(source: str, classes: int, wanted: int) -> bool:
@@ -343,6 +351,7 @@ class NetworkState(TypedDict):
 class TaskState(NetworkState, total=False):
     """The same of a task that trains a supernet."""
     edges: list[float]
+    resource: dict[str, str]
     generator: dict[str, Tensor]
     history: Annotated[list[Any], lambda history: bool(history)]
     update: int

@@ -24,7 +24,8 @@ from ..data.datasets import ImageFiles, class_names, create_dataset
 from ..data.loader import TrainLoader
 from ..data.modes import choose_mode
 from ..data.shift_batches import StepBatches, preprocessing
-from ..data.views import DatasetView, split_held_out
+from ..data.views import DatasetView, default_share, split_held_out
+from ..method.samplers import SAMPLERS
 from ..utils.distributed import Ranks
 from ..utils.streams import seed_process, stream
 
@@ -85,8 +86,8 @@ def open_data(args: argparse.Namespace) -> Data:
     if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
-    if args.held_out is not None or args.sampler == 'uniform' or args.shift != 'none':
-        share = args.held_out if args.held_out is not None else 0.02 if len(train) >= 20_000 else 0.05
+    if args.held_out is not None or SAMPLERS[args.sampler].searches or args.shift != 'none':
+        share = default_share(train) if args.held_out is None else args.held_out
         train, held_out = split_held_out(train, share, args.seed)
     if isinstance(train, IterableDataset):
         calibration = open_split(split=args.train_split, is_training=False, num_samples=args.train_num_samples)
@@ -146,10 +147,11 @@ class Loaders:
     Args:
         train: Training batches; `read_batches` moves them to the device.
         validation: Validation images; in a distributed run, the part of this process.
-        held_out: Held-out images for the search of --sampler uniform.
+        held_out: Held-out images for the search, with a --sampler that needs one.
         calibration: Training images for BatchNorm statistics.
         mixup: Mixes the images of a training batch.
         shift: Batches for a learned shift.
+        split: How images were held out, if they were: the arguments of `split_held_out`.
     """
     train: TrainLoader
     validation: DataLoader | PrefetchLoader
@@ -157,6 +159,7 @@ class Loaders:
     calibration: DataLoader | PrefetchLoader | None
     mixup: Mixup | FastCollateMixup | None
     shift: ShiftBatches | None
+    split: dict[str, Any] | None
 
 
 def create_loaders(
@@ -200,10 +203,12 @@ def create_loaders(
     return Loaders(
         train=TrainLoader(train, args.seed, ranks, args.aug_repeats if ranks.size > 1 else 0),
         validation=evaluation(data.validation, distributed=ranks.size > 1),
-        held_out=evaluation(data.held_out.with_transform(None)) if args.sampler == 'uniform' else None,
+        held_out=evaluation(data.held_out.with_transform(None)) if SAMPLERS[args.sampler].searches else None,
         calibration=create_calibration_loader(args, data, config, device) if calibrated else None,
         mixup=mixup,
-        shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None)
+        shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None,
+        split=None if data.held_out is None else dict(
+            share=len(data.held_out) / (len(data.train) + len(data.held_out)), seed=args.seed))
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 from ..evaluation.accuracy import evaluate
 from ..evaluation.tables import write_budgets_csv
 from ..models import static_counts
+from ..space.resources import MACS
 from .results import Results
 
 __all__ = ['NetworkResults']
@@ -16,6 +17,7 @@ __all__ = ['NetworkResults']
 class NetworkResults(Results):
     """Evaluates a single network: its table has one row, and there are no pictures."""
     metrics = ('top1', 'top5')
+    resource = MACS  # in the table
 
     def measure(self, net: nn.Module, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         device, ranks = options.pop('device'), options.pop('ranks')

@@ -20,8 +20,8 @@ from ..evaluation.tables import format_table, read_budgets_csv, write_budgets_cs
 from ..hub.push import push_directory
 from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
-from ..space.complexity import macs
 from ..space.core import Arch
+from ..space.resources import Resource
 from ..utils.files import atomic_write, name_disk_errors
 from ..utils.streams import stream
 from .flags import training_facts
@@ -66,7 +66,7 @@ class Results:
         rows, found = self.measure_at_once(net)
         if self.run.ranks.primary:
             with self.tolerate_errors('the table', 'standard output'):  # the reader of a pipe may have ended
-                print(format_table(rows), flush=True)
+                print(format_table(rows, self.resource), flush=True)
             with self.tolerate_errors('the results', unless=last):
                 self.write(net, rows, **found)
         return self.summary(rows)
@@ -76,7 +76,7 @@ class Results:
         rows, _ = self.measure_at_once(self.run.net)
         if self.run.ranks.primary:
             with self.tolerate_errors('the table', 'standard output'):
-                print('before training', format_table(rows), sep='\n', flush=True)
+                print('before training', format_table(rows, self.resource), sep='\n', flush=True)
             with self.tolerate_errors(BEFORE):
                 write_budgets_csv(self.output / BEFORE, rows)
 
@@ -101,12 +101,14 @@ class Results:
         if self.loaders.calibration is not None:
             options['calibration'] = BatchNormCalibration(self.loaders.calibration, args.bn_images)
         searched = None
-        if args.sampler == 'uniform':
+        if task.sampler.searches:
             searched = archs = search_archs(
                 net.space, task.generator, task.groups, args.search_samples, net, self.loaders.held_out,
                 seed=args.seed, **options)
         else:
-            archs = task.generator.propose_many(task.groups.budgets)
+            archs = task.sampler.archs_for_budgets()
+            if not task.sampler.proposes:
+                searched = archs
         rows = evaluate_budgets(net, task.groups, archs, self.loaders.validation, **options)
         return rows, dict(searched=searched, calibration=options.get('calibration'))
 
@@ -142,26 +144,29 @@ class Results:
             searched: Archs that a search has found for the groups.
             calibration: BatchNorm statistics of the evaluated subnets.
         """
-        task, space = self.task, net.space
+        task, space, resource = self.task, net.space, self.resource
         write_budgets_csv(self.output / 'budgets.csv', rows)
         before = self.output / BEFORE
         others = {'before training': read_budgets_csv(before)} if before.exists() else None
-        plot_accuracy(self.output / 'accuracy.png', rows, others)
+        plot_accuracy(self.output / 'accuracy.png', rows, others, resource)
         write_shift_csv(self.output / 'shift.csv', task.history)
         noise = stream(self.args.seed, 'histogram', 0)
-        uniform = macs(space, [space.sample(noise) for _ in range(2000)]).tolist()
-        plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform)
+        uniform = resource.count(space, [space.sample(noise) for _ in range(2000)]).tolist()
+        plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform, resource)
         in_table = dict.fromkeys(space.from_dict(row['arch']) for row in rows)
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
         self.save(
             net, rows, generator=task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics)
+            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics,
+            devices=[] if resource.device is None else [resource.device])
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
         """Write the model directory; `more` is as for `save_pretrained`."""
+        facts = training_facts(self.args, self.run.ranks.size)
+        if self.loaders.split is not None:
+            facts['held_out'] = self.loaders.split
         save_pretrained(
-            self.output / 'model', net, results=rows, training=training_facts(self.args, self.run.ranks.size),
-            data_config=self.run.data_config, **more)
+            self.output / 'model', net, results=rows, training=facts, data_config=self.run.data_config, **more)
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
@@ -182,6 +187,11 @@ class Results:
         path = self.output / f'train-batch-{epoch}-{batch}.jpg'
         with self.tolerate_errors(path.name), atomic_write(path) as temporary:
             torchvision.utils.save_image(images, temporary, format='JPEG', padding=0, normalize=True)
+
+    @property
+    def resource(self) -> Resource:
+        """What the budgets of the run bound."""
+        return self.task.groups.resource
 
     @contextmanager
     def tolerate_errors(self, what: str, place: str = '', unless: bool = False) -> Iterator[None]:

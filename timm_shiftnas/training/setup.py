@@ -36,10 +36,11 @@ from ..models._checkpoint import OtherClasses
 from ..models.calibration import has_batch_norm
 from ..models.subnet import describe_images
 from ..space import is_supernet
+from ..space.latency import find_resource
 from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
 from ..utils.text import one_line
-from ..utils.units import format_count, parse_count
+from ..utils.units import format_count
 from .checkpoints import Position, find_checkpoint, report_head, resume
 from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
 from .elastic import elastic_network
@@ -350,15 +351,15 @@ def create_task(
         macs, params = map(format_count, static_counts(net))
         _logger.info(f'{args.model}: one network, {macs} MACs, {params} params')
         return NetworkTask(net, space=bound_space(net), **common)
-    width = None if args.group_width is None else parse_count(args.group_width, '--group-width')
-    groups = BudgetGroups.of_space(net.space, width=width, count=args.num_groups)
+    resource = find_resource(args.resource, net.space, args.resource_file)
+    width = None if args.group_width is None else resource.parse(args.group_width, '--group-width')
+    groups = BudgetGroups.of_space(net.space, width=width, count=args.num_groups, resource=resource)
     low, high = groups.edges[0], groups.edges[-1]
     _logger.info(
-        f'{args.model}: {net.space.size:,} subnets, {format_count(low)} to {format_count(high)} MACs, '
+        f'{args.model}: {net.space.size:,} subnets, {resource.format(low)} to {resource.describe(high)}, '
         f'{len(groups)} groups')
-    return ShiftNASTask(
-        net, generator=ArchitectureGenerator(net.space, seed=args.seed), groups=groups, shift_batches=loaders.shift,
-        **common)
+    generator = ArchitectureGenerator(net.space, seed=args.seed, resource=resource)
+    return ShiftNASTask(net, generator=generator, groups=groups, shift_batches=loaders.shift, **common)
 
 
 def task_config(args: argparse.Namespace, updates_per_epoch: int) -> ShiftNASConfig:

@@ -420,12 +420,12 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ('--hub-revision', text('BRANCH'), None, 'branch of the repository (default: main)'),
     ),
     'ShiftNAS': (
-        ('--search-samples', COUNT, 25, 'archs searched per budget with --sampler uniform'),
+        ('--search-samples', COUNT, 25, 'archs searched per budget with --sampler uniform or attentivenas'),
         ('--shift-warmup-epochs', NOT_NEGATIVE, None, 'epochs before the shift starts (default: a tenth of --epochs)'),
         ('--elastic-warmup', NOT_NEGATIVE, 0.,
          'epochs over which the lowest budget falls from that of the largest subnet to that of the smallest'),
         ('--held-out', SHARE, None,
-         'share of the training images that only the shift sees (default: 0.02, or 0.05 below 20,000 images)'),
+         'share of the training images held out for a shift or a search (default: 0.02, or 0.05 below 20,000 images)'),
         ('--bn-images', COUNT, 2000, 'training images for the BatchNorm statistics of a subnet'),
     ),
 }

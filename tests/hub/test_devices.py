@@ -1,0 +1,91 @@
+"""Device files in model directories: saved, loaded, chosen, replaced and published."""
+import pytest
+import torch
+from support.devices import device_of
+from support.networks import tiny_supernet
+
+from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
+from timm_shiftnas.hub.push import published_files
+from timm_shiftnas.hub.save import add_device, save_pretrained
+from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.method.proposals import BudgetWarning
+from timm_shiftnas.models import static_counts
+from timm_shiftnas.space import MEMORY, SIZES
+
+
+@pytest.fixture(scope='module')
+def net():
+    return tiny_supernet()
+
+
+@pytest.fixture(scope='module')
+def device(net):
+    return device_of(net.space)
+
+
+@pytest.fixture
+def saved(net, tmp_path):
+    save_pretrained(tmp_path / 'model', net, ArchitectureGenerator(net.space).fit(20, progress=False))
+    return tmp_path / 'model'
+
+
+def test_a_subnet_within_several_budgets(net, saved, device):
+    path = add_device(saved, device)
+    assert path.name == 'device_toy.json' and SavedModel(saved).devices() == {'toy': device}
+    latency = device.resource(net.space)
+    limit = sum(latency.range(net.space)) / 2
+    subnet = from_pretrained(saved, latency=f'{limit * 1e3}ms', size='300kB', precision='fp32', memory='110kB')
+    assert latency.count(net.space, subnet.arch) <= limit
+    assert MEMORY.count(net.space, subnet.arch) <= 110_000
+    assert sum(weight.nbytes for weight in subnet.parameters()) == SIZES['fp32'].count(net.space, subnet.arch) <= 3e5
+    with pytest.raises(ValueError, match='budgets or an arch'):
+        from_pretrained(saved, latency='1s', arch=net.space.smallest)
+    with pytest.warns(BudgetWarning):
+        assert from_pretrained(saved, latency='1s', device_file=path).arch == net.space.largest
+
+
+def test_one_of_several_device_files_is_chosen_by_name(net, saved, device):
+    add_device(saved, device)
+    add_device(saved, device_of(net.space, name='slow', prices={'constant': 1., 'qkv/macs': 1e-9}))
+    with pytest.raises(ValueError, match='toy, slow'):
+        from_pretrained(saved, latency='8ms')
+    with pytest.raises(ValueError, match='latency=8ms is too small'):
+        from_pretrained(saved, latency='8ms', device_file='slow')
+    with pytest.warns(BudgetWarning):
+        assert from_pretrained(saved, latency='8s', device_file='slow').arch == net.space.largest
+
+
+def test_device_files_of_other_models_are_refused(saved, device):
+    other = device_of(tiny_supernet(num_classes=3).space)
+    with pytest.raises(ValueError, match='another search space'):
+        add_device(saved, other)
+    with pytest.raises(ValueError, match='64 letters'):
+        add_device(saved, device_of(tiny_supernet().space, name='../x'))
+    assert SavedModel(saved).devices() == {}
+
+
+def test_device_files_are_checked_and_travel_to_the_hub(net, saved, device):
+    add_device(saved, device)
+    files = published_files(SavedModel(saved), 'me/x', None, None)
+    assert files['device_toy.json'] == device.to_json().encode()
+    (saved / 'device_toy.json').write_text(device.to_json().replace('toy', 'boy'))
+    with pytest.raises(ValueError, match='device_toy.json'):
+        from_pretrained(saved, latency='8ms')
+    save_pretrained(saved, net)  # another model
+    assert not (saved / 'device_toy.json').exists()
+
+
+def test_a_generator_of_latencies_is_saved_with_its_device_file(net, device, tmp_path):
+    latency = device.resource(net.space)
+    generator = ArchitectureGenerator(net.space, resource=latency).fit(20, progress=False)
+    low, high = latency.range(net.space)
+    save_pretrained(tmp_path, net, generator, groups=[low, high], probabilities=[1.])
+    loaded = load_supernet(tmp_path)[1]
+    assert loaded.resource == latency and SavedModel(tmp_path).resource == latency
+    budget = (low + high) / 2
+    assert loaded.propose(budget) == generator.propose(budget) == from_pretrained(tmp_path, latency=budget).arch
+    macs = net.macs(net.space.smallest) * 2
+    assert static_counts(from_pretrained(tmp_path, flops=macs))[0] <= macs
+    with pytest.raises(ValueError, match='--name'):
+        add_device(tmp_path, device_of(net.space, machine='other'))
+    assert torch.equal(generator.bias, loaded.bias)

@@ -1,0 +1,68 @@
+"""Storing the archs that a search found in the directory of a saved supernet."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..models.calibration import bn_statistics
+from ..space.core import Arch, SearchSpace
+from .format import BN_STATS, CONFIG, KEY, WEIGHTS, ModelRecord, check_tensors
+from .load import SavedModel
+from .save import as_file, config_content, describe_file, number_statistics, write_files
+
+__all__ = ['save_searched']
+
+
+def save_searched(
+        saved: SavedModel,
+        archs: Sequence[Arch],
+        bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
+        limits: Mapping[str, float] | None = None,
+) -> None:
+    """Store the archs of a search in the directory of its supernet, so that `from_pretrained` loads them.
+
+    They replace those of an earlier search. Everything is written under temporary names first; then `config.json`, and
+    with BatchNorm the file of statistics, are renamed. After an error or Ctrl-C the directory is as it was.
+
+    Args:
+        saved: The supernet that was searched, opened before the search.
+        archs: The archs, the least accurate first.
+        bn_stats: Their BatchNorm statistics.
+        limits: As `searched_limits` of `save_pretrained`.
+
+    Raises:
+        ValueError: If the directory holds other weights by now.
+    """
+    now = SavedModel(saved.name)
+    if now.record.files[WEIGHTS] != saved.record.files[WEIGHTS]:
+        raise ValueError(f'{saved} holds other weights than those that were searched; search again')
+    net = now.skeleton()
+    statistics = {**_kept_statistics(now, now.space()), **(bn_stats or {})}
+    files = {}
+    if statistics:
+        for arch, stats in statistics.items():
+            check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, BN_STATS)
+        files[BN_STATS] = as_file(number_statistics(statistics))
+    record = dataclasses.replace(
+        now.record, searched=[arch.to_dict() for arch in archs], searched_limits=dict(limits or {}) or None,
+        bn_archs=[arch.to_dict() for arch in statistics] or None,
+        files=now.record.files | {name: describe_file(content) for name, content in files.items()})
+    config = {**now.config, KEY: record.to_dict()}
+    ModelRecord.of_config(config, CONFIG)  # refuses what could not be loaded
+    directory, content = Path(saved.name), config_content(config)
+    before = {name: (directory / name).read_bytes() for name in (CONFIG, *files) if (directory / name).exists()}
+    try:
+        write_files(directory, {CONFIG: content, **files}, replaced={*files})
+    except BaseException:
+        write_files(directory, before, replaced={*files})
+        raise
+
+
+def _kept_statistics(saved: SavedModel, space: SearchSpace) -> dict[Arch, dict[str, Tensor]]:
+    """The saved BatchNorm statistics of all archs but those that only an earlier search had found."""
+    in_results = {space.from_dict(row['arch']) for row in saved.record.results or ()}
+    dropped = {*saved.archs('searched', space)} - in_results
+    return {arch: stats for arch, stats in saved.all_bn_statistics(space).items() if arch not in dropped}
