@@ -25,7 +25,8 @@ class Head(nn.Module):
 
 
 def vit():
-    return tsn.ElasticBackbone(timm.create_model('test_shiftformer_supernet'), 2, norm=True)
+    space = tsn.shiftformer_space((16, 32), (2, 3), (1, 2), (1, 2))
+    return tsn.ElasticBackbone(timm.create_model('test_shiftformer_supernet', space=space), 2, norm=True)
 
 
 def cnn():
@@ -66,8 +67,11 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     torch.testing.assert_close(again(x), sub(x), rtol=0, atol=0)
     assert type(again) is Head and static_counts(again) == static_counts(sub)
     assert tsn.macs(SavedModel(tmp_path / 'sub').space(), sub.arch) == model.macs(sub.arch)
-    with pytest.raises(ValueError, match='flops'):
-        tsn.from_pretrained(tmp_path / 'sub', flops=1000, network=Head)
+    for budget in (dict(flops=1000), dict(memory='1GB')):
+        with pytest.raises(ValueError, match='|'.join(budget)):
+            tsn.from_pretrained(tmp_path / 'sub', **budget, network=Head)
+    with pytest.raises(ValueError, match='memory of a backbone'):
+        tsn.from_pretrained(tmp_path / 'model', memory='1GB', network=Head)
 
 
 def test_backbones_without_a_network_need_no_code(tmp_path):

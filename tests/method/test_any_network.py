@@ -47,18 +47,19 @@ def create(**settings):
         model, loss, held_out_loss=loss, num_groups=2, generator_fit_steps=20, total_updates=30, **settings)
 
 
+@pytest.mark.slow
 def test_it_learns_a_loss_of_its_own_at_every_arch():
     model, task = create(
         shift='hypergradient', shift_interval=5, shift_images=8, generator_interval=4, warmup_updates=2)
     archs, held_out = [model.space.smallest, model.space.sample(rng()), model.space.largest], batch(64, seed=999)
     before = [loss(model(held_out[0], arch), held_out[1]).item() for arch in archs]
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for update in range(30):
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for update in range(20):
         result = task(*batch(seed=update))
         result['loss'].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert task.update == 30 and len(task.history) == 6 and set(result['output']) == {'colour', 'confidence'}
+    assert task.update == 20 and len(task.history) == 4 and set(result['output']) == {'colour', 'confidence'}
     for arch, start in zip(archs, before, strict=True):
         assert loss(model(held_out[0], arch), held_out[1]) < .8 * start
 

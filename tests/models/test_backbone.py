@@ -11,11 +11,14 @@ from torch import nn
 import timm_shiftnas as tsn
 from timm_shiftnas.layers import FeatureSum, SimpleFeaturePyramid, make_inputs_elastic, resize
 from timm_shiftnas.models import static_counts
-from timm_shiftnas.space import arch_masks, macs, params
+from timm_shiftnas.space import MACS, MEMORY, PARAMS, arch_masks, macs, params
+from timm_shiftnas.space.latency import operator_features
+from timm_shiftnas.space.resources import SIZES
 
 OFA = dict(space=tsn.ofa_space(.5, (32, 64), (1, 2), (3, 5), (3, 4)))
+FORMER = tsn.shiftformer_space((32, 64), (3, 4), (1, 2), (1, 2))
 NETWORKS = {  # how a supernet is created, size of its images, feature maps
-    'shiftformer': (lambda: timm.create_model('test_shiftformer_supernet'), 32, [-3, -1]),
+    'shiftformer': (lambda: timm.create_model('test_shiftformer_supernet', space=FORMER), 32, [-3, -1]),
     'elastic_vit': (lambda: tsn.elastic('test_vit', img_size=64), 64, [-1]),
     'shiftmobilenet': (lambda: timm.create_model('test_shiftmobilenet_supernet'), 32, [0, 1]),
     'ofa': (lambda: timm.create_model('ofa_mobilenetv3_supernet', **OFA), 64, [1, 3, 4]),
@@ -26,7 +29,7 @@ NETWORKS = {  # how a supernet is created, size of its images, feature maps
 def create(name):
     torch.manual_seed(0)
     net = perturb(NETWORKS[name][0]().eval().double(), .03)
-    return net, [net.space.smallest, net.space.largest, net.space.sample(rng())]
+    return net, [net.space.smallest, net.space.sample(rng())]
 
 
 def images(name, arch=None, batch=2):
@@ -55,18 +58,17 @@ def test_intermediates_are_those_of_timm(name):
     assert_equal_maps(net.forward_intermediates(x, arch=arch)[1], sub.forward_intermediates(x)[1], 1e-5)
 
 
-@pytest.mark.parametrize('options', [
-    dict(return_prefix_tokens=True, output_fmt='NLC', indices=2), dict(output_dict=True, return_prefix_tokens=True),
-    dict(output_dict=True, intermediates_only=True), dict(is_causal=True, indices=[0], norm=True)], ids=str)
 @pytest.mark.parametrize('name', ['shiftformer', 'elastic_vit'])
-def test_all_output_formats_of_vits(name, options):
-    net, (_, _, arch) = create(name)
-    if options.get('is_causal') and name == 'shiftformer':
-        options = dict(indices=[0], norm=True)  # relative position takes no causal mask
-    expected, found = tsn.extract(net, arch), images(name)
-    torch.testing.assert_close(
-        net.forward_intermediates(found, **options, arch=arch), expected.forward_intermediates(found, **options),
-        rtol=0, atol=1e-12)
+def test_all_output_formats_of_vits(name):
+    net, (_, arch) = create(name)
+    sub, x = tsn.extract(net, arch), images(name)
+    causal = {} if name == 'shiftformer' else dict(is_causal=True)  # relative position takes no causal mask
+    for options in (dict(return_prefix_tokens=True, output_fmt='NLC', indices=2),
+                    dict(output_dict=True, return_prefix_tokens=True),
+                    dict(output_dict=True, intermediates_only=True), dict(indices=[0], norm=True, **causal)):
+        torch.testing.assert_close(
+            net.forward_intermediates(x, **options, arch=arch), sub.forward_intermediates(x, **options),
+            rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -201,7 +203,7 @@ def whole(name):
 @pytest.mark.parametrize('name', WHOLE)
 def test_whole_networks_equal_extracted_ones_and_counts_are_exact(name):
     model, x = whole(name)
-    for arch in (model.space.smallest, model.space.largest, model.space.sample(rng())):
+    for arch in (model.space.smallest, model.space.sample(rng())):
         sub, output = tsn.extract(model, arch), model(x, arch)
         assert type(sub) is type(model.network) and sub.arch == arch
         torch.testing.assert_close(sub(x), output, rtol=0, atol=1e-12)
@@ -210,6 +212,7 @@ def test_whole_networks_equal_extracted_ones_and_counts_are_exact(name):
         counts = counted_macs(sub, x[:1]), sum(weight.numel() for weight in sub.parameters())
         assert (model.macs(arch), model.params(arch)) == counts == static_counts(sub)
         assert (macs(sub.static_space, arch), params(sub.static_space, arch)) == counts
+        assert (MACS.count(model.space, arch), PARAMS.count(model.space, arch)) == counts
         plain = {type(each) for each in sub.modules() if 'timm_shiftnas.layers.heads' in type(each).__module__}
         assert plain <= {FeatureSum, SimpleFeaturePyramid}
 
@@ -226,6 +229,21 @@ def test_the_polynomial_is_differentiable_and_counts_batches():
     pixels = 12 * 12  # the first map, of 24 px images, has stride 2: 12 outputs per channel
     first = (one_hots[width].grad - backbone[width].grad)
     assert (first / torch.tensor(model.space.choices[width].values)).tolist() == [12 * pixels] * 2
+
+
+def test_what_only_the_operators_of_classifiers_tell_is_refused():
+    """MACs and parameters are those of the whole network; memory, sizes and latency would be those of another one."""
+    model, _ = whole('FPN of one size')
+    for space in (model.space, model.backbone.space):
+        for resource in (MEMORY, *SIZES.values()):
+            with pytest.raises(ValueError, match=rf'{resource.keyword} of a backbone.*macs or params'):
+                tsn.ArchitectureGenerator(space, resource=resource)
+        with pytest.raises(ValueError, match='latency of a backbone'):
+            operator_features(space, space.one_hot(space.smallest))
+    generator = tsn.ArchitectureGenerator(model.space)
+    with pytest.raises(ValueError, match='memory of a backbone'):
+        generator.propose_within({MEMORY: '1MB'})
+    assert tsn.ArchitectureGenerator(model.space, resource=PARAMS).budget_max == model.params(model.space.largest)
 
 
 def test_nothing_is_stored_by_a_forward():
