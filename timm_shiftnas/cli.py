@@ -46,6 +46,8 @@ from .models import describe_images, sort_by_importance, static_counts
 from .models.calibration import ResizedInput, has_batch_norm, resized
 from .models.export import export_onnx
 from .models.quantize import quantize_onnx
+from .space import complexity
+from .space.latency import operator_features
 from .space.resources import RESOURCES, Resource
 from .training.checkpoints import load_checkpoint
 from .training.elastic import images_of, open_base
@@ -78,21 +80,19 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     """
     for name in saved.info['files']:
         saved.read(name)
-    net = saved.skeleton()
+    net, space, counts = saved.skeleton(), saved.space(), dict(macs=complexity.macs, params=complexity.params)
     data = dict(
         directory=saved.name, kind=saved.kind, architecture=saved.config['architecture'],
         input_size=list(net.pretrained_cfg['input_size']), image_mode=net.image_mode, num_classes=net.num_classes)
     if saved.kind == 'supernet':
-        space = net.space
         ends = space.smallest, space.largest
         data.update(
             space=space.unbind().to_dict(), size=space.size,
-            macs=[net.macs(arch) for arch in ends], params=[net.params(arch) for arch in ends])
+            **{name: [count(space, arch) for arch in ends] for name, count in counts.items()})
         if archs := saved.archs('searched', space):
-            data.update(searched=[net.macs(arch) for arch in archs])
+            data.update(searched=[complexity.macs(space, arch) for arch in archs])
     else:
-        macs, params = static_counts(net)
-        data.update(arch=net.arch.to_dict(), macs=macs, params=params)
+        data.update(arch=net.arch.to_dict(), **{name: count(space, net.arch) for name, count in counts.items()})
     names = ('groups', 'resource', 'device', 'probabilities', 'results')
     optional = {name: saved.info[name] for name in names if name in saved.info}
     if devices := saved.devices():
@@ -348,6 +348,7 @@ def run_measure(args: argparse.Namespace) -> None:
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; latencies of many subnets are measured: give a supernet')
     net = saved.network()
+    operator_features(net.space, net.space.one_hot(net.space.smallest))  # refused here, not after hours of measuring
     setup = Setup(args.backend, args.device or 'cpu', args.threads or torch.get_num_threads(), args.batch_size)
     archs = archs_to_measure(net.space, args.archs, args.seed)
     if args.export:
@@ -388,12 +389,21 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if not (args.dataset or args.data_dir):
         raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
     saved, device = SavedModel(args.directory), open_device(args.device)
+    check_classifier(saved)
     net = load_subnet(saved, args, device)
     images, part = labelled_images(saved, net.num_classes, args, args.split)
     if has_batch_norm(net):
         net = ResizedInput(net)
     top1, top5 = evaluate(net, batches(Expected.by(saved), images, args), device, autocast_of(args, device))
     print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
+
+
+def check_classifier(saved: SavedModel) -> None:
+    """Raise a `ValueError` if a saved model is a backbone, or a network around one: these have no top-1 accuracy."""
+    if saved.record.backbone is not None:
+        raise ValueError(
+            f'{saved} holds a backbone, or a network around one, and not an image classifier: load it in Python, with '
+            'timm_shiftnas.from_pretrained, and measure what it is for')
 
 
 def autocast_of(args: argparse.Namespace, device: torch.device) -> torch.autocast | None:
@@ -424,6 +434,7 @@ def run_search(args: argparse.Namespace) -> None:
     saved, device = SavedModel(args.directory), open_device(args.device)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')
+    check_classifier(saved)
     net = saved.network().to(device).eval()
     generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)
