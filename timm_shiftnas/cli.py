@@ -1,4 +1,5 @@
-"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, push and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, report, push
+and convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """
@@ -32,12 +33,14 @@ from .evaluation.backends import OnnxNetwork, versions_of
 from .evaluation.foreign_devices import export_subnets, read_latencies
 from .evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
 from .evaluation.plots import plot_front
+from .evaluation.report import MARK
 from .evaluation.search import COSTS, search
-from .evaluation.tables import format_table, write_budgets_csv
+from .evaluation.tables import format_table, read_budgets_csv, write_budgets_csv
 from .hub.download import check_repo_id
 from .hub.format import CONFIG, device_file, saved_class_names
 from .hub.load import SavedModel, from_pretrained
 from .hub.push import push_directory
+from .hub.report import REPORT, write_report
 from .hub.save import add_device, save_pretrained
 from .hub.searched import save_searched
 from .method import ArchitectureGenerator, BudgetGroups
@@ -381,6 +384,26 @@ def run_measure(args: argparse.Namespace) -> None:
           f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')
 
 
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write what a model directory holds as one HTML file."""
+    saved, front = SavedModel(args.directory), args.directory / 'search' / 'front.csv'
+    try:
+        rows = read_budgets_csv(front) if front.is_file() else []
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{front} is not the table of a search ({one_line(error, 200)}); remove it') from error
+    run = args.directory.absolute().parent
+    trained = args.directory.absolute().name == 'model' and (run / 'summary.csv').exists()
+    output = args.output or (run if trained else args.directory) / REPORT
+    if output.is_dir() or (output.exists() and MARK.encode() not in output.read_bytes()[:1000]):
+        raise ValueError(f'--output {output} exists already and is not a report; give another file')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_report(output, saved, rows)
+    print(f'{output}: open it in a browser')
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
@@ -604,4 +627,4 @@ def batches(expected: Expected, images: Dataset, args: argparse.Namespace) -> It
 
 COMMANDS = dict(
     elastic=run_elastic, info=run_info, extract=run_extract, convert=run_convert, push=run_push, evaluate=run_evaluate,
-    search=run_search, export=run_export, measure=run_measure)
+    search=run_search, export=run_export, measure=run_measure, report=run_report)

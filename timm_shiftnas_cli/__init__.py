@@ -199,6 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
     other.add_argument(
         '--import', metavar='CSV', type=_path, dest='import_csv', help='measure nothing; read the CSV of --export')
 
+    report = commands.add_parser('report', help='write the curve and the archs of the evaluated subnets as HTML')
+    report.add_argument(
+        '--output', metavar='FILE', type=_path,
+        help='file to write (default: report.html in the folder of the training, or in DIR)')
+
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
     for command in (extract, evaluate, export):
@@ -222,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
         command.add_argument('--commit-message', metavar='TEXT', help='message of the commit')
         command.add_argument('--license', metavar='NAME', help="license on the model card, such as 'apache-2.0'")
-    for command in (info, extract, evaluate, search, export, measure, push):
+    for command in (info, extract, evaluate, search, export, measure, report, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
     push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
@@ -237,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--class-map', metavar='FILE',
         help="names of the classes, as for train.py; checkpoints of timm's own script do not hold them")
     convert.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    for command in (elastic, info, extract, evaluate, search, export, measure, push, convert):
+    for command in (elastic, info, extract, evaluate, search, export, measure, report, push, convert):
         command.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     return parser
 

@@ -142,7 +142,8 @@ def test_one_commit_holds_everything(hub, client, directory):
     assert repo.private and len(repo.commits) == 2
     assert address == f'{hub.url}/org/everything/commit/{repo.branches["main"]}'
     files = files_of(hub, 'org/everything')
-    assert set(files) == {'.gitattributes', 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png', *FILES}
+    assert set(files) == {
+        '.gitattributes', 'README.md', 'budgets.csv', 'accuracy.png', 'report.html', 'shift.png', *FILES}
     for name in FILES:
         assert files[name] == (directory / 'model' / name).read_bytes()
     assert files['shift.png'] == (directory / 'shift.png').read_bytes()

@@ -55,7 +55,7 @@ def test_output_files(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
     assert {'summary.csv', 'budgets.csv', 'shift.csv', 'accuracy.png', 'shift.png', 'model', 'last.pth.tar',
-            'args.yaml'} <= names
+            'args.yaml', 'report.html'} <= names
     assert not [name for name in names if 'tmp' in name]
     for name in ('accuracy.png', 'shift.png'):
         assert min(Image.open(output / name).size) > 300

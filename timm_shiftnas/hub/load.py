@@ -128,7 +128,7 @@ def from_pretrained(
     if saved.kind == 'subnet':
         _check_subnet(net, limits, wanted)
         return net.to(device=device, dtype=dtype).eval()
-    net = extract(net, _arch_for_budgets(saved, net, limits) if wanted is None else space.from_dict(wanted))
+    net = extract(net, arch_for_budgets(saved, net, limits) if wanted is None else space.from_dict(wanted))
     stored = saved.bn_statistics(net, space)
     net.load_state_dict(stored, strict=False)
     net = net.to(device=device, dtype=dtype).eval()
@@ -347,7 +347,7 @@ class SavedModel:
         return dict(zip(self.archs('bn_archs', space), stored))
 
 
-def _arch_for_budgets(saved: SavedModel, net: nn.Module, budgets: Mapping[Resource, Any]) -> Arch:
+def arch_for_budgets(saved: SavedModel, net: nn.Module, budgets: Mapping[Resource, Any]) -> Arch:
     """Choose the arch of a saved supernet within budgets: the best searched one that fits, or the generator's."""
     space = net.space
     limits = check_limits(space, budgets)  # even if a searched arch fits: a budget out of range is refused

@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: one commit with a model directory, its table, its pictures and a model card.
+"""Publishing on the Hugging Face Hub: one commit with a model directory, table, pictures, report and model card.
 
 huggingface_hub uploads and commits. Nothing pickled is ever uploaded.
 """
@@ -26,6 +26,7 @@ from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, metric_of, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
+from .report import REPORT, model_report
 from .save import save_pretrained
 
 __all__ = ['published_files', 'push_directory', 'push_to_hub']
@@ -71,9 +72,9 @@ def push_directory(
 ) -> str:
     """Publish what `save_pretrained` or `train.py` wrote, in one commit; in none if the repository has it already.
 
-    Every file is checked against `config.json` first. Table and accuracy picture show the results in it; the picture of
-    the shift comes from the directory of the training. Files of an earlier model of this package that the new one lacks
-    are deleted. All other files stay, and so does a README.md that this package did not write.
+    Every file is checked against `config.json` first. Table, accuracy picture and report show the results in it; the
+    picture of the shift comes from the directory of the training. Files of an earlier model of this package that the
+    new one lacks are deleted. All other files stay, and so does a README.md that this package did not write.
 
     Args:
         directory: A directory of `save_pretrained`, or one of `train.py` with such a directory `model`.
@@ -183,7 +184,7 @@ def _stale_files(
         api: HfApi, retry: Retry, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
     """Files to delete: those of an earlier model of this package that the new one lacks."""
     ours = CONFIG in present and f'"{KEY}"' in _content(api, retry, info, CONFIG)
-    own = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT, *(name for name in present if device_name(name))}
+    own = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT, REPORT, *(name for name in present if device_name(name))}
     return sorted(own & set(present) - set(files)) if ours else []
 
 
@@ -210,7 +211,7 @@ def _find_commit(api: HfApi, retry: Retry, revision: str | None, parent: str, fi
 
 
 def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
-    """The content of every file to publish, by name: the checked files, the table, the pictures and the card.
+    """The content of every file to publish, by name: the checked files, table, pictures, report and card.
 
     `run` is the directory of the training, if there is one; `repo_id` and `license` are for the card.
     """
@@ -231,6 +232,7 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
                 plot_accuracy(
                     Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record))
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        files[REPORT] = model_report(saved, repo_id=repo_id).encode()
     files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}
     files[CARD] = str(model_card(saved, repo_id, set(files), license)).encode()
     return files

@@ -17,7 +17,9 @@ from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, read_budgets_csv, write_budgets_csv, write_shift_csv
+from ..hub.load import SavedModel
 from ..hub.push import push_directory
+from ..hub.report import REPORT, write_report
 from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
 from ..space.core import Arch
@@ -161,12 +163,14 @@ class Results:
             devices=[] if resource.device is None else [resource.device])
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Write the model directory; `more` is as for `save_pretrained`."""
+        """Write the model directory and its report; `more` is as for `save_pretrained`."""
         facts = training_facts(self.args, self.run.ranks.size)
         if self.loaders.split is not None:
             facts['held_out'] = self.loaders.split
         save_pretrained(
             self.output / 'model', net, results=rows, training=facts, data_config=self.run.data_config, **more)
+        with self.tolerate_errors('the report'):
+            write_report(self.output / REPORT, SavedModel(self.output / 'model'))
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.

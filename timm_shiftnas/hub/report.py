@@ -1,0 +1,104 @@
+"""The report of a saved model: `evaluation.report` for a model directory."""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..evaluation.report import EvaluatedSubnet, report_html
+from ..evaluation.tables import Row
+from ..models.subnet import bound_space
+from ..space.core import Arch, SearchSpace
+from ..space.families import family_of
+from ..space.resources import MACS, PARAMS, RESOURCES, Resource
+from ..utils.files import atomic_write
+from ..utils.units import format_count
+from .load import SavedModel, arch_for_budgets
+
+__all__ = ['REPORT', 'model_report', 'write_report']
+
+REPORT = 'report.html'
+
+
+def write_report(path: str | os.PathLike, saved: SavedModel, front: Sequence[Row] = ()) -> None:
+    """Write the report of a saved model.
+
+    Args:
+        path: The file; it is replaced.
+        saved, front: As for `model_report`.
+    """
+    content = model_report(saved, front)
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding='utf-8')
+
+
+def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | None = None) -> str:
+    """The report of a saved supernet or subnet, as HTML.
+
+    Its subnets are the results in `config.json`, and those of a search. A supernet without results is shown at its
+    ends.
+
+    Args:
+        saved: The model.
+        front: The table of a search; rows of archs that are not stored in the directory are left out.
+        repo_id: The repository that is named in what to type; default is the directory.
+    """
+    net = saved.skeleton()
+    space = net.space if saved.kind == 'supernet' else bound_space(net)
+    resource = saved.resource
+    rows = [(row, 'results') for row in saved.record.results or _rows_without_results(saved, net)]
+    searched = set(saved.archs('searched', space))
+    rows += [(row, 'search') for row in front if space.from_dict(row['arch']) in searched]
+    subnets = []
+    for row, series in rows:
+        arch = space.from_dict(row['arch'])
+        subnets.append(EvaluatedSubnet(row, arch, _lines(saved, net, arch, row, resource, repo_id), series))
+    return report_html(
+        saved.config['architecture'], _subtitle(saved, net, space), space, subnets, _resources(saved, space),
+        resource=resource, edges=saved.record.groups, probabilities=saved.record.probabilities)
+
+
+def _rows_without_results(saved: SavedModel, net: nn.Module) -> list[dict[str, Any]]:
+    ends = dict(smallest=net.space.smallest, largest=net.space.largest) if saved.kind == 'supernet' else dict(
+        subnet=net.arch)
+    return [dict(name=name, budget=None, arch=arch.to_dict()) for name, arch in ends.items()]
+
+
+def _resources(saved: SavedModel, space: SearchSpace) -> list[Resource]:
+    """Everything that can be counted, and the latency on every device, of which one may be that of the budgets."""
+    counted = [*RESOURCES.values()] if family_of(space).operators else [MACS, PARAMS]
+    return [*counted, *(device.resource(space) for device in saved.devices().values())]
+
+
+def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:
+    size = ' x '.join(map(str, net.pretrained_cfg['input_size']))
+    what = 'A subnet' if saved.kind == 'subnet' else f'A supernet of {space.size:,} subnets'
+    low, high = map(format_count, MACS.range(space))
+    macs = low if saved.kind == 'subnet' else f'{low} to {high}'
+    return f'{what}: {macs} MACs, images of {size}, {net.num_classes} classes.'
+
+
+def _lines(saved: SavedModel, net: nn.Module, arch: Arch, row: Mapping[str, Any], resource: Resource,
+           repo_id: str | None) -> list[str]:
+    """What to type for a subnet: its budget if that gives exactly this subnet, and its arch otherwise."""
+    name = repo_id or saved.name
+    if saved.kind == 'subnet':
+        return [f'net = tsn.from_pretrained({name!r})']
+    keyword, device, fields = resource.keyword, saved.record.device, arch.to_dict()
+    budget = row['budget'] if row['budget'] is not None else resource.count(net.space, arch)
+    text = resource.least(budget) if resource.kind == 'seconds' else f'{budget:.12g}'
+    if saved.has_generator and arch_for_budgets(saved, net, {resource: text}) == arch:
+        value = repr(text) if resource.kind == 'seconds' else text
+        python, shell = f'{keyword}={value}', f'--{keyword} {text}'
+        if device is not None:
+            python, shell = f'{python}, device_file={device!r}', f'{shell} --device-file {shlex.quote(device)}'
+    else:
+        python, shell = f'arch={fields}', f'--arch {shlex.quote(json.dumps(fields))}'
+    lines = [f'net = tsn.from_pretrained({name!r}, {python})']
+    if repo_id is None:  # `extract` reads directories
+        lines.append(f'timm-shiftnas extract {shlex.quote(name)} {shell} --output subnet')
+    return lines
