@@ -6,14 +6,24 @@ from typing import Any
 
 from .hub import from_pretrained, load_supernet, push_directory, push_to_hub, save_pretrained
 from .method import ArchitectureGenerator
-from .models import Subnet, calibrate_bn, elastic, extract, ofa_space, sort_by_importance
+from .models import (
+    ElasticBackbone,
+    ElasticModel,
+    Subnet,
+    calibrate_bn,
+    elastic,
+    extract,
+    ofa_space,
+    sort_by_importance,
+)
 from .space import Arch, SearchSpace, macs, params, shiftformer_space, shiftmobilenet_space
 
 __version__ = '0.1.0'
 __all__ = [
-    'Arch', 'ArchitectureGenerator', 'SearchSpace', 'Subnet', 'calibrate_bn', 'create_task', 'elastic', 'extract',
-    'from_pretrained', 'load_supernet', 'macs', 'ofa_space', 'params', 'push_directory', 'push_to_hub',
-    'save_pretrained', 'search', 'shiftformer_space', 'shiftmobilenet_space', 'sort_by_importance',
+    'Arch', 'ArchitectureGenerator', 'ElasticBackbone', 'ElasticModel', 'SearchSpace', 'Subnet', 'calibrate_bn',
+    'create_task', 'elastic', 'extract', 'from_pretrained', 'load_supernet', 'macs', 'ofa_space', 'params',
+    'push_directory', 'push_to_hub', 'save_pretrained', 'search', 'shiftformer_space', 'shiftmobilenet_space',
+    'sort_by_importance',
 ]
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from support.compare import assert_identical
 from timm.data.readers.img_extensions import get_img_extensions
 
-from timm_shiftnas import cli, extract
+from timm_shiftnas import extract
+from timm_shiftnas.cli.images import Expected, batches, open_images
 from timm_shiftnas.data import BrokenImageError, class_names, create_dataset
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.save import save_pretrained
@@ -422,7 +423,7 @@ def test_evaluate_and_extract_read_images_as_training_does(plain_and_odd, tmp_pa
     save_pretrained(tmp_path / 'model', timm.create_model('test_shiftmobilenet_supernet', num_classes=2).eval())
     arch = timm.create_model('test_shiftmobilenet_supernet').space.smallest.to_dict()
     budget, printed, weights, read = ['--arch', json.dumps(arch)], [], [], []
-    expected = cli.Expected.by(SavedModel(tmp_path / 'model'))
+    expected = Expected.by(SavedModel(tmp_path / 'model'))
     for name in ('plain', odd):
         images = ['--data-dir', str(plain_and_odd / name)]
         assert main(['evaluate', str(tmp_path / 'model'), *budget, *images]) == 0
@@ -430,7 +431,7 @@ def test_evaluate_and_extract_read_images_as_training_does(plain_and_odd, tmp_pa
         assert main(['extract', str(tmp_path / 'model'), *budget, *images, '--output', str(tmp_path / name)]) == 0
         weights.append((tmp_path / name / 'model.safetensors').read_bytes())
         args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), *images])
-        read.append([*cli.batches(expected, cli.open_images(expected, args, 'validation'), args)])
+        read.append([*batches(expected, open_images(expected, args, 'validation'), args)])
     assert_identical(*read)
     assert printed[0] == printed[1] and weights[0] == weights[1]
 
@@ -447,7 +448,7 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
         data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
         sizes = {part[0][0].size for part in (data.train, data.held_out, data.validation, data.calibration)}
         args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), '--data-dir', str(tmp_path), *flag])
-        sizes.add(cli.open_images(cli.Expected.by(saved), args, 'validation')[0][0].size)
+        sizes.add(open_images(Expected.by(saved), args, 'validation')[0][0].size)
         assert sizes == {size}
 
 
@@ -462,7 +463,7 @@ def test_a_saved_model_remembers_the_orientation_of_its_images(tmp_path):
         save_pretrained(tmp_path / 'subnet', extract(SavedModel(tmp_path / 'supernet').network(), net.space.smallest))
         for model in (tmp_path / 'supernet', tmp_path / 'subnet'):
             args = build_parser().parse_args(['evaluate', str(model), '--data-dir', str(tmp_path)])
-            assert cli.open_images(cli.Expected.by(SavedModel(model)), args, 'validation')[0][0].size == size
+            assert open_images(Expected.by(SavedModel(model)), args, 'validation')[0][0].size == size
 
 
 def test_streams_have_the_decoder(tmp_path, grey):

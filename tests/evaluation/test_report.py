@@ -9,6 +9,7 @@ from PIL import Image
 from support.tables import read_csv
 
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, plots, write_budgets_csv
+from timm_shiftnas.evaluation.tables import read_budgets_csv
 from timm_shiftnas.space import MACS, MEMORY, PARAMS
 
 
@@ -51,6 +52,22 @@ def test_table_is_aligned():
         'group 2       6M  5.98M    1.1M  97.12  100.00',
         'largest        -   6.1M    1.2M  97.50  100.00',
     ]
+
+
+def test_rows_of_another_task_and_another_resource(tmp_path):
+    """A score in place of top-1 and top-5, beside a resource in its unit: in the text, the CSV and the picture."""
+    rows = [dict(name=name, budget=budget, macs=macs, params=9_000, score=score, memory=memory, arch=dict(depth=2))
+            for name, budget, macs, score, memory in (
+                ('smallest', None, 1_200_000, 40.25, 2_000_000.), ('group 1', 4e6, 2_000_000, 51.5, 3_500_000.))]
+    assert format_table(rows, MEMORY, 'mean IoU').splitlines() == [
+        'name      budget  MACs  params  memory  mean IoU',
+        'smallest       -  1.2M      9k     2MB     40.25',
+        'group 1      4MB    2M      9k   3.5MB     51.50',
+    ]
+    write_budgets_csv(tmp_path / 'budgets.csv', rows)
+    assert read_budgets_csv(tmp_path / 'budgets.csv') == rows
+    plot_accuracy(tmp_path / 'a.png', rows, resource=MEMORY, metric='mean IoU')
+    assert count(rgb(tmp_path / 'a.png'), ORANGE)
 
 
 def test_csv_can_be_read_back(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from support import stock_script
 from support.processes import Job, call, run_module
 
-from timm_shiftnas import cli, extract
+from timm_shiftnas import ElasticBackbone, cli, extract
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
@@ -97,6 +97,18 @@ def test_info_as_json(capsys, saved, net):
     assert data['groups'] == [1e6, 2e6, 3.5e6] and data['probabilities'] == [.25, .75]
     assert data['results'][0]['arch'] == low.to_dict()
     assert data['files']['model.safetensors']['size'] == (saved / 'model.safetensors').stat().st_size
+
+
+def test_a_backbone_is_described_and_neither_evaluated_nor_measured(capsys, tmp_path):
+    backbone = ElasticBackbone(timm.create_model('test_shiftformer_supernet'), 1)
+    save_pretrained(tmp_path, backbone)
+    space = backbone.space
+    data = json.loads(run(capsys, 'info', tmp_path, '--json')[1])
+    assert data['macs'] == [backbone.macs(arch) for arch in (space.smallest, space.largest)]
+    for command in ('search', 'evaluate'):
+        refused(capsys, 'not an image classifier', command, tmp_path, '--dataset', 'sklearn/digits')
+    refused(capsys, 'latency of a backbone', 'measure', tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
 
 
 def test_info_without_measurements(capsys, tmp_path, net):

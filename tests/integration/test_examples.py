@@ -13,10 +13,11 @@ def run(name, *flags, folder):
     return out.splitlines()
 
 
-def test_examples_are_at_most_40_lines():
+def test_examples_are_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob('*.py')}
+    tasks = {name: lengths.pop(name) for name in ('dense_prediction.py', 'segmentation.py', 'detection.py')}
     assert set(lengths) == {'quickstart.py', 'quickstart_elastic.py', 'own_space.py', 'own_loop.py'}
-    assert max(lengths.values()) <= 40
+    assert max(lengths.values()) <= 40 and max(tasks.values()) <= 160
 
 
 @pytest.mark.process
@@ -51,3 +52,16 @@ def test_own_space(tmp_path):
 def test_own_loop(tmp_path):
     lines = run('own_loop.py', '--updates', '11', folder=tmp_path)
     assert lines[0].startswith('update 0: loss ') and lines[-1].startswith('a network of ')
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize('name, picture', [('segmentation', 'masks.png'), ('detection', 'boxes.png')])
+def test_tasks(name, picture, tmp_path):
+    """The loaded network has the accuracy of the extracted one of its budget."""
+    lines = run(f'{name}.py', '--images', '32', '--epochs', '1', '--size', '32', '--fit-steps', '10', '--output',
+                tmp_path, folder=tmp_path)
+    rows = [line.split() for line in lines[-4:-1]]
+    assert [row[0] for row in rows] == ['small', 'medium', 'large']
+    assert lines[-1] == f'loaded: {rows[1][-1]}'
+    assert {path.name for path in tmp_path.glob('*.png')} == {picture, 'accuracy.png'}

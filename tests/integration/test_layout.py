@@ -51,11 +51,11 @@ def test_imports_point_to_the_left(path):
 
 def test_every_package_has_its_place():
     packages = {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
-    assert packages == set(RANK) - {'cli'}
+    assert packages == set(RANK)
     assert len(list(PACKAGE.glob('*.py'))) <= 6
 
 
-@pytest.mark.parametrize('package', sorted(set(RANK) - {'cli'}))
+@pytest.mark.parametrize('package', sorted(RANK))
 def test_no_cycles_inside_a_package(package):
     graph: dict[str, set[str]] = {}
     for path in (PACKAGE / package).glob('*.py'):

@@ -39,8 +39,8 @@ def make_sampler(name, net, generator=None, groups=4, **config):
 
 
 def step_of(net, images, targets, number=0, criterion=F.cross_entropy):
-    return Step(update=number, micro_step=number, net=net, criterion=criterion, images=images, targets=targets,
-                device=torch.device('cpu'), ranks=Ranks())
+    return Step(update=number, micro_step=number, net=net, criterion=criterion, held_out_loss=F.cross_entropy,
+                images=images, targets=targets, device=torch.device('cpu'), ranks=Ranks())
 
 
 def test_every_name_of_the_setting_has_a_sampler():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from ..utils.files import atomic_write
 from .in_memory import PixelImages, is_training_split
 
-__all__ = ['Glyphs', 'find_fonts']
+__all__ = ['Glyphs', 'draw_letter', 'find_fonts']
 
 RENDERING = 1  # version; increase it when the same arguments draw other images, which invalidates the cache
 STENCIL = 96  # side, in pixels, of the square in which a letter is drawn once, before it is rotated and scaled
@@ -137,12 +137,12 @@ def _render(files: list[Path], training: bool, per_class: int, difficulty: float
         letter = Glyphs.classes[i % len(Glyphs.classes)]
         key = int(rng.integers(len(files))), letter
         if key not in stencils:
-            stencils[key] = _stencil(files[key[0]], letter)
+            stencils[key] = draw_letter(files[key[0]], letter)
         images[i] = _distort(stencils[key], rng, difficulty, pixels)
     return images
 
 
-def _stencil(file: Path, letter: str) -> Image.Image:
+def draw_letter(file: Path, letter: str) -> Image.Image:
     """A white letter on black, on a common baseline, so that upper and lower case differ in height."""
     image = Image.new('L', (STENCIL, STENCIL))
     font = ImageFont.truetype(str(file), round(0.75 * STENCIL))

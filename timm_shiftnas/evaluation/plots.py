@@ -15,7 +15,7 @@ import numpy as np
 from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import scale_of
-from .tables import Row
+from .tables import Row, score_columns
 
 __all__ = ['plot_accuracy', 'plot_front', 'plot_shift']
 
@@ -31,14 +31,16 @@ def plot_accuracy(
         rows: Sequence[Row],
         others: Mapping[str, Sequence[Row]] | None = None,
         resource: Resource = MACS,
+        metric: str = 'top-1 accuracy',
 ) -> bool:
-    """Draw top-1 against MACs, or another resource, as a PNG of 900 x 560 pixels.
+    """Draw top-1, or the score of another task, against MACs or another resource as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
         resource: What the horizontal axis shows; rows hold it by its name.
+        metric: What the percentages are.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -50,9 +52,10 @@ def plot_accuracy(
     others = others or {}
     others = {name: each for name, each in others.items() if all(resource.name in row for row in each)}
     scale, label = _axis(resource, max(row[resource.name] for each in (rows, *others.values()) for row in each))
+    score = score_columns(rows)[0]
 
     def points(each: Sequence[Row]) -> list[tuple[str, tuple[float, float]]]:
-        return [(row['name'], (row[resource.name] / scale, row['top1'])) for row in each]
+        return [(row['name'], (row[resource.name] / scale, row[score])) for row in each]
 
     for (name, each), colour in zip(others.items(), OTHERS):
         _draw_subnets(ax, points(each), colour, colour, name)
@@ -63,14 +66,14 @@ def plot_accuracy(
         ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
                     xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
     ax.set_xlabel(label)
-    ax.set_ylabel('top-1 accuracy (%)')
+    ax.set_ylabel(f'{metric} (%)')
     ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
     ax.grid(color='#e4e6ea')
     ax.set_axisbelow(True)
     ax.spines[['top', 'right']].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
-        accuracies = [top1 for _, (_, top1) in sorted(points(rows), key=lambda point: point[1][0])]
-        falls = accuracies[-1] < accuracies[0]
+        scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
+        falls = scores[-1] < scores[0]
         ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
     _save(figure, path)
     return True

@@ -6,7 +6,7 @@ A *row* is one evaluated subnet, a dict with the keys
 * `budget`: the upper limit of its MACs, or of another resource, or `None`;
 * `macs`, `params`: counts of the subnet;
 * the name of that other resource, such as `latency` (seconds) or `memory` (bytes);
-* `top1`, `top5`: accuracy in percent;
+* `top1`, `top5`: accuracy in percent; of tasks other than classification, `score` in percent;
 * `arch`: `Arch.to_dict()`.
 """
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
-__all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'write_budgets_csv', 'write_shift_csv']
+__all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'score_columns', 'write_budgets_csv', 'write_shift_csv']
 
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
@@ -29,18 +29,30 @@ COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
 RESOURCE_COLUMNS = (*(name for name in RESOURCES if name not in COLUMNS), 'latency')
 
 
-def format_table(rows: Sequence[Row], resource: Resource = MACS) -> str:
-    """Format rows as aligned text, without a final newline.
+def score_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The keys of rows that hold percentages, the most important one first."""
+    return ('score',) if rows and 'score' in rows[0] else ('top1', 'top5')
 
-    The columns are name, budget, MACs, params, the resource of the budgets, top-1 and top-5 in percent.
+
+def format_table(rows: Sequence[Row], resource: Resource = MACS, metric: str = 'score') -> str:
+    """Format rows as aligned text: name, budget, MACs, params, the resource of the budgets, and percentages.
+
+    There is no final newline.
+
+    Args:
+        rows: The rows.
+        resource: What the budgets bound.
+        metric: What the `score` is called.
     """
+    scores = score_columns(rows)
+    titles = [dict(top1='top-1', top5='top-5', score=metric)[name] for name in scores]
     further = [resource] if rows and resource.name in {*rows[0]} - {*COLUMNS} else []
-    cells = [('name', 'budget', 'MACs', 'params', *(each.name for each in further), 'top-1', 'top-5')]
+    cells: list[tuple[str, ...]] = [('name', 'budget', 'MACs', 'params', *(each.name for each in further), *titles)]
     for row in rows:
         budget = '-' if row['budget'] is None else resource.format(row['budget'])
         counts = format_count(row['macs']), format_count(row['params']), *(
             each.format(row[each.name]) for each in further)
-        cells.append((row['name'], budget, *counts, f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'))
+        cells.append((row['name'], budget, *counts, *(f'{row[name]:.2f}' for name in scores)))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return '\n'.join(
         '  '.join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -49,7 +61,8 @@ def format_table(rows: Sequence[Row], resource: Resource = MACS) -> str:
 
 def write_budgets_csv(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Write rows as CSV with a header line. The arch is JSON, a missing budget an empty cell."""
-    columns = [*COLUMNS, *(name for name in RESOURCE_COLUMNS if rows and name in rows[0])]
+    further = (name for name in RESOURCE_COLUMNS if rows and name in rows[0])
+    columns = (*COLUMNS[:4], *score_columns(rows), 'arch', *further)
     with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
@@ -62,9 +75,8 @@ def read_budgets_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
     with open(path, newline='', encoding='utf-8') as file:
         return [
             dict(row, budget=float(row['budget']) if row['budget'] else None, macs=int(row['macs']),
-                 params=int(row['params']), top1=float(row['top1']), top5=float(row['top5']),
-                 arch=json.loads(row['arch']), **{
-                     name: float(row[name]) for name in RESOURCE_COLUMNS if name in row})
+                 params=int(row['params']), arch=json.loads(row['arch']), **{
+                     name: float(row[name]) for name in (*score_columns([row]), *RESOURCE_COLUMNS) if name in row})
             for row in csv.DictReader(file)]
 
 

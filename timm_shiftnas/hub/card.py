@@ -8,11 +8,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation.tables import score_columns
 from ..models import static_counts
+from ..space import macs
 from ..space.resources import Resource
 from ..utils.text import one_line
 from ..utils.units import format_count
-from .format import KEY, Row, Training
+from .format import KEY, ModelRecord, Training
 from .load import SavedModel
 
 __all__ = ['MARK', 'model_card']
@@ -40,34 +42,46 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
     """
     name, results, training = saved.config['architecture'], saved.record.results or [], saved.record.training or {}
     source, _, dataset = training.get('dataset', '').partition('/')
+    around = saved.record.backbone
+    task = 'image-classification' if around is None else training.get('task', 'image-feature-extraction')
     data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification',
+        library_name='timm' if around is None else KEY, pipeline_tag=task,
         license=license,
-        tags=['timm', KEY, 'neural-architecture-search', 'image-classification'],
+        tags=['timm', KEY, 'neural-architecture-search', task],
         datasets=[dataset] if source == 'hfds' else None,  # only those are on the Hub
-        model_name=name, eval_results=_eval_results(results, training) or None)
+        model_name=name, eval_results=_eval_results(results, training, task, metric_of(saved.record)) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if results:
+        metric, resource = metric_of(saved.record), saved.resource
         title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
-        parts += [title, _table(results, training, saved.resource)]
+        parts += [title, _table(results, training, metric, resource)]
         if ACCURACY in files:
-            parts.append(f'![top-1 against {saved.resource.label}]({ACCURACY})')
+            what = 'top-1' if around is None else _plain(metric)
+            parts.append(f'![{what} against {resource.label}]({ACCURACY})')
     if SHIFT in files:
         parts.append(f'![probability of each budget group over training]({SHIFT})')
     parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
     return ModelCard('\n\n'.join(parts) + '\n', ignore_metadata_errors=False)
 
 
-def _eval_results(results: Sequence[Row], training: Training) -> list[EvalResult]:
-    dataset = training.get('dataset') or 'unknown'
+def metric_of(record: ModelRecord) -> str:
+    """What the first percentage of the results is."""
+    return 'top-1 accuracy' if record.backbone is None else (record.training or {}).get('metric', 'score')
+
+
+def _eval_results(results: Sequence[Any], training: Training, task: str, metric: str) -> list[EvalResult]:
+    dataset, key = training.get('dataset') or 'unknown', score_columns(results)[0]
+    kind, name = ('accuracy', 'top-1') if key == 'top1' else (metric, metric)
     return [EvalResult(
-        task_type='image-classification', dataset_type=dataset, dataset_name=dataset, metric_type='accuracy',
-        metric_name=f'top-1, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row['top1'], 3))
+        task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=kind,
+        metric_name=f'{name}, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row[key], 3))
         for row in results]
 
 
 def _introduction(saved: SavedModel) -> str:
     net, paper = saved.skeleton(), '[ShiftNAS](https://arxiv.org/abs/2307.08300)'
+    if saved.record.backbone is not None:
+        return _backbone_introduction(saved, paper)
     if saved.kind == 'subnet':
         macs, params = map(format_count, static_counts(net))
         return (f'An image classifier with {macs} MACs and {params} parameters for {net.num_classes} classes: a subnet '
@@ -77,18 +91,34 @@ def _introduction(saved: SavedModel) -> str:
             f'MACs, trained with {paper}. Extract the one for your budget: no search, no retraining.')
 
 
-def _table(rows: Sequence[Row], training: Training, resource: Resource) -> str:
+def _backbone_introduction(saved: SavedModel, paper: str) -> str:
+    """What a model with a backbone is, and what it needs to be loaded."""
+    space, about = saved.space(), saved.record.backbone or {}
+    network = about.get('network')
+    what = f'`{_plain(network)}`: a network around a backbone' if network else 'Backbone'
+    code = ' Its code is not in this repository: loading takes the function that builds it.' if network else ''
+    low, high = (format_count(macs(space, arch)) for arch in (space.smallest, space.largest))
+    if saved.kind == 'subnet':
+        return f'{what} with {high} MACs, extracted from a supernet that was trained with {paper}.{code}'
+    return (f'{what}, elastic: {space.size:,} networks from {low} to {high} MACs, trained with {paper}. Extract the '
+            f'one for your budget: no search, no retraining.{code}')
+
+
+def _table(rows: Sequence[Any], training: Training, metric: str, resource: Resource) -> str:
+    scores = score_columns(rows)
+    titles = [dict(top1='top-1', top5='top-5', score=_plain(metric))[name] for name in scores]
     further = [resource] if resource.name not in ('macs', 'params') else []
-    columns = ['budget', 'MACs', 'params', *(each.label for each in further), 'top-1', 'top-5']
+    columns = ['budget', 'MACs', 'params', *(each.label for each in further), *titles]
     lines = [f'| subnet | {" | ".join(columns)} |', f'| --- | {" | ".join(["---:"] * len(columns))} |']
     for row in rows:
         budget = '' if row['budget'] is None else (
             _digits(row['budget']) if resource.kind == 'count' else resource.format(row['budget']))
-        counts = ' | '.join([
-            _digits(row['macs']), _digits(row['params']), *(each.format(row[each.name]) for each in further)])
-        lines.append(f'| {_plain(row["name"])} | {budget} | {counts} | {row["top1"]:.2f} | {row["top5"]:.2f} |')
+        cells = [_digits(row['macs']), _digits(row['params']), *(each.format(row[each.name]) for each in further),
+                 *(f'{row[name]:.2f}' for name in scores)]
+        lines.append(f'| {_plain(row["name"])} | {budget} | {" | ".join(cells)} |')
     where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
-    return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; accuracy in percent{where}.'
+    what = 'accuracy' if scores[0] == 'top1' else _plain(metric)
+    return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; {what} in percent{where}.'
 
 
 def _digits(value: float) -> str:
@@ -104,6 +134,8 @@ def _plain(text: Any) -> str:
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
     ours = f"timm_shiftnas.from_pretrained('{repo_id}'"
+    if saved.record.backbone is not None:
+        return _backbone_usage(saved, ours)
     timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
     lines = [f'net = {ours})', f'net = {timms}  # the same']
     if saved.kind == 'supernet':
@@ -117,6 +149,19 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
     code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
     mode = saved.record.image_mode
     return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
+
+
+def _backbone_usage(saved: SavedModel, ours: str) -> str:
+    space, network = saved.space(), (saved.record.backbone or {}).get('network')
+    arguments, build = [], []
+    if saved.kind == 'supernet':
+        middle = format_count((macs(space, space.smallest) + macs(space, space.largest)) / 2)
+        arguments = [f"flops='{middle}'" if saved.has_generator else f'arch={space.smallest.to_dict()}']
+    if network:
+        arguments.append('network=build')
+        build = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
+    return '\n'.join([
+        '```python', 'import timm_shiftnas', '', *build, f'net = {", ".join([ours, *arguments])})', '```'])
 
 
 def _training(training: Training) -> str:

@@ -28,8 +28,10 @@ from ..space.resources import RESOURCES
 from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
-__all__ = ['ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'fits', 'read_archs',
-           'saved_class_names']
+__all__ = [
+    'Backbone', 'ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'fits', 'read_archs',
+    'saved_class_names',
+]
 
 KEY, FORMAT = 'timm_shiftnas', 1
 CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safetensors'
@@ -90,6 +92,16 @@ class Row(TypedDict):
     arch: Any
 
 
+class Score(TypedDict):
+    """An evaluated subnet of another task: the score, in percent, is what `training` calls `metric`."""
+    name: str
+    budget: float | None
+    macs: float
+    params: float
+    score: float
+    arch: Any
+
+
 class HeldOut(TypedDict):
     """The part of the training images that was not trained on: arguments of `split_held_out`."""
     share: float
@@ -97,11 +109,29 @@ class HeldOut(TypedDict):
 
 
 class Training(TypedDict, total=False):
-    """Facts about the training, for the model card and for a search."""
+    """Facts about the training, for the model card and for a search.
+
+    `task` is one of the Hub's, such as 'object-detection'.
+    """
     command: str
+    task: str
+    metric: str
     dataset: str
     versions: dict[str, Any]
     held_out: HeldOut
+
+
+class Backbone(TypedDict):
+    """How a model returns feature maps, and the network around it: `network` is the name of its class, if any.
+
+    The network itself is code, which no file holds: whoever loads the model gives a function that builds it.
+    """
+    out_indices: list[int]
+    norm: bool
+    path: str  # name of the backbone in the network
+    network: str | None
+    head_macs: list[Count] | None
+    head_params: list[Count] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +143,13 @@ class ModelRecord:
     resource: Name | None = None  # what the budgets of groups and generator bound, if it is not MACs
     device: str | None = None  # the device of a latency
     probabilities: Probabilities | None = None  # P, one for each group
-    results: list[Row] | None = None
+    results: list[Row | Score] | None = None
     training: Training | None = None
     searched: list[Any] | None = None  # archs that a search on images found, the least accurate first
     searched_limits: Limits | None = None  # the limits of that search, if it had any
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
+    backbone: Backbone | None = None  # of detectors, segmenters, ...
     bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
     image_mode: Mode | None = None  # of the PIL images, if it is not timm's default
     upright: bool | None = None  # False: photographs are left as their pixels are stored

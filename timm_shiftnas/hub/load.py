@@ -30,6 +30,7 @@ from ..space.latency import Device, read_device
 from ..space.resources import MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
 from ..utils.paths import expand_home
 from ..utils.units import parse_quantity
+from .backbone import Build, build_around, build_backbone, ready
 from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
 from .format import (
     BN_STATS,
@@ -60,6 +61,7 @@ def from_pretrained(
         device_file: str | os.PathLike | None = None,
         arch: Arch | Mapping[str, Any] | None = None,
         num_classes: int | None = None,
+        network: Build | None = None,
         loader: Iterable[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,6 +85,8 @@ def from_pretrained(
         device_file: Name of a device file in the directory, or the path of one; default is the only one there.
         arch: The arch itself, or its dict, in place of budgets.
         num_classes: Number of classes, if not the saved one: gives a new head, which counts towards budgets.
+        network: `network(backbone)` builds the network around a backbone that was saved, with weights of its own, which
+            are loaded. For an `ElasticModel` or a subnet of one.
         loader: Training images for the BatchNorm statistics of a subnet whose own were not saved, as for
             `calibrate_bn`. Without it, loading such a subnet warns.
         device: Where to put the network; default is the CPU.
@@ -115,7 +119,7 @@ def from_pretrained(
         raise ValueError(
             f"{saved} holds a supernet: choose a subnet, with flops='1.4G' (MACs), params='6M', size='5MB', "
             "memory='64MB', latency='8ms' or arch=...")
-    net = saved.network(num_classes)
+    net: Any = saved.network(num_classes, network)
     space = net.space if saved.kind == 'supernet' else bound_space(net)
     resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY)
     if latency is not None:
@@ -144,6 +148,7 @@ def load_supernet(
         directory_or_repo: str | os.PathLike,
         *,
         num_classes: int | None = None,
+        network: Build | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **hub: Any,
@@ -153,7 +158,7 @@ def load_supernet(
     The saved BatchNorm statistics of subnets are not loaded; `from_pretrained` uses them.
 
     Args:
-        directory_or_repo, num_classes, device, dtype: As for `from_pretrained`; the generator stays on the CPU.
+        directory_or_repo, num_classes, network, device, dtype: As for `from_pretrained`; the generator is on the CPU.
         **hub: As for `from_pretrained`: revision, token, cache_dir, force_download, local_files_only.
 
     Raises:
@@ -162,7 +167,7 @@ def load_supernet(
     saved = SavedModel(directory_or_repo, **hub)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet, not a supernet; load it with from_pretrained')
-    net = saved.network(num_classes).to(device=device, dtype=dtype).eval()
+    net: Any = saved.network(num_classes, network).to(device=device, dtype=dtype).eval()
     return net, saved.generator(net.space) if saved.has_generator else None
 
 
@@ -248,13 +253,32 @@ class SavedModel:
         """The network on the meta device, without weights."""
         return build_network(self.config, self.where(CONFIG))
 
-    def network(self, num_classes: int | None = None) -> nn.Module:
-        """The supernet or the subnet, with its weights; another number of classes gives a new head."""
+    def space(self) -> SearchSpace:
+        """The bound space of a supernet; of a subnet, that of its own values."""
+        net: Any = self.skeleton()
+        if self.record.backbone is None:
+            return net.space if self.kind == 'supernet' else bound_space(net)
+        return build_backbone(self.record.backbone, net, self.where(CONFIG))[1]
+
+    def network(self, num_classes: int | None = None, build: Build | None = None) -> nn.Module:
+        """The supernet or the subnet, with its weights; another number of classes gives a new head.
+
+        `build` builds the network around a backbone.
+        """
         if num_classes is not None and (not isinstance(num_classes, int) or not 0 <= num_classes <= MAX_SIZE):
             raise ValueError(f'num_classes={num_classes!r} must be an int from 0 to {MAX_SIZE:,}')
-        net, tensors = self.skeleton(), self.tensors(WEIGHTS)
+        net, about = self.skeleton(), self.record.backbone
+        if about is not None:
+            net = build_around(build_backbone(about, net, self.where(CONFIG))[0], about, build, str(self))
+        elif build is not None:
+            raise ValueError(f'{self} holds no network around a backbone; leave out network=')
+        tensors = self.tensors(WEIGHTS)
         check_tensors(net.state_dict(), tensors, self.where(WEIGHTS))
         net.load_state_dict(tensors, strict=True, assign=True)
+        if about is not None:
+            if num_classes is not None:
+                raise ValueError('num_classes is of image classifiers; build the network with another head')
+            return ready(net)
         if num_classes is not None and num_classes != net.num_classes:
             net.reset_classifier(num_classes)
         return net
@@ -279,7 +303,7 @@ class SavedModel:
     def resource(self) -> Resource:
         """What the budgets of its groups and its generator bound."""
         if self.record.device is not None:
-            return self.find_device(self.record.device).resource(self.skeleton().space)
+            return self.find_device(self.record.device).resource(self.space())
         return RESOURCES[self.record.resource or 'macs']
 
     def devices(self) -> dict[str, Device]:

@@ -22,7 +22,7 @@ from ..evaluation.plots import plot_accuracy
 from ..evaluation.tables import write_budgets_csv
 from ..method.generator import ArchitectureGenerator
 from ..utils.paths import expand_home
-from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, model_card
+from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, metric_of, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
@@ -229,7 +229,8 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
         with TemporaryDirectory() as folder:
             write_budgets_csv(Path(folder, TABLE), results)
             if saved.kind == 'supernet':
-                plot_accuracy(Path(folder, ACCURACY), results, resource=saved.resource)
+                plot_accuracy(
+                    Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record))
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
         files[REPORT] = model_report(saved, repo_id=repo_id).encode()
     files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
-from ..models import plain_state_dict, present_args, static_space, stock_description
+from ..models import ElasticModel, backbone_of, plain_state_dict, present_args, static_space, stock_description
 from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
@@ -26,6 +26,7 @@ from ..space.latency import Device
 from ..space.resources import MACS
 from ..utils.files import atomic_write
 from ..utils.paths import expand_home
+from .backbone import build_backbone, describe_backbone
 from .format import (
     BN_STATS,
     CONFIG,
@@ -70,18 +71,20 @@ def save_pretrained(
 
     Args:
         directory: Where to save, '~' is the home directory; created if missing, with its parents.
-        net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`).
+        net: A supernet or an extracted subnet, possibly wrapped (DDP, compile, EMA, `Subnet`). The code of a network
+            around an elastic backbone is not saved: `from_pretrained(..., network=...)` builds it again.
         generator: The architecture generator of a supernet. Without it, subnets can be loaded by their arch only.
         groups: The K + 1 edges of the budget groups, in MACs, or in the unit of the generator's resource.
         probabilities: P, the K probabilities of the groups.
-        results: Rows of evaluated subnets, as in `evaluation.tables`.
+        results: Rows of evaluated subnets, as in `evaluation.tables`; with a `score` in place of `top1` and `top5`,
+            `training` names it as its `metric`.
         searched: Archs that a search on images found, the least accurate first. For a budget, the last one within it
             is loaded; the generator, which may never have seen images, proposes an arch only if none fits.
         searched_limits: Upper limits of that search, in MACs ('flops') or parameters ('params'): for a budget beyond
             them, the generator proposes an arch.
         bn_stats: BatchNorm statistics of subnets, by arch (`BatchNormCalibration.statistics`). Those of the largest
             arch replace the supernet's own.
-        training: Facts about the training for the model card: `command`, `dataset`, `versions`.
+        training: Facts about the training for the model card: `command`, `dataset`, `versions`, `task`, `metric`.
         data_config: Preprocessing that the weights expect (`mean`, `crop_pct`, ...), as for timm's `save_for_hf`.
         model_config: Further entries of `config.json` (`label_names`, ...), as for timm's `save_for_hf`.
         devices: Devices on which the latencies of a supernet were measured, that of the generator among them.
@@ -95,8 +98,10 @@ def save_pretrained(
     kind = 'supernet' if is_supernet(net) else 'subnet'
     if kind == 'subnet' and not isinstance(getattr(net, 'arch', None), Arch):
         raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
-    if not hasattr(net, 'pretrained_cfg'):
-        raise ValueError(f'this {type(net).__name__} has no pretrained_cfg; create it with timm.create_model')
+    backbone = backbone_of(net)[1]
+    own = net if backbone is None else backbone.model  # what timm creates
+    if not hasattr(own, 'pretrained_cfg'):
+        raise ValueError(f'this {type(own).__name__} has no pretrained_cfg; create it with timm.create_model')
     if kind == 'subnet' and (generator is not None or bn_stats):
         raise ValueError(
             'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
@@ -109,7 +114,8 @@ def save_pretrained(
             raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
         check_tensors(expected, stats, f'bn_stats[{arch}]')
     largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
-    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(net), **largest})}
+    network = net.network if isinstance(net, ElasticModel) else net
+    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(network), **largest})}
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:
@@ -119,7 +125,7 @@ def save_pretrained(
     for device in (*devices, *([] if resource.device is None else [resource.device])):
         device.check_space(net.space if kind == 'supernet' else static_space(net))
         files[device_file(device.name)] = device.to_json().encode()
-    mode = getattr(net, 'image_mode', None)
+    mode = getattr(own, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
@@ -131,18 +137,24 @@ def save_pretrained(
         searched=None if searched is None else [arch.to_dict() for arch in searched],
         searched_limits=searched_limits or None,
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
-        stock=stock_description(net) if kind == 'subnet' else None,
+        stock=stock_description(own) if kind == 'subnet' else None,
+        backbone=None if backbone is None else describe_backbone(net, network),
         bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
-        image_mode=None if mode == default_mode(getattr(net, 'in_chans', 3)) else mode,
-        upright=None if getattr(net, 'upright', True) else False,
+        image_mode=None if mode == default_mode(getattr(own, 'in_chans', 3)) else mode,
+        upright=None if getattr(own, 'upright', True) else False,
         files={name: describe_file(data) for name, data in files.items()})
-    config = _timm_config(net, record, data_config, model_config)
+    config = _timm_config(own, record, data_config, model_config)
     # refuse what could not be loaded
     record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
     read_archs(record.searched, space, 'searched')
     read_archs([row['arch'] for row in record.results or ()], space, 'results')
-    check_tensors(build_network(config, CONFIG).state_dict(), tensors[WEIGHTS], WEIGHTS)
-    saved_class_names(config, net.num_classes, CONFIG)
+    skeleton, weights = build_network(config, CONFIG), tensors[WEIGHTS]
+    if record.backbone is not None:  # the rest of the network is the user's code
+        skeleton = build_backbone(record.backbone, skeleton, CONFIG)[0]
+        prefix = record.backbone['path'] and f'{record.backbone["path"]}.'
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    check_tensors(skeleton.state_dict(), weights, WEIGHTS)
+    saved_class_names(config, own.num_classes, CONFIG)
     check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
     write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)

@@ -24,6 +24,16 @@ from .conv import (
     normalize,
     resize,
 )
+from .heads import (
+    FeatureSum,
+    PrefixConv2d,
+    PrefixConvTranspose2d,
+    SimpleFeaturePyramid,
+    elastic_inputs,
+    input_channels,
+    keep_inputs,
+    make_inputs_elastic,
+)
 from .relative_position import RelativeAttention, RelativeBlock, RelativeIndex, RelativePosition2d, extend_table
 from .vit import (
     BlockWidths,
@@ -41,8 +51,10 @@ __all__ = [
     'BlockWidths', 'Bypass', 'ConvWidths', 'ElasticAttention', 'ElasticBatchNorm', 'ElasticBlock', 'ElasticConv2d',
     'ElasticConvBnAct', 'ElasticDepthwiseConv2d', 'ElasticDepthwiseSeparableConv', 'ElasticEdgeResidual',
     'ElasticInvertedResidual', 'ElasticLayerNorm', 'ElasticLinear', 'ElasticMlp', 'ElasticPatchEmbed',
-    'ElasticProjection', 'ElasticQKV', 'ElasticSqueezeExcite', 'ElasticStem', 'IdentityShortcut', 'NoShortcut',
-    'ProjectedDepthwiseSeparableConv', 'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock',
-    'RelativeIndex', 'RelativePosition2d', 'WidthShortcut', 'elastic_kernel', 'extend_table', 'keep_activations',
-    'make_elastic', 'masked', 'normalize', 'resize',
+    'ElasticProjection', 'ElasticQKV', 'ElasticSqueezeExcite', 'ElasticStem', 'FeatureSum', 'IdentityShortcut',
+    'NoShortcut', 'PrefixConv2d', 'PrefixConvTranspose2d', 'ProjectedDepthwiseSeparableConv',
+    'ProjectedInvertedResidual', 'Projection', 'RelativeAttention', 'RelativeBlock', 'RelativeIndex',
+    'RelativePosition2d', 'SimpleFeaturePyramid', 'WidthShortcut', 'elastic_inputs', 'elastic_kernel', 'extend_table',
+    'input_channels', 'keep_activations', 'keep_inputs', 'make_elastic', 'make_inputs_elastic', 'masked',
+    'normalize', 'resize',
 ]

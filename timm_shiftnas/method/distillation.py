@@ -57,10 +57,17 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tens
         temperature: T.
 
     Returns:
-        The mean over the batch.
+        The mean over the batch; its gradient does not reach the teacher.
+
+    Raises:
+        ValueError: If these are not logits of images, [B, classes].
     """
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError(
+            f'distillation needs logits of shape [batch, classes], not {getattr(logits, "shape", type(logits))}; leave '
+            'out inplace_distillation and the teacher, or distil in a loss of your own')
     loss = F.kl_div(
-        (logits.float() / temperature).log_softmax(-1), (teacher.float() / temperature).log_softmax(-1),
+        (logits.float() / temperature).log_softmax(-1), (teacher.detach().float() / temperature).log_softmax(-1),
         reduction='batchmean', log_target=True)
     return loss * temperature ** 2
 

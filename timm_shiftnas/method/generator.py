@@ -319,14 +319,7 @@ class ArchitectureGenerator(nn.Module):
         return proposals.propose_many(self, budgets)
 
     def propose_for_params(self, params: float | str) -> Arch:
-        """`propose_within` a number of parameters.
-
-        Args:
-            params: Largest number of parameters: a number, or a string such as '6M'.
-
-        Raises:
-            ValueError: If `params` is below the smallest arch or not a number.
-        """
+        """`propose_within` a number of parameters, such as '6M', with the same errors."""
         return proposals.propose_for_params(self, params)
 
     def propose_within(self, budgets: Mapping[Resource, float | str]) -> Arch:

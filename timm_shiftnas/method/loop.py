@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from timm.loss import JsdCrossEntropy
 from timm.utils import unwrap_model
@@ -41,15 +42,18 @@ DERIVED_FIELDS = ('accum_steps', 'task_loss_weight', 'distill_loss_weight', 'tem
 
 
 def create_task(model: nn.Module, criterion: Any = None, *, criterion_kwargs: dict[str, Any] | None = None,
-                device: torch.device | None = None, verbose: bool = False, **settings: Any) -> StockTask:
+                held_out_loss: Callable[[Any, Tensor], Tensor] | None = None, device: torch.device | None = None,
+                verbose: bool = False, **settings: Any) -> StockTask:
     """Create a task for your own loop: `task(images, targets)['loss']`, backward, and the optimizer's step.
 
     After the step of an optimizer that is not a `torch.optim.Optimizer`, call `task.end_update()`.
 
     Args:
         model: A supernet.
-        criterion: Loss of (logits, targets). The default is cross-entropy with the `criterion_kwargs` of timm's
-            `create_classification_loss`.
+        criterion: Loss of (output, targets), where targets are one tensor [B, ...]. The default is cross-entropy with
+            the `criterion_kwargs` of timm's `create_classification_loss`.
+        held_out_loss: Loss of (output, targets) that the shift measures. The default is plain cross-entropy; an
+            `ElasticModel` with another kind of output needs its own, which usually is `criterion`.
         device: Device of the model; the default is the CPU.
         verbose: Log, and show the progress of the generator's fit.
         **settings: Fields of `ShiftNASConfig` and `RunConfig`, such as `shift='hypergradient'`; see `read_settings`.
@@ -61,7 +65,9 @@ def create_task(model: nn.Module, criterion: Any = None, *, criterion_kwargs: di
         raise ValueError(
             f"{type(model).__name__} is not a supernet; create one, as in timm.create_model('shiftformer_supernet')")
     config, run = read_settings(settings)
-    return StockTask(model, criterion, criterion_kwargs, device=device, verbose=verbose, config=config, run=run)
+    return StockTask(
+        model, criterion, criterion_kwargs, device=device, verbose=verbose, config=config, run=run,
+        held_out_loss=held_out_loss or F.cross_entropy)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -173,11 +179,13 @@ class StockTask(ShiftNASTask):
     Args:
         model: A supernet. Arguments that are not listed are those of timm's `ClassificationTask`.
         config, run: Settings; the default is `read_environment()`.
+        held_out_loss: As for `ShiftNASTask`.
     """
 
     def __init__(self, model: nn.Module, criterion: Any = None, criterion_kwargs: dict[str, Any] | None = None,
                  device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True, *,
-                 config: ShiftNASConfig | None = None, run: RunConfig | None = None) -> None:
+                 config: ShiftNASConfig | None = None, run: RunConfig | None = None,
+                 held_out_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy) -> None:
         if config is None:
             config, run = read_environment()
         self.run = run = run or RunConfig()
@@ -193,7 +201,7 @@ class StockTask(ShiftNASTask):
             model, criterion, criterion_kwargs, config=config,
             generator=ArchitectureGenerator(space, seed=config.seed, resource=resource),
             groups=BudgetGroups.of_space(space, width=width, count=run.num_groups, resource=resource),
-            shift_batches=images, device=device, dtype=dtype, verbose=verbose)
+            shift_batches=images, held_out_loss=held_out_loss, device=device, dtype=dtype, verbose=verbose)
         if isinstance(self.criterion, JsdCrossEntropy):
             raise ValueError(
                 'JsdCrossEntropy compares the splits of a batch, but ShiftNAS takes parts of a batch; leave out '

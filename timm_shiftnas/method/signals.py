@@ -3,9 +3,10 @@
 The formulas are `hypergradient`, `grad_norm` and `variation`. A `Signal` calls one of them; all signals have the same
 interface, and the one with a memory keeps it as its state.
 
-Everywhere, `loss(arch, batch)` is the plain cross-entropy of one subnet, and a score changes nothing: weights, `.grad`,
-buffers, modes and random states are restored bit for bit. Several processes share the work: each sees the same images,
-computes some of the groups, and returns the scores of all.
+Everywhere, `loss(arch, batch)` is the loss of one subnet without what training adds (of a classifier, the plain
+cross-entropy), and a score changes nothing: weights, `.grad`, buffers, modes and random states are restored bit for
+bit. Several processes share the work: each sees the same images, computes some of the groups, and returns the scores
+of all.
 """
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.task import (
     ClassificationEvaluator,
     ClassificationTask,
@@ -67,6 +68,7 @@ class ShiftNASTask(ClassificationTask):
         shift_batches: `shift_batches(n)` returns the (images, targets) of the training data and of the held-out data
             for the n-th shift, without mixup and the same in every process. Required unless `shift` is 'none'.
         teacher: `teacher(images)` returns logits to distil from.
+        held_out_loss: `held_out_loss(output, targets)`: what the shift measures.
 
     Raises:
         ValueError: If `shift_batches` is missing, or generator, model and groups do not belong together.
@@ -83,9 +85,8 @@ class ShiftNASTask(ClassificationTask):
             groups: BudgetGroups,
             shift_batches: ShiftBatches | None = None,
             teacher: Callable[[Tensor], Tensor] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+            held_out_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+            device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True,
     ) -> None:
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         net = unwrap_model(model)
@@ -97,7 +98,7 @@ class ShiftNASTask(ClassificationTask):
         if self.shift.signal != 'none' and shift_batches is None:
             raise ValueError(
                 f"shift={config.shift!r} needs shift_batches (training and held-out images); give them or shift='none'")
-        self._teacher = teacher
+        self._teacher, self._held_out_loss = teacher, held_out_loss
         self.network = dict(  # arguments of `create_model` and names of the classes, for readers of a checkpoint
             architecture=net.pretrained_cfg['architecture'], label_names=net.pretrained_cfg.get('label_names'),
             model_args=dict(net.model_args, space=self.space.unbind().to_dict()))
@@ -170,10 +171,10 @@ class ShiftNASTask(ClassificationTask):
 
         Args:
             input: Images [B, C, H, W].
-            target: Targets of the criterion.
+            target: Targets of the criterion, [B, ...].
 
         Returns:
-            'loss', 'archs' (a tuple) and 'output' (the logits of the first arch).
+            'loss', 'archs' (a tuple) and 'output' (of the first arch).
         """
         step = self._step(input, target)
         if self._micro == 0:
@@ -206,7 +207,7 @@ class ShiftNASTask(ClassificationTask):
         losses: list[Tensor] = []
         for output in outputs:
             if losses and config.inplace_distillation:
-                losses.append(divergence(output, outputs[0].detach()))
+                losses.append(divergence(output, outputs[0]))
                 continue
             loss = self.criterion(output, target)
             if logits is not None:
@@ -220,7 +221,8 @@ class ShiftNASTask(ClassificationTask):
         """What the sampler sees of this micro-batch."""
         return Step(
             update=self.update, micro_step=self._micro_step, net=unwrap_model(self.trainable_module),
-            criterion=self.criterion, images=input, targets=target, device=self.device, ranks=self.ranks)
+            criterion=self.criterion, held_out_loss=self._held_out_loss, images=input, targets=target,
+            device=self.device, ranks=self.ranks)
 
     def _draw_archs(self, step: Step) -> tuple[Arch, ...]:
         """The archs of this micro-batch: with the sandwich rule the largest and the smallest, then sampled ones."""

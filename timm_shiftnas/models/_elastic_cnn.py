@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from timm.models import checkpoint
+from timm.models._features import feature_take_indices
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
@@ -49,6 +50,10 @@ class ElasticCnn(TimmSupernet):
     def end_widths(self, arch: Arch | Masks, like: Tensor) -> EndWidths:
         raise NotImplementedError
 
+    def stage_mask(self, masks: Masks, stage: int) -> Tensor:
+        """Mask of the channels that leave a stage of timm's count: 0 is the stem, 1 the first stage of blocks."""
+        raise NotImplementedError
+
     def drops(self, arch: Arch | Masks) -> bool:
         """Whether dropout and drop path apply."""
         return True
@@ -71,10 +76,64 @@ class ElasticCnn(TimmSupernet):
         for block, widths in blocks:
             run = partial(block, widths=widths)
             x = checkpoint(run, x) if self.grad_checkpointing else run(x)
-        x = masked(x, ends.stage)
+        return self._last_convolution(masked(x, ends.stage), ends)
+
+    def _last_convolution(self, x: Tensor, ends: EndWidths) -> Tensor:
+        """What follows the blocks before pooling."""
         if isinstance(self, MobileNetV3) or isinstance(self.conv_head, nn.Identity):
             return x
         return normalize(self.bn2, self.conv_head(x, out=ends.last), True)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            extra_blocks: bool = False,
+            *,
+            arch: Arch | Masks | None = None,
+    ) -> Any:
+        """timm's `forward_intermediates` of one subnet; other arguments and return values are timm's.
+
+        Args:
+            x: Images; with an arch, they are resized to its resolution.
+            arch: The subnet; `None` is the full network on images as they are. With masks, maps have the full width
+                and are zero in the inactive channels.
+        """
+        if arch is None:
+            return super().forward_intermediates(
+                x, indices, norm, stop_early, output_fmt, intermediates_only, extra_blocks)
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        stages = range(len(self.blocks) + 1) if extra_blocks else self.stage_ends
+        taken = {stages[i] for i in feature_take_indices(len(stages), indices)[0]}
+        widths, ends, maps = dict(self.block_widths(arch, x)), self.end_widths(arch, x), []
+
+        def take(x: Tensor, stage: int) -> None:
+            if stage in taken:
+                maps.append(x if isinstance(arch, Arch) else masked(x, self.stage_mask(arch, stage).to(x)))
+
+        x = normalize(self.bn1, self.conv_stem(resize(x, arch.resolution), out=ends.stem), True)
+        take(x, 0)
+        blocks = self.blocks[:max(taken)] if stop_early else self.blocks
+        for stage, modules in enumerate(blocks, start=1):
+            for block in filter(widths.__contains__, modules):
+                run = partial(block, widths=widths[block])
+                x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+            take(x, stage)
+        if intermediates_only:
+            return maps
+        return self._last_convolution(masked(x, ends.stage), ends) if len(blocks) == self.stage_ends[-1] else x, maps
+
+    def keep_features(self, indices: int | list[int] | None, norm: bool) -> list[int]:
+        """Remove the head and all stages after the last feature map, in place: the network becomes a backbone.
+
+        Returns:
+            `indices` counted from the first feature map.
+        """
+        return self.prune_intermediate_layers(indices, prune_norm=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, *, arch: Arch | Masks | None = None) -> Tensor:
         if arch is None:

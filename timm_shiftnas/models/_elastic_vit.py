@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models import checkpoint
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers.vit import BlockWidths, ElasticLayerNorm, ElasticLinear
@@ -35,14 +37,79 @@ class ElasticViT(TimmSupernet):
     def forward_features(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
         blocks = self._widths(arch.to(x) if isinstance(arch, ShiftFormerMasks) else arch)
         embed = blocks[0][1].embed_dim
-        x = self._pos_embed(self.patch_embed(x, out=embed))
-        if isinstance(self.norm_pre, ElasticLayerNorm):
-            x = self.norm_pre.normalized(x, embed)  # what is added to the residual stream stays unmasked
+        x = self._tokens(x, embed)
         index = self.relative_index(x)
         for block, widths in blocks:
             run = partial(block, index=index, widths=widths)
             x = checkpoint(run, x) if self.grad_checkpointing else run(x)
         return _norm(self.norm, x, embed)
+
+    def _tokens(self, x: Tensor, embed: Width) -> Tensor:
+        """The tokens that the first block reads, for images."""
+        x = self._pos_embed(self.patch_embed(x, out=embed))
+        if isinstance(self.norm_pre, ElasticLayerNorm):
+            x = self.norm_pre.normalized(x, embed)  # what is added to the residual stream stays unmasked
+        return x
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            *,
+            arch: Arch | ShiftFormerMasks | None = None,
+    ) -> Any:
+        """timm's `forward_intermediates` of one subnet; other arguments and return values are timm's.
+
+        Args:
+            indices: Layers of the subnet: -1 is the last one at every depth.
+            arch: The subnet; `None` is the largest one. With masks, maps have the full width and are zero in the
+                inactive channels.
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        masks = arch.to(x) if isinstance(arch, ShiftFormerMasks) else None
+        blocks = self._widths(arch if masks is None else masks)
+        ends = _layer_ends(masks, len(blocks))
+        taken = {ends[i] for i in feature_take_indices(len(ends), indices)[0]}
+        embed = blocks[0][1].embed_dim
+        x = self._tokens(x, embed)
+        index, maps = self.relative_index(x), []
+        for count, (block, widths) in enumerate(blocks[:max(taken)] if stop_early else blocks, start=1):
+            run = partial(block, attn_mask=attn_mask, is_causal=is_causal, index=index, widths=widths)
+            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+            if count in taken:
+                normed = norm and isinstance(self.norm, ElasticLayerNorm)
+                maps.append(self.norm(x, width=embed) if normed else masked(x, embed, -1))
+        count = self.num_prefix_tokens
+        prefixes, maps = [tokens[:, :count] for tokens in maps], [tokens[:, count:] for tokens in maps]
+        if output_fmt == 'NCHW':
+            maps = [tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for tokens in maps]
+        if output_dict:
+            features = {} if intermediates_only else dict(image_features=_norm(self.norm, x, embed))
+            more = dict(image_intermediates_prefix=prefixes) if count and return_prefix_tokens else {}
+            return dict(image_intermediates=maps, **more, **features)
+        if count and return_prefix_tokens:
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (_norm(self.norm, x, embed), maps)
+
+    def keep_features(self, indices: int | list[int] | None, norm: bool) -> list[int]:
+        """Remove the head, and the final norm unless `norm`, in place: the network becomes a backbone.
+
+        Returns:
+            `indices` counted from the last layer, so that they mean the same at every depth.
+        """
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        self.prune_intermediate_layers(1, prune_norm=not norm)
+        self.model_args['final_norm'] = not isinstance(self.norm, nn.Identity)
+        return [index - len(self.blocks) for index in taken]
 
     def forward_head(
             self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
@@ -95,6 +162,18 @@ class ElasticViT(TimmSupernet):
 
     def subnet_cfg(self, arch: Arch) -> dict:
         return dict(super().subnet_cfg(arch), input_size=(self.in_chans, *self.patch_embed.img_size))
+
+
+def _layer_ends(masks: ShiftFormerMasks | None, count: int) -> list[int]:
+    """For every layer of a subnet, how many blocks have run when its output is read.
+
+    Blocks that a mask switches off add nothing. Those after a layer run before it is read, so that gradients reach
+    them.
+    """
+    if masks is None:
+        return list(range(1, count + 1))
+    first, *others = masks.depth.detach().round().nonzero().flatten().tolist()
+    return [*others, count]
 
 
 def _norm(norm: nn.Module, x: Tensor, width: Width) -> Tensor:

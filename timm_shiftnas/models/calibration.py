@@ -184,9 +184,9 @@ def _images_of(batch: Any) -> Tensor:
 
 
 def resized(net: nn.Module, images: Tensor) -> Tensor:
-    """Images at the resolution of a subnet, if its arch has one."""
+    """Images at the resolution of a subnet, if its arch has one; a network around a backbone resizes them itself."""
     space = getattr(net, 'static_space', None)
-    resolution = None if space is None else family_of(space).resolution(net.arch)
+    resolution = None if space is None or space.is_bound else family_of(space).resolution(net.arch)
     return images if resolution is None else resize(images, resolution)
 
 

@@ -26,6 +26,7 @@ from ..space.core import Arch, SearchSpace
 from ..space.families import space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
+from .backbone import ElasticBackbone
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
 from .elastic_vit import ELASTIC_VITS, make_vit_static
 
@@ -257,7 +258,9 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     return build_model_with_cfg(
         create, variant, pretrained and own_weights, pretrained_cfg=cfg,
         pretrained_filter_fn=None if family is None else family.filter_fn,
-        feature_cfg=dict(out_indices=levels, feature_cls='getter'), **kwargs)
+        feature_cfg=dict(
+            out_indices=levels, feature_cls=ElasticBackbone if variant == 'elastic_supernet' else 'getter'),
+        **kwargs)
 
 
 def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:

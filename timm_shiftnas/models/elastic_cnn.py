@@ -281,7 +281,13 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
                     se=sizes.get(f'se.{number}'))
                 for number in kept]
             places = [structure.places[number] for number in kept]
-        return [(self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)]
+        return [
+            (self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)
+            if stage < len(self.blocks)]  # a backbone has no stages after its last feature map
+
+    def stage_mask(self, masks: CnnMasks, stage: int) -> Tensor:
+        group = self.unbound_space.structure.stages[stage - 1][-1].width if stage else 0
+        return masks.masks[f'width.{group}']
 
     def end_widths(self, arch: Arch | CnnMasks, like: Tensor) -> EndWidths:
         stage, last = self.unbound_space.structure.blocks[-1].width, len(self.unbound_space.values('width')) - 1

@@ -37,6 +37,7 @@ from ..space.shiftformer import shiftformer_space, shiftformer_space_of
 from ._checkpoint import check_fits, weights_of
 from ._elastic_vit import ElasticViT
 from ._published import convert_autoformer, is_autoformer
+from .backbone import ElasticBackbone
 
 __all__ = ['ShiftFormer', 'ShiftFormerSupernet', 'checkpoint_filter_fn']
 
@@ -310,7 +311,10 @@ default_cfgs = generate_default_cfgs({
 def _create(cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
     return build_model_with_cfg(
         cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **kwargs)
+        feature_cfg=dict(
+            out_indices=kwargs.pop('out_indices', 3),
+            feature_cls=ElasticBackbone if issubclass(cls, ElasticViT) else 'getter'),
+        **kwargs)
 
 
 def _create_supernet(variant: str, pretrained: bool, **kwargs) -> ShiftFormerSupernet:

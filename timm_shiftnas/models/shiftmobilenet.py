@@ -50,6 +50,7 @@ from ..space.shiftmobilenet import (
 from ._checkpoint import check_fits, weights_of
 from ._elastic_cnn import ElasticCnn, EndWidths, check_pool
 from ._published import convert_mobilenet, is_published_mobilenet
+from .backbone import ElasticBackbone
 
 __all__ = ['EfficientNetSupernet', 'MobileNetV3Supernet', 'ShiftMobileNetSupernet', 'checkpoint_filter_fn', 'ofa_space']
 
@@ -230,8 +231,15 @@ class ShiftMobileNetSupernet(ElasticCnn):
             places = [(shape.stage, shape.position) for shape in shapes]
             expansion = ConvWidths(width_out=HEAD_RATIO * arch.width[-2])
         if space.structure.has_efficient_head:
-            places, widths = [*places, (-1, 0)], [*widths, expansion]
-        return [(self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)]
+            places, widths = [*places, (places[-1][0] + 1, 0)], [*widths, expansion]
+        return [
+            (self.blocks[stage][position], each) for (stage, position), each in zip(places, widths, strict=True)
+            if stage < len(self.blocks)]  # a backbone has no stages after its last feature map
+
+    def stage_mask(self, masks: ShiftMobileNetMasks, stage: int) -> Tensor:
+        rows = block_table(self.unbound_space).blocks
+        readers = [block.width_in for row, block in zip(rows, masks.blocks, strict=True) if row.stage == stage]
+        return readers[0] if readers else masks.stage if stage == rows[-1].stage + 1 else masks.expanded
 
     def end_widths(self, arch: Arch | ShiftMobileNetMasks, like: Tensor) -> EndWidths:
         efficient = self.unbound_space.structure.has_efficient_head
@@ -300,11 +308,12 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create(factory: Callable, variant: str, pretrained: bool, stride: Sequence[int], **kwargs) -> nn.Module:
+def _create(factory: Callable, variant: str, pretrained: bool, stride: Sequence[int],
+            features: str | type = 'getter', **kwargs) -> nn.Module:
     levels = tuple(range(1 + list(stride).count(2)))  # a feature map before every stride
     return build_model_with_cfg(
         factory, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls='getter'), **kwargs)
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', levels), feature_cls=features), **kwargs)
 
 
 def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mapping[str, Any], img_size: Any = None,
@@ -312,7 +321,7 @@ def _create_supernet(variant: str, pretrained: bool, space: SearchSpace | Mappin
     """`img_size`, which timm's scripts may pass, is ignored: these networks take images of any size."""
     space = space_of_family(space, 'shiftmobilenet')
     cls = MobileNetV3Supernet if _stock_class(space) is MobileNetV3 else EfficientNetSupernet
-    return _create(cls, variant, pretrained, space.structure.stride, space=space, **kwargs)
+    return _create(cls, variant, pretrained, space.structure.stride, ElasticBackbone, space=space, **kwargs)
 
 
 def _bignas() -> SearchSpace:

@@ -101,13 +101,14 @@ def static_counts(net: nn.Module) -> tuple[int, int]:
 
 
 def static_space(net: nn.Module) -> SearchSpace:
-    """The unbound space of an extracted subnet's own values."""
+    """The space of an extracted subnet's own values; unbound, unless it is a network around a static backbone."""
     return net.static_space
 
 
 def bound_space(net: nn.Module) -> SearchSpace:
     """The space of an extracted subnet's own values, bound to its present geometry."""
-    return static_space(net).bind(**_family(net).geometry(net))
+    space = static_space(net)
+    return space if space.is_bound else space.bind(**_family(net).geometry(net))  # that of a network with a head is
 
 
 def stock_description(net: nn.Module) -> dict[str, Any] | None:

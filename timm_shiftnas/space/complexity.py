@@ -16,6 +16,7 @@ import torch
 
 from .core import Arch, OneHots, SearchSpace
 from .families import family_of
+from .heads import head_macs, head_params
 
 __all__ = ['macs', 'macs_range', 'params']
 
@@ -57,7 +58,8 @@ def macs(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots, convention: 
     if convention not in CONVENTIONS:
         raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
     polynomial = family_of(space).count_macs
-    return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots, convention))
+    return _evaluate(
+        space, arch, lambda space, one_hots: polynomial(space, one_hots, convention) + head_macs(space, one_hots))
 
 
 @overload
@@ -68,7 +70,8 @@ def params(space: SearchSpace, arch: Sequence[Arch] | OneHots) -> torch.Tensor: 
 
 def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
-    return _evaluate(space, arch, family_of(space).count_params)
+    polynomial = family_of(space).count_params
+    return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots) + head_params(space, one_hots))
 
 
 def macs_range(space: SearchSpace) -> tuple[int, int]:

@@ -561,6 +561,23 @@ def _columns(space: SearchSpace) -> tuple[torch.Tensor, dict[str, list[int]]]:
     return matrix, {name: [position[label] for label in labels] for name, labels in columns.items()}
 
 
+def _channels(space: SearchSpace, stage: int) -> Size:
+    """Channels of a feature map: after the stem (0), or a stage of blocks."""
+    group = space.structure.stages[stage - 1][-1].width if stage else 0
+    return cnn_table(space).sizes[f'width.{group}']
+
+
+def _kept_weights(space: SearchSpace) -> list[int]:
+    """Numbers of the weights of a network in the table; a backbone ends with its last feature map."""
+    weights, structure = cnn_table(space.unbind()).weights, space.structure
+    if 'features' not in space.geometry:
+        return list(range(len(weights)))
+    last, stem = space.geometry['features'][-1], ('conv_stem', 'bn1')
+    return [
+        i for i, weight in enumerate(weights)
+        if weight.name in stem or (weight.block is not None and structure.blocks[weight.block].stage < last)]
+
+
 def _sizes(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     """All sizes, [..., sizes]: those of the table, and `FIXED`."""
     g, (matrix, _) = space.geometry, _columns(space.unbind())
@@ -574,20 +591,20 @@ def _sizes(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 
 def _weight_sizes(space: SearchSpace, one_hots: OneHots) -> dict[str, torch.Tensor]:
     """Sizes of the weights, each [..., weights]."""
-    sizes = _sizes(space, one_hots)
-    return {name: sizes[..., index] for name, index in _columns(space.unbind())[1].items()}
+    sizes, kept = _sizes(space, one_hots), _kept_weights(space)
+    return {name: sizes[..., [index[i] for i in kept]] for name, index in _columns(space.unbind())[1].items()}
 
 
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
     size = _weight_sizes(space, one_hots)
-    products = torch.tensor(
-        [weight.matrix for weight in cnn_table(space.unbind()).weights], dtype=torch.float64).to(size['rows'])
+    weights = [cnn_table(space.unbind()).weights[i] for i in _kept_weights(space)]
+    products = torch.tensor([weight.matrix for weight in weights], dtype=torch.float64).to(size['rows'])
     return (products * size['active'] * size['rows'] * size['columns'] * size['area'] * size['pixels']).sum(-1)
 
 
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     size = _weight_sizes(space, one_hots)
-    weights = cnn_table(space.unbind()).weights
+    weights = [cnn_table(space.unbind()).weights[i] for i in _kept_weights(space)]
     vectors, products = (
         torch.tensor(values, dtype=torch.float64).to(size['rows']) for values in (
             [weight.vectors for weight in weights], [weight.matrix and weight.trained for weight in weights]))
@@ -697,4 +714,4 @@ def _masks(space: SearchSpace, one_hots: OneHots) -> CnnMasks:
 register_family(Family(
     name='elastic_cnn', space=elastic_cnn_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
     operators=_operators, supernet='elastic_supernet', subnet='elastic_cnn_subnet',
-    resolution=lambda arch: arch.resolution))
+    resolution=lambda arch: arch.resolution, channels=_channels))

@@ -16,7 +16,16 @@ import torch
 from .core import Arch, OneHots, SearchSpace
 from .families import Family, register_family
 from .operators import OperatorTable
-from .shiftformer import add_vit_layers, vit_choices, vit_hiddens, vit_masks, vit_sizes, vit_space_of, vit_values
+from .shiftformer import (
+    add_vit_layers,
+    vit_channels,
+    vit_choices,
+    vit_hiddens,
+    vit_masks,
+    vit_sizes,
+    vit_space_of,
+    vit_values,
+)
 
 __all__ = ['elastic_vit_space', 'elastic_vit_space_of', 'hidden_width', 'kept_layers', 'parameter_axes']
 
@@ -194,4 +203,4 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
 register_family(Family(
     name='elastic_vit', space=elastic_vit_space, macs=_macs, params=_params,
     masks=partial(vit_masks, hidden_width=hidden_width), geometry=_geometry, operators=_operators,
-    supernet='elastic_supernet', subnet='elastic_vit_subnet'))
+    supernet='elastic_supernet', subnet='elastic_vit_subnet', channels=vit_channels))

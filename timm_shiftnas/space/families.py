@@ -47,6 +47,9 @@ class Family:
         stock: `stock(space, arch)`: JSON-able description of a subnet that plain timm can build, or `None`.
         resolution: `resolution(arch)`: height and width of the images that a subnet takes, if its arch says so.
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
+        channels: `channels(space, stage)`: channels of a feature map, the size of a stage in `features` of the
+            geometry. A space whose geometry has `features`, stages in ascending order, is of networks that end with the
+            last of them; `macs` and `params` leave out what follows.
     """
     name: str
     space: Callable[..., SearchSpace]
@@ -60,30 +63,41 @@ class Family:
     stock: Callable[[SearchSpace, Arch], dict[str, Any] | None] = lambda space, arch: None
     resolution: Callable[[Arch], int | None] = lambda arch: None
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
+    channels: Callable[[SearchSpace, int], Any] | None = None
 
-    def operator_table(self, space: SearchSpace, one_hots: OneHots) -> OperatorTable:
+    def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
         """The operators of archs of a bound space.
 
+        Args:
+            space: The space.
+            one_hots: The archs, [..., number of values].
+            resource: What is computed from them, for error messages.
+
         Raises:
-            ValueError: If the family has no table of them.
+            ValueError: If the family has no table of them, or the networks are backbones or have heads of their own:
+                the table is of image classifiers.
         """
         if self.operators is None:
             raise ValueError(
-                f'the family {self.name!r} describes no operators, so what needs them is unknown; give '
+                f'the family {self.name!r} describes no operators, so their {resource} is unknown; give '
                 'register_family(Family(..., operators=...))')
+        if 'features' in space.geometry:
+            raise ValueError(
+                f'the {resource} of a backbone, or of a network around one, is unknown: its operators are not those of '
+                'a classifier; give a budget of MACs (flops=) or parameters (params=), or the resource macs or params')
         return self.operators(space, one_hots)
 
     def count_macs(self, space: SearchSpace, one_hots: OneHots, convention: str = 'fused') -> torch.Tensor:
         """Multiply-accumulates per image, [...], of archs given as one-hots [..., number of values]."""
         if self.macs is not None:
             return self.macs(space, one_hots, convention)
-        return self.operator_table(space, one_hots).column('macs').sum(-1)
+        return self.operator_table(space, one_hots, 'macs').column('macs').sum(-1)
 
     def count_params(self, space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
         """Number of parameters, likewise."""
         if self.params is not None:
             return self.params(space, one_hots)
-        table = self.operator_table(space, one_hots)
+        table = self.operator_table(space, one_hots, 'params')
         return (table.column('matrix') + table.column('vectors')).sum(-1)
 
 

@@ -1,7 +1,8 @@
 """Resources: what a subnet needs, each a function of one-hot encodings that a budget can bound.
 
 MACs, parameters, bytes of weights and peak memory are exact; latency is predicted (see `latency`). All are
-differentiable. The architecture generator, the budget groups, proposals, tables and pictures take a resource.
+differentiable. The architecture generator, the budget groups, proposals, tables and pictures take a resource. Of a
+backbone, and of a network with a head of your own, MACs and parameters are known, and the others raise a `ValueError`.
 
 * `size`: bytes of the tensors in the file of an extracted subnet (its parameters, and the statistics of BatchNorm).
   In fp32 that is what `save_pretrained` writes beside a header. In fp16 every number that is not an integer has 2
@@ -21,6 +22,7 @@ from typing import Any, overload
 import torch
 
 from ..utils.units import format_quantity, parse_quantity
+from . import complexity
 from .core import Arch, OneHots, SearchSpace
 from .families import family_of
 
@@ -108,21 +110,21 @@ def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Re
 
 
 def _macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return family_of(space).count_macs(space, one_hots)
+    return complexity.macs(space, one_hots)
 
 
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return family_of(space).count_params(space, one_hots)
+    return complexity.params(space, one_hots)
 
 
 def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return BYTES * family_of(space).operator_table(space, one_hots).column('live').amax(-1)
+    return BYTES * family_of(space).operator_table(space, one_hots, 'memory').column('live').amax(-1)
 
 
 def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots], torch.Tensor]:
     """Bytes of a file with so many for an entry of a matrix, for its output channel, and for every other number."""
     def measure(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-        table = family_of(space).operator_table(space, one_hots)
+        table = family_of(space).operator_table(space, one_hots, 'size')
         matrices, rows, vectors, statistics = (
             table.column(name).sum(-1) for name in ('matrix', 'rows', 'vectors', 'statistics'))
         # every BatchNorm has a mean and a variance for each channel, and counts its batches

@@ -13,12 +13,13 @@ import torch
 
 from .core import Arch, Choice, OneHots, SearchSpace, ordered_values
 from .families import Family, register_family
-from .matrix_mapping import nested
+from .matrix_mapping import Size, nested
 from .operators import OperatorTable
 
 __all__ = [
     'HEAD_DIM', 'ShiftFormerMasks', 'ViTSizes', 'add_vit_layers', 'fused_columns', 'shiftformer_space',
-    'shiftformer_space_of', 'vit_choices', 'vit_hiddens', 'vit_masks', 'vit_sizes', 'vit_space_of', 'vit_values',
+    'shiftformer_space_of', 'vit_channels', 'vit_choices', 'vit_hiddens', 'vit_masks', 'vit_sizes', 'vit_space_of',
+    'vit_values',
 ]
 
 HEAD_DIM = 64  # AutoFormer's heads are always 64 channels wide
@@ -167,6 +168,11 @@ def vit_sizes(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) 
         heads=torch.stack([one_hot @ constant(heads) for one_hot in layers[0::2]], dim=-1),
         hidden=torch.stack([(one_hot * hidden).sum(-1) for one_hot in layers[1::2]], dim=-1),
     )
+
+
+def vit_channels(space: SearchSpace, stage: int) -> Size:
+    """Channels of a feature map: the token width, after every layer."""
+    return Size.of(space, int, 0)
 
 
 def _tokens(geometry: dict[str, Any]) -> _Tokens:
@@ -330,4 +336,4 @@ def vit_masks(space: SearchSpace, one_hots: OneHots, hidden_width: HiddenWidth) 
 register_family(Family(
     name='shiftformer', space=shiftformer_space, macs=_macs, params=_params,
     masks=partial(vit_masks, hidden_width=_hidden_width), geometry=_geometry, operators=_operators,
-    supernet='shiftformer_supernet', subnet='shiftformer_subnet'))
+    supernet='shiftformer_supernet', subnet='shiftformer_subnet', channels=vit_channels))

@@ -429,10 +429,28 @@ def _columns(blocks: Sequence[Block], one_hots: OneHots, *names: str) -> list[to
         for name in names]
 
 
+def _channels(space: SearchSpace, stage: int) -> Size:
+    """Channels of a feature map: after the stem (0), a stage of blocks, or the expansion of an 'efficient' head."""
+    table = block_table(space)
+    widths = [block.width_out for block in table.blocks if block.stage == stage - 1]
+    return table.stem if stage == 0 else widths[-1] if widths else table.expanded
+
+
+def _kept(table: BlockTable, geometry: Mapping[str, Any]) -> tuple[Block, ...]:
+    """The blocks of a network; a backbone ends with its last feature map."""
+    last = geometry.get('features', (math.inf,))[-1]
+    return tuple(block for block in table.blocks if block.stage < last)
+
+
+def _expands(table: BlockTable, geometry: Mapping[str, Any]) -> bool:
+    """Whether the last feature map of a backbone is the expansion of an 'efficient' head."""
+    return geometry['features'][-1] > table.blocks[-1].stage + 1
+
+
 def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tensor:
     geometry, table = space.geometry, block_table(space)
     active, expands, projects, equal, width_in, hidden, width_out, area, se, pixels_in, pixels_out = _columns(
-        table.blocks, one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out',
+        _kept(table, geometry), one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out',
         'kernel_area', 'se', 'pixels_in', 'pixels_out')
     expand = expands * width_in * hidden * pixels_in
     inner = hidden * ((area + width_out) * pixels_out + 2 * se)
@@ -441,7 +459,9 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
     stem, stem_pixels, stage, stage_pixels, expanded, last = (size.value(one_hots) for size in table[1:7])
     pooled = 1 if geometry['global_pool'] else stage_pixels  # without pooling the head runs on every pixel
     head = geometry['num_classes'] * last * pooled
-    if space.structure.has_efficient_head:
+    if 'features' in geometry:
+        head = _expands(table, geometry) * expanded * stage * stage_pixels
+    elif space.structure.has_efficient_head:
         head = head + expanded * (stage * stage_pixels + last * pooled)
     else:
         head = head + stage * last * stage_pixels
@@ -451,7 +471,7 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
 def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     geometry, table = space.geometry, block_table(space)
     active, expands, projects, equal, width_in, hidden, width_out, area, se = _columns(
-        table.blocks, one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out',
+        _kept(table, geometry), one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out',
         'kernel_area', 'se')
     expand = expands * (width_in + 2) * hidden  # with two parameters of BatchNorm per channel
     inner = hidden * (area + 2) + (hidden + 2) * width_out
@@ -460,7 +480,9 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     blocks = (active * (expand + inner + excite + project)).sum(-1)
     stem, _, stage, _, expanded, last = (size.value(one_hots) for size in table[1:7])
     head = geometry['num_classes'] * (last + 1)
-    if space.structure.has_efficient_head:
+    if 'features' in geometry:
+        head = _expands(table, geometry) * expanded * (stage + 2)
+    elif space.structure.has_efficient_head:
         head = head + expanded * (stage + 2 + last)
     else:
         head = head + (stage + 2) * last
@@ -614,4 +636,4 @@ register_family(Family(
     name='shiftmobilenet', space=shiftmobilenet_space, macs=_macs, params=_params, masks=_masks, geometry=_geometry,
     operators=_operators, supernet='shiftmobilenet_supernet', subnet='shiftmobilenet_subnet', stock=_stock,
     resolution=lambda arch: arch.resolution,
-    bn_recipe=lambda space: 'ofa' if space.structure.kernel == 'transform' else 'attentivenas'))
+    bn_recipe=lambda space: 'ofa' if space.structure.kernel == 'transform' else 'attentivenas', channels=_channels))

@@ -30,7 +30,8 @@ class Step:
         update: Index of the optimizer update.
         micro_step: Position in the streams that archs are drawn from.
         net: The supernet, unwrapped.
-        criterion: Loss of (logits, targets).
+        criterion: Loss of (output, targets).
+        held_out_loss: The same without what training adds, which the shift measures.
         images, targets: The micro-batch of this process.
         device: Device of the supernet.
         ranks: The processes that train together.
@@ -38,7 +39,8 @@ class Step:
     update: int
     micro_step: int
     net: nn.Module
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    criterion: Callable[[Any, Tensor], Tensor]
+    held_out_loss: Callable[[Any, Tensor], Tensor]
     images: Tensor
     targets: Tensor
     device: torch.device

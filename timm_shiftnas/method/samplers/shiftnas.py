@@ -9,7 +9,6 @@ from collections import deque
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...space.core import Arch
@@ -109,7 +108,7 @@ class ShiftNASSampler(Sampler):
 
         def loss(arch: Arch, batch: Batch) -> Tensor:
             images, targets = (tensor.to(step.device, non_blocking=True) for tensor in batch)
-            return F.cross_entropy(step.net(images, arch), targets)
+            return step.held_out_loss(step.net(images, arch), targets)
 
         with frozen(step.net), full_precision(step.device), torch.enable_grad():
             return self.signal(step.net, loss, archs, train, held_out, step.ranks)

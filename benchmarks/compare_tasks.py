@@ -1,0 +1,215 @@
+"""Compare ways to train an elastic segmenter or detector, and with training its networks alone.
+
+    python benchmarks/compare_tasks.py --task segmentation
+    python benchmarks/compare_tasks.py --task detection
+
+The backbone is timm's `test_efficientnet`, made elastic, at 64 px. 'from scratch' starts from random weights;
+'pretrained' from those of a classifier of rendered letters, whose units are sorted. Each trains all subnets with an
+even P, a learned P, or uniform sampling. 'alone' takes the archs of the even P for all budgets, and trains each alone
+with as many steps as the whole supernet has. Seeds are paired: initial weights, pretrained weights and images.
+
+Networks are scored at the same budgets, by mean IoU or COCO's mAP. Every training writes one file when it is done, so
+that the series can be stopped and started again.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import runs
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+import timm_shiftnas as tsn
+from timm_shiftnas.data import Glyphs
+from timm_shiftnas.data.scenes import write_scenes
+from timm_shiftnas.evaluation import plot_accuracy
+from timm_shiftnas.models import BatchNormCalibration
+
+sys.path.insert(0, str(runs.ROOT / 'examples'))
+import detection  # noqa: E402
+import segmentation  # noqa: E402
+from dense_prediction import train  # noqa: E402
+
+BASE, SIZE, LETTERS = 'test_efficientnet', 64, 4
+METHODS = {
+    'even': dict(shift='none'),
+    'learned': dict(shift='hypergradient', shift_interval=20, shift_lr=.1, shift_images=16),
+    'uniform': dict(sampler='uniform', shift='none'),
+}
+STARTS = ('from scratch', 'pretrained')
+BUDGETS = (0., 1 / 3, 2 / 3, 1.)  # positions in the range of MACs
+METRICS = dict(segmentation='mean IoU', detection='mAP')
+
+
+class Task:
+    """What differs between the tasks.
+
+    Args:
+        name: 'segmentation' or 'detection'.
+        args: The arguments of the script.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.module: Any = dict(segmentation=segmentation, detection=detection)[name]
+        self.is_detection = name == 'detection'
+        folder = write_scenes(args.output / f'scenes-{args.images}', args.images, pixels=SIZE)
+        self.loader, self.validation = self.module.create_loaders(folder, SIZE)
+
+    def build(self, backbone: nn.Module) -> nn.Module:
+        return detection.Detector(backbone, LETTERS, SIZE) if self.is_detection else segmentation.Segmenter(
+            backbone, 1 + LETTERS)
+
+    def loss(self, network: nn.Module) -> Callable:
+        return network.loss if self.is_detection else segmentation.loss
+
+    def score(self, net: nn.Module) -> float:
+        if self.is_detection:
+            return detection.mean_precision(net, net, self.validation)
+        return segmentation.mean_iou(net, self.validation, 1 + LETTERS)
+
+
+def pretrained(args: argparse.Namespace, seed: int) -> nn.Module:
+    """A sorted elastic network whose base has learned rendered letters; the weights of the base are kept in a file."""
+    pixels = v2.Compose([v2.PILToTensor(), *segmentation.PIXELS])
+    images = Glyphs('train', images=args.pretraining_images, pixels=32, transform=pixels)
+    loader = DataLoader(images, 64, shuffle=True, drop_last=True)
+    torch.manual_seed(seed)
+    net = timm.create_model(BASE, num_classes=52)
+    path = args.output / f'base-{args.pretraining_images}-{args.pretraining_epochs}' / f'seed{seed}.pt'
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        total = args.pretraining_epochs * len(loader)
+        optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
+        for _ in range(args.pretraining_epochs):
+            for x, targets in loader:
+                nn.functional.cross_entropy(net(x), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        runs.write(path, partial(torch.save, net.state_dict()))
+    net = tsn.elastic(net.eval(), img_size=SIZE)
+    return tsn.sort_by_importance(net, [next(iter(loader)) for _ in range(8)], progress=False).train()
+
+
+def create(task: Task, start: str, args: argparse.Namespace, seed: int) -> tsn.ElasticModel:
+    """The untrained model of a seed."""
+    torch.manual_seed(seed)
+    net = tsn.elastic(timm.create_model(BASE, num_classes=52), img_size=SIZE)
+    if start == 'pretrained':
+        net = pretrained(args, seed)
+    torch.manual_seed(seed)
+    return tsn.ElasticModel(task.build(tsn.ElasticBackbone(net, [1, 2, 3, 4], img_size=SIZE))).train()
+
+
+def train_supernet(task: Task, start: str, method: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Scores of the subnets at all budgets, and their archs."""
+    model, began = create(task, start, args, seed), time.time()
+    generator = train(
+        model, task.loss(model.network), task.loader, args.epochs, num_groups=8, seed=seed,
+        generator_fit_steps=args.fit_steps, **METHODS[method])
+    seconds = time.time() - began
+    low, high = model.macs(model.space.smallest), model.macs(model.space.largest)
+    calibration, rows = BatchNormCalibration(task.loader, 500), []
+    for share in BUDGETS:
+        arch = generator.propose(low + share * (high - low))
+        rows.append(dict(
+            name=f'{share:.2f}', budget=low + share * (high - low), macs=model.macs(arch), params=model.params(arch),
+            score=task.score(calibration(model, arch).eval()), arch=arch.to_dict()))
+    return dict(rows=rows, seconds=seconds)
+
+
+def train_alone(task: Task, start: str, row: dict[str, Any], args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The score of the arch of a row, extracted from the untrained model and trained alone."""
+    model = create(task, start, args, seed)
+    net = tsn.extract(model, model.space.from_dict(row['arch'])).train()
+    loss, total, began = task.loss(net), args.epochs * len(task.loader), time.time()
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=total)
+    for _ in range(args.epochs):
+        for images, targets in task.loader:
+            loss(net(images), targets).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return dict(rows=[dict(row, score=task.score(tsn.calibrate_bn(net, task.loader, 500, progress=False).eval()))],
+                seconds=time.time() - began)
+
+
+Rows = list[dict[str, Any]]
+
+
+def results(args: argparse.Namespace) -> dict[str, dict[int, Rows]]:
+    """The rows of every budget, by method and seed; missing trainings are run."""
+    task, found = Task(args.task, args), dict[str, dict[int, Rows]]()
+    folder = args.output / args.task / f'{args.images}images-{args.epochs}epochs'
+
+    def finished(name: str, seed: int, run: Callable[..., dict[str, Any]], start: str, what: Any) -> Rows:
+        path = folder / name.replace(' ', '-').replace(',', '') / f'seed{seed}.json'
+        if not path.exists():
+            print(f'{args.task}: {name}, seed {seed}', flush=True)
+            runs.write(path, json.dumps(run(task, start, what, args, seed)))
+        return json.loads(path.read_text())['rows']
+
+    for seed in range(args.seeds):
+        for start in args.starts:
+            for method in args.methods:
+                name = f'{start}, {method}'
+                found.setdefault(name, {})[seed] = finished(name, seed, train_supernet, start, method)
+            if args.alone:
+                archs = found[f'{start}, {args.methods[0]}'][seed]
+                found.setdefault(f'{start}, alone', {})[seed] = [
+                    finished(f'{start}, alone {row["name"]}', seed, train_alone, start, row)[0] for row in archs]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--task', choices=METRICS, required=True)
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=[*METHODS])
+    parser.add_argument('--starts', nargs='+', choices=STARTS, default=[*STARTS])
+    parser.add_argument('--alone', action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument('--seeds', type=runs.positive, default=3)
+    parser.add_argument('--epochs', type=runs.positive, default=30)
+    parser.add_argument('--images', type=runs.positive, default=2000)
+    parser.add_argument('--fit-steps', type=runs.positive, default=1000, help='of the generator')
+    parser.add_argument('--pretraining-images', type=runs.positive, default=12_000)
+    parser.add_argument('--pretraining-epochs', type=runs.positive, default=12)
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'))
+    parser.add_argument('--results', type=Path, default=Path('output/results'))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = results(args)
+    scores = {name: {seed: [row['score'] for row in rows] for seed, rows in seeds.items()}
+              for name, seeds in found.items()}
+    table = runs.paired_table(scores, next(iter(scores)))
+    print(table)
+    runs.write(args.results / f'tasks_{args.task}.md', table + '\n')
+    runs.write_csv(args.results / f'tasks_{args.task}.csv', [
+        dict(method=name, seed=seed, budget=round(row['budget']), macs=row['macs'], params=row['params'],
+             score=round(row['score'], 3), arch=json.dumps(row['arch']))
+        for name, seeds in found.items() for seed, rows in seeds.items() for row in rows])
+    means = {
+        name: [dict(rows[0], macs=mean(row['macs'] for row in rows), score=mean(row['score'] for row in rows))
+               for rows in zip(*seeds.values(), strict=True)]
+        for name, seeds in found.items()}
+    shown = [name for name in means if name.endswith((args.methods[0], 'alone'))]
+    plot_accuracy(args.results / f'tasks_{args.task}.png', means[shown[-1]], {name: means[name] for name in shown[:-1]},
+                  metric=METRICS[args.task])
+
+
+if __name__ == '__main__':
+    main()

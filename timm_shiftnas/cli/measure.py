@@ -1,0 +1,58 @@
+"""`timm-shiftnas measure`: latencies of subnets."""
+from __future__ import annotations
+
+import argparse
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..evaluation.backends import versions_of
+from ..evaluation.foreign_devices import export_subnets, read_latencies
+from ..evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
+from ..hub.format import device_file
+from ..hub.load import SavedModel
+from ..hub.save import add_device
+from ..space.latency import operator_features
+from ..utils.units import format_quantity
+
+__all__ = ['run_measure']
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """Measure latencies of subnets on this machine, or on another one by ONNX files, and write a device file."""
+    saved = SavedModel(args.directory)
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; latencies of many subnets are measured: give a supernet')
+    net = saved.network()
+    operator_features(net.space, net.space.one_hot(net.space.smallest))  # refused here, not after hours of measuring
+    setup = Setup(args.backend, args.device or 'cpu', args.threads or torch.get_num_threads(), args.batch_size)
+    archs = archs_to_measure(net.space, args.archs, args.seed)
+    if args.export:
+        print(f'{export_subnets(net, archs, args.export, args.batch_size)}: run these {len(archs)} files, and fill in '
+              f'the column milliseconds; then give --import, with --name, --backend and --threads')
+        return
+    name = args.name or f'{setup.backend}_{setup.device}_{setup.threads}_threads_batch_{setup.batch_size}'
+    output = args.output or args.directory / device_file(name)
+    if output.exists() and not args.overwrite:
+        raise ValueError(f'{output} exists already; give another --name, or --overwrite')
+    facts: dict[str, Any] = {}
+    partial = output.with_name(f'{output.name}.partial')
+    if args.import_csv:
+        archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
+    else:
+        timings = measure_archs(net, archs, setup, partial, args.max_spread)
+        reference = median(timing.reference for timing in timings)
+        seconds = [timing.ratio * reference for timing in timings]
+        facts = dict(machine=machine(), versions=versions_of(setup.backend),
+                     spread=median(timing.spread for timing in timings))
+    device = create_device(net.space, archs, seconds, name, setup, **facts)
+    if args.output:
+        device.write(output)
+    else:
+        add_device(args.directory, device)
+    partial.unlink(missing_ok=True)
+    low, high = (format_quantity(each, 'seconds') for each in device.resource(net.space).range(net.space))
+    error = device.error
+    print(f'{output}: {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
+          f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')
