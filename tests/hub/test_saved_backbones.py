@@ -1,5 +1,6 @@
 """Networks around an elastic backbone, saved and loaded with the code that builds them."""
 import json
+import re
 
 import pytest
 import timm
@@ -10,8 +11,10 @@ from torch import nn
 import timm_shiftnas as tsn
 from timm_shiftnas.hub.card import model_card
 from timm_shiftnas.hub.load import SavedModel
+from timm_shiftnas.hub.report import model_report
 from timm_shiftnas.layers import FeatureSum
 from timm_shiftnas.models import BatchNormCalibration, static_counts
+from timm_shiftnas.utils.units import format_count
 
 
 class Head(nn.Module):
@@ -61,8 +64,14 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     calibrated = tsn.from_pretrained(tmp_path / 'model', arch=arch, network=Head)
     expected = statistics(model, arch)(x) if make is cnn else model(x, arch)
     torch.testing.assert_close(calibrated(x), expected)
+    data = json.loads(re.search('id="data">(.*?)</script>', model_report(SavedModel(tmp_path / 'model')))[1])
+    shown, = data['subnets']
+    assert data['scores'] == ['mean IoU'] and shown['scores'] == ['51.50']
+    assert shown['counts'] == list(static_counts(calibrated)) and len(shown['lines']) == 1
+    assert shown['lines'][0].endswith(', network=build)')
     # a subnet
     tsn.save_pretrained(tmp_path / 'sub', sub)
+    assert f'{format_count(static_counts(sub)[0])} MACs' in model_report(SavedModel(tmp_path / 'sub'))
     again = tsn.from_pretrained(tmp_path / 'sub', flops=budget, network=Head)
     torch.testing.assert_close(again(x), sub(x), rtol=0, atol=0)
     assert type(again) is Head and static_counts(again) == static_counts(sub)

@@ -21,7 +21,6 @@ from .tables import Row
 __all__ = ['MARK', 'EvaluatedSubnet', 'report_html']
 
 MARK = '<!-- written by timm_shiftnas: replaced when the report is written again -->'
-SCORES = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy'}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def report_html(
         resource: Resource,
         edges: Sequence[float] | None = None,
         probabilities: Sequence[float] | None = None,
-        scores: Mapping[str, str] = SCORES,
+        scores: Mapping[str, str],
 ) -> str:
     """The report as HTML.
 

@@ -128,7 +128,7 @@ def from_pretrained(
     if saved.kind == 'subnet':
         _check_subnet(net, limits, wanted)
         return net.to(device=device, dtype=dtype).eval()
-    net = extract(net, arch_for_budgets(saved, net, limits) if wanted is None else space.from_dict(wanted))
+    net = extract(net, arch_for_budgets(saved, space, limits) if wanted is None else space.from_dict(wanted))
     stored = saved.bn_statistics(net, space)
     net.load_state_dict(stored, strict=False)
     net = net.to(device=device, dtype=dtype).eval()
@@ -347,9 +347,8 @@ class SavedModel:
         return dict(zip(self.archs('bn_archs', space), stored))
 
 
-def arch_for_budgets(saved: SavedModel, net: nn.Module, budgets: Mapping[Resource, Any]) -> Arch:
+def arch_for_budgets(saved: SavedModel, space: SearchSpace, budgets: Mapping[Resource, Any]) -> Arch:
     """Choose the arch of a saved supernet within budgets: the best searched one that fits, or the generator's."""
-    space = net.space
     limits = check_limits(space, budgets)  # even if a searched arch fits: a budget out of range is refused
 
     def fits(arch: Arch, least: float = 0.) -> bool:
@@ -365,7 +364,7 @@ def arch_for_budgets(saved: SavedModel, net: nn.Module, budgets: Mapping[Resourc
     proposed = saved.generator(space).propose_within(limits)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
     stored = [arch for arch in saved.archs('bn_archs', space) if fits(arch, .99)]
-    return proposed if not stored or proposed in stored else max(stored, key=net.macs)
+    return proposed if not stored or proposed in stored else max(stored, key=lambda arch: MACS.count(space, arch))
 
 
 def _check_subnet(net: nn.Module, budgets: Mapping[Resource, Any], arch: Any) -> None:

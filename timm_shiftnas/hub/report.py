@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from ..evaluation.report import EvaluatedSubnet, report_html
-from ..evaluation.tables import Row
-from ..models.subnet import bound_space
+from ..evaluation.tables import Row, score_columns
 from ..space.core import Arch, SearchSpace
 from ..space.families import family_of
 from ..space.resources import MACS, PARAMS, RESOURCES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
+from .card import metric_of
 from .load import SavedModel, arch_for_budgets
 
 __all__ = ['REPORT', 'model_report', 'write_report']
@@ -47,8 +47,7 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
         front: The table of a search; rows of archs that are not stored in the directory are left out.
         repo_id: The repository that is named in what to type; default is the directory.
     """
-    net = saved.skeleton()
-    space = net.space if saved.kind == 'supernet' else bound_space(net)
+    net, space = saved.skeleton(), saved.space()
     resource = saved.resource
     rows = [(row, 'results') for row in saved.record.results or _rows_without_results(saved, net)]
     searched = set(saved.archs('searched', space))
@@ -56,10 +55,11 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
     subnets = []
     for row, series in rows:
         arch = space.from_dict(row['arch'])
-        subnets.append(EvaluatedSubnet(row, arch, _lines(saved, net, arch, row, resource, repo_id), series))
+        subnets.append(EvaluatedSubnet(row, arch, _lines(saved, space, arch, row, resource, repo_id), series))
     return report_html(
         saved.config['architecture'], _subtitle(saved, net, space), space, subnets, _resources(saved, space),
-        resource=resource, edges=saved.record.groups, probabilities=saved.record.probabilities)
+        resource=resource, edges=saved.record.groups, probabilities=saved.record.probabilities,
+        scores=_scores(saved))
 
 
 def _rows_without_results(saved: SavedModel, net: nn.Module) -> list[dict[str, Any]]:
@@ -68,9 +68,16 @@ def _rows_without_results(saved: SavedModel, net: nn.Module) -> list[dict[str, A
     return [dict(name=name, budget=None, arch=arch.to_dict()) for name, arch in ends.items()]
 
 
+def _scores(saved: SavedModel) -> dict[str, str]:
+    """Labels of the percentages, by their columns."""
+    labels = dict(top1='top-1 accuracy', top5='top-5 accuracy', score=metric_of(saved.record))
+    return {name: labels[name] for name in score_columns(saved.record.results or ())}
+
+
 def _resources(saved: SavedModel, space: SearchSpace) -> list[Resource]:
     """Everything that can be counted, and the latency on every device, of which one may be that of the budgets."""
-    counted = [*RESOURCES.values()] if family_of(space).operators else [MACS, PARAMS]
+    known = family_of(space).operators and saved.record.backbone is None
+    counted = [*RESOURCES.values()] if known else [MACS, PARAMS]
     return [*counted, *(device.resource(space) for device in saved.devices().values())]
 
 
@@ -79,26 +86,28 @@ def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:
     what = 'A subnet' if saved.kind == 'subnet' else f'A supernet of {space.size:,} subnets'
     low, high = map(format_count, MACS.range(space))
     macs = low if saved.kind == 'subnet' else f'{low} to {high}'
-    return f'{what}: {macs} MACs, images of {size}, {net.num_classes} classes.'
+    classes = '' if saved.record.backbone is not None else f', {net.num_classes} classes'
+    return f'{what}: {macs} MACs, images of {size}{classes}.'
 
 
-def _lines(saved: SavedModel, net: nn.Module, arch: Arch, row: Mapping[str, Any], resource: Resource,
+def _lines(saved: SavedModel, space: SearchSpace, arch: Arch, row: Mapping[str, Any], resource: Resource,
            repo_id: str | None) -> list[str]:
     """What to type for a subnet: its budget if that gives exactly this subnet, and its arch otherwise."""
-    name = repo_id or saved.name
+    name, around = repo_id or saved.name, (saved.record.backbone or {}).get('network')
+    build = ', network=build' if around else ''  # the function that builds the network around a backbone
     if saved.kind == 'subnet':
-        return [f'net = tsn.from_pretrained({name!r})']
+        return [f'net = tsn.from_pretrained({name!r}{build})']
     keyword, device, fields = resource.keyword, saved.record.device, arch.to_dict()
-    budget = row['budget'] if row['budget'] is not None else resource.count(net.space, arch)
+    budget = row['budget'] if row['budget'] is not None else resource.count(space, arch)
     text = resource.least(budget) if resource.kind == 'seconds' else f'{budget:.12g}'
-    if saved.has_generator and arch_for_budgets(saved, net, {resource: text}) == arch:
+    if saved.has_generator and arch_for_budgets(saved, space, {resource: text}) == arch:
         value = repr(text) if resource.kind == 'seconds' else text
         python, shell = f'{keyword}={value}', f'--{keyword} {text}'
         if device is not None:
             python, shell = f'{python}, device_file={device!r}', f'{shell} --device-file {shlex.quote(device)}'
     else:
         python, shell = f'arch={fields}', f'--arch {shlex.quote(json.dumps(fields))}'
-    lines = [f'net = tsn.from_pretrained({name!r}, {python})']
-    if repo_id is None:  # `extract` reads directories
+    lines = [f'net = tsn.from_pretrained({name!r}, {python}{build})']
+    if repo_id is None and not around:  # `extract` reads directories, and runs no code of the user
         lines.append(f'timm-shiftnas extract {shlex.quote(name)} {shell} --output subnet')
     return lines
