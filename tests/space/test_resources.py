@@ -135,11 +135,12 @@ def generator(tiny):
     return ArchitectureGenerator(tiny).fit(steps=60, progress=False)
 
 
+@pytest.mark.slow
 def test_all_of_several_budgets_hold_and_none_leaves_room(tiny, generator):
     latency = device_of(tiny).resource(tiny)
     resources = [MACS, PARAMS, SIZES['int8'], MEMORY, latency]
     noise = rng(2)
-    for pair in [*itertools.combinations(resources, 2)][1::3]:
+    for pair in [*itertools.combinations(resources, 2)][1::4]:
         limits = {}
         for resource in pair:
             low, high = resource.range(tiny)

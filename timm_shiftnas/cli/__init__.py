@@ -1,5 +1,4 @@
-"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, report, push
-and convert.
+"""The commands of `timm-shiftnas`: elastic, info, extract, evaluate, search, export, measure, report, push, convert.
 
 Their parser is in `timm_shiftnas_cli`, which is fast to import.
 """

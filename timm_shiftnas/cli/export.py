@@ -70,7 +70,7 @@ def export_int8(
         for name, path in (('fp32', plain), ('int8', output)):
             accuracy = ['', '']
             if with_images:
-                labelled, _ = labelled_images(saved, net.num_classes, args)
+                labelled, _ = labelled_images(saved, net.num_classes, args, args.split)
                 top = evaluate(OnnxNetwork(path, net), batches(expected, labelled, args), torch.device('cpu'))
                 accuracy = [f'{value:.2f}%' for value in top]
             rows.append((name, format_quantity(path.stat().st_size, 'bytes'), *accuracy))
