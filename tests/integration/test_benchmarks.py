@@ -150,6 +150,7 @@ def test_wrong_flags_are_errors_before_training(script, flags, message, tmp_path
     assert code == 2 and message in err and not (tmp_path / 'runs').exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_comparison_from_the_command_line(tmp_path):

@@ -275,6 +275,7 @@ def test_proposals_use_nearly_as_much_as_the_best_arch(fitted):
     assert (used / best).mean() >= 0.99 and (used / best).min() >= 0.97
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_proposals_of_autoformer_t():
     gen = ArchitectureGenerator(AUTOFORMER_T).fit(steps=250)

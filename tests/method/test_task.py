@@ -133,6 +133,7 @@ def test_a_shift_update_restores_everything(fitted, shift_batches, signal):
         torch.testing.assert_close(scores, again, rtol=2e-2, atol=1e-3)  # float32, also under autocast
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_p_rises_for_an_untrained_group(fitted, shift_batches):
     """Train only the subnets of the middle and the last group; the first group gains the most from training."""
@@ -255,6 +256,7 @@ def test_inplace_distillation_needs_the_sandwich_rule(fitted):
         make_task(fitted, None, shift='none', archs_per_step=2, inplace_distillation=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compilation_gives_one_graph_for_each_depth():
     """One graph serves all archs of a depth, unless a choice has the value 1, which torch treats as a constant."""

@@ -160,6 +160,7 @@ def test_bases_that_are_not_elastic():
         sort_by_importance(timm.create_model('resnet18'))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_vits_of_timm_at_full_depth():
     """Every twelfth name; the test of the table goes over all of them with two layers."""

@@ -302,6 +302,7 @@ def create_checkpoints(folder, values=4, **options):
     return Checkpoints(saver, RunFolder(folder))
 
 
+@pytest.mark.exhaustive
 def test_files_that_grow_too_large_do_not_stop_training(whole, tmp_path, caplog, capsys):
     """Files are limited to 500 kB: checkpoints do not fit, and no partial file stays."""
     size = 500_000

@@ -607,6 +607,7 @@ def test_resume_with_another_split(capsys, finished, tmp_path):
     assert '--seed 42 and not 7' in line and 'args.yaml' in line
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     output, flags = finished

@@ -74,6 +74,7 @@ def test_a_budget_of_a_group_gives_the_evaluated_network(finished, validation):
             assert static_counts(net) == (int(row['macs']), int(row['params']))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_uniform_sampling_learns(tmp_path):
     """With uniform sampling and a search, whose candidates are calibrated, too."""
