@@ -67,10 +67,10 @@ def export_int8(
         quantize_onnx(
             plain, output,
             (resized(net, images) for images, _ in training_batches(expected, args)) if static else None)
+        labelled = labelled_images(saved, net.num_classes, args, args.split)[0] if with_images else None
         for name, path in (('fp32', plain), ('int8', output)):
             accuracy = ['', '']
-            if with_images:
-                labelled, _ = labelled_images(saved, net.num_classes, args, args.split)
+            if labelled is not None:
                 top = evaluate(OnnxNetwork(path, net), batches(expected, labelled, args), torch.device('cpu'))
                 accuracy = [f'{value:.2f}%' for value in top]
             rows.append((name, format_quantity(path.stat().st_size, 'bytes'), *accuracy))

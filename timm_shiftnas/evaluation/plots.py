@@ -65,12 +65,7 @@ def plot_accuracy(
         side = 'right' if name == 'largest' else 'left'
         ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
                     xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
-    ax.set_xlabel(label)
-    ax.set_ylabel(f'{metric} (%)')
-    ax.set_title('One supernet, a subnet for every budget', loc='left', fontweight='bold')
-    ax.grid(color='#e4e6ea')
-    ax.set_axisbelow(True)
-    ax.spines[['top', 'right']].set_visible(False)
+    _label(ax, 'One supernet, a subnet for every budget', label, f'{metric} (%)')
     if ax.get_legend_handles_labels()[0]:
         scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
         falls = scores[-1] < scores[0]
@@ -99,12 +94,7 @@ def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row
     points, best = ([(row[cost] / scale, row['top1']) for row in each] for each in (rows, front))
     ax.plot(*zip(*points), 'o', color=GREY, alpha=0.6, markersize=4, label=f'{len(rows)} measured archs')
     ax.step(*zip(*best), '-o', where='post', color=BLUE, linewidth=2, markersize=5, label='Pareto front')
-    ax.set_xlabel(label)
-    ax.set_ylabel('top-1 accuracy (%) on the images of the search')
-    ax.set_title('The most accurate archs for their cost', loc='left', fontweight='bold')
-    ax.grid(color='#e4e6ea')
-    ax.set_axisbelow(True)
-    ax.spines[['top', 'right']].set_visible(False)
+    _label(ax, 'The most accurate archs for their cost', label, 'top-1 accuracy (%) on the images of the search')
     ax.legend(loc='lower right', frameon=False)
     _save(figure, path)
     return True
@@ -155,6 +145,16 @@ def plot_shift(
     histogram.set_xlim(bounds[0], bounds[-1])
     _save(figure, path)
     return True
+
+
+def _label(ax: Any, title: str, x: str, y: str) -> None:
+    """Title and axes of a picture of accuracy."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right']].set_visible(False)
 
 
 def _draw_subnets(

@@ -159,8 +159,7 @@ class Results:
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
         self.save(
             net, rows, generator=task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics,
-            devices=[] if resource.device is None else [resource.device])
+            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics)
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
         """Write the model directory and its report; `more` is as for `save_pretrained`."""

@@ -119,6 +119,11 @@ class Sampler:
         """The arch for the budget of each group, if no search finds it."""
         return self.generator.propose_many(self.groups.budgets)
 
+    def images_of_generator(self, step: Step) -> int:
+        """How many images of this process a step of the generator looks at; BatchNorm needs two."""
+        total = self.config.images_for_generator(step.ranks.size * len(step.images))
+        return max(-(-total // step.ranks.size), 2)
+
     def step_generator(self, loss: Tensor, ranks: Ranks) -> None:
         """Take a step of the generator on the mean of a loss over all processes."""
         parameters = list(self.generator.parameters())

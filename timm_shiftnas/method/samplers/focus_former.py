@@ -44,8 +44,7 @@ class FocusFormerSampler(Sampler):
         with torch.no_grad():
             indices = generator(budgets, noise=noise).indices
         archs = [self.space.decode(row) for row in indices.tolist()]
-        images = max(-(-config.images_for_generator(step.ranks.size * len(step.images)) // step.ranks.size), 2)
-        losses = step.losses(archs, images)
+        losses = step.losses(archs, self.images_of_generator(step))
         advantages = (losses.mean() - losses) / losses.std().clamp(min=1e-12)
         spread = self.groups.spread(config.resource_batch, noise)
         with torch.enable_grad():

@@ -71,8 +71,7 @@ class ShiftNASSampler(Sampler):
     def update_generator(self, step: Step) -> None:
         """One step on `generator_loss`, with gradients of the generator alone."""
         config, generator, ranks = self.config, self.generator, step.ranks
-        images = config.images_for_generator(ranks.size * len(step.images))
-        part = slice(max(-(-images // ranks.size), 2))  # BatchNorm needs two images
+        part = slice(self.images_of_generator(step))
         noise = stream(config.seed, 'generator', step.update)
         spread = self.groups.spread(config.resource_batch, noise)
         lowest = self.groups.lowest_budget(step.update, config.curriculum_updates)
