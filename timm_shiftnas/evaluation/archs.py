@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..models.calibration import BatchNormCalibration
 from ..space.core import Arch, SearchSpace
+from ..space.latency import fingerprint as space_fingerprint
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write
 from .accuracy import Loader, at_arch, evaluate
@@ -133,7 +134,7 @@ def fingerprint(
         return [len(dataset) if hasattr(dataset, '__len__') else None, _digest(next(iter(batches), ()))]
 
     facts = dict(
-        space=hashlib.sha256(json.dumps(net.space.to_dict()).encode()).hexdigest(),
+        space=space_fingerprint(net.space),
         weights=_digest(net.state_dict().values()),
         images=images(loader),
         precision=str(getattr(autocast, 'fast_dtype', None)))

@@ -112,8 +112,7 @@ def _values(space: SearchSpace, arch: Arch) -> list[Any]:
     """The value of every choice in an arch; `None` where it is not active."""
     indices = space.encode(arch)
     chosen = [choice.values[index] for choice, index in zip(space.choices, indices)]
-    return [value if choice.gate is None or chosen[choice.gate] >= choice.min_depth else None
-            for choice, value in zip(space.choices, chosen)]
+    return [value if space.is_active(choice, indices) else None for choice, value in zip(space.choices, chosen)]
 
 
 def _subnet(

@@ -141,7 +141,7 @@ class SearchSpace:
         taken = dict.fromkeys(self._by_name, 0)  # active choices so far, by field
         indices: list[int] = []
         for choice in self.choices:
-            if self._is_active(choice, indices):
+            if self.is_active(choice, indices):
                 indices.append(choice.index(self._given(choice, fields, taken[choice.name])))
                 taken[choice.name] += 1
             else:
@@ -225,7 +225,7 @@ class SearchSpace:
         for i in self._gates:
             indices[i] = _draw(self.choices[i], generator)
         for i, choice in enumerate(self.choices):
-            if i not in self._gates and self._is_active(choice, indices):
+            if i not in self._gates and self.is_active(choice, indices):
                 indices[i] = _draw(choice, generator)
         return self.decode(indices)
 
@@ -255,7 +255,7 @@ class SearchSpace:
             given = fields[choice.name]
             if choice.layer is None:
                 indices.append(choice.values.index(given))
-            elif self._is_active(choice, indices):
+            elif self.is_active(choice, indices):
                 indices.append(choice.values.index(given[taken[choice.name]]))
                 taken[choice.name] += 1
             else:
@@ -268,7 +268,7 @@ class SearchSpace:
         for choice, index in zip(self.choices, indices, strict=True):
             if choice.layer is None:
                 chosen[choice.name] = choice.values[index]
-            elif self._is_active(choice, indices):
+            elif self.is_active(choice, indices):
                 chosen[choice.name] = (*chosen.get(choice.name, ()), choice.values[index])
         return Arch(**chosen)
 
@@ -285,7 +285,7 @@ class SearchSpace:
             F.one_hot(column, len(choice.values)).double()
             for choice, column in zip(self.choices, indices.unbind(-1), strict=True))
 
-    def _is_active(self, choice: Choice, indices: Sequence[int]) -> bool:
+    def is_active(self, choice: Choice, indices: Sequence[int]) -> bool:
         """Whether a choice is active, given the indices chosen before it."""
         return choice.gate is None or self.choices[choice.gate].values[indices[choice.gate]] >= choice.min_depth
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ..hub.format import build_network, check_tensors, fits
 from ..method.generator import ArchitectureGenerator
 from ..method.network import NetworkTask
-from ..method.task import ShiftNASTask, check_same_space, resume_task_checkpoint
+from ..method.task import ShiftNASTask, check_same_space, resource_state, resume_task_checkpoint
 from ..models.subnet import describe_images
 from ..space.core import SearchSpace
 from ..space.latency import Device
-from ..space.resources import RESOURCES, Resource
+from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
 from ..utils.paths import expand_home
@@ -305,7 +305,7 @@ def load_checkpoint(
 
 def saved_resource(state: dict[str, Any], space: SearchSpace, where: str) -> Resource:
     """The resource of the budgets of a task state; checkpoints of older versions have MACs."""
-    saved = state.get('resource') or dict(name='macs', device='')
+    saved = state.get('resource') or resource_state(MACS)
     return Device.of_json(saved['device'], where).resource(space) if saved['device'] else RESOURCES[saved['name']]
 
 
