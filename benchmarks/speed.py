@@ -326,7 +326,7 @@ def generator(bench: Bench) -> None:
         start = time.perf_counter()
         fitted = ArchitectureGenerator(space).fit(progress=False)
         seconds = time.perf_counter() - start
-        budgets = torch.linspace(fitted.macs_min, fitted.macs_max, 22, dtype=torch.float64)[1:-1].tolist()
+        budgets = torch.linspace(fitted.budget_min, fitted.budget_max, 22, dtype=torch.float64)[1:-1].tolist()
         times = []
         for budget in budgets:
             start = time.perf_counter()

@@ -31,7 +31,7 @@ def rng(seed=0):
 
 
 def spread(gen, count):
-    return torch.linspace(gen.macs_min, gen.macs_max, count, dtype=torch.float64)
+    return torch.linspace(gen.budget_min, gen.budget_max, count, dtype=torch.float64)
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +74,7 @@ class StraightThrough(torch.autograd.Function):
 def reference(gen, parameters, budgets, indices, gumbel, tau):
     """One-hots and logits for given decisions, computed with torch's LSTM cell and unpadded heads."""
     p, hidden_size = parameters, gen.hidden_size
-    low, high = gen.macs_min, gen.macs_max
+    low, high = gen.budget_min, gen.budget_max
     position = torch.stack([(budgets - low) / (high - low), (budgets.log() - torch.tensor(low).double().log())
                             / (torch.tensor(high).double().log() - torch.tensor(low).double().log())], 1) * 2 - 1
     i, f, o, g = range(4)  # order of the gates here; torch has i, f, g, o
@@ -219,10 +219,10 @@ def test_fit_meets_budgets_including_the_ends(fitted):
 
 def test_fit_covers_the_whole_range_and_both_ends(fresh):
     budgets = torch.stack([fresh._fit_budgets(64, generator) for generator in [rng()] for _ in range(50)])
-    assert budgets.min() == fresh.macs_min
-    assert torch.allclose(budgets.max(1).values, torch.tensor(float(fresh.macs_max)).double(), rtol=1e-12)
-    assert (budgets.min(1).values == fresh.macs_min).all()
-    shares = torch.histc(budgets, 10, fresh.macs_min, fresh.macs_max) / budgets.numel()
+    assert budgets.min() == fresh.budget_min
+    assert torch.allclose(budgets.max(1).values, torch.tensor(float(fresh.budget_max)).double(), rtol=1e-12)
+    assert (budgets.min(1).values == fresh.budget_min).all()
+    shares = torch.histc(budgets, 10, fresh.budget_min, fresh.budget_max) / budgets.numel()
     assert shares.min() > 0.05
 
 
@@ -267,7 +267,7 @@ def reachable(space):
 @pytest.mark.slow
 def test_proposals_use_nearly_as_much_as_the_best_arch(fitted):
     every = reachable(SMALL)
-    assert every[0] == fitted.macs_min and every[-1] == fitted.macs_max
+    assert every[0] == fitted.budget_min and every[-1] == fitted.budget_max
     budgets = spread(fitted, 50)
     used = complexity.macs(SMALL, fitted.propose_many(budgets.tolist()))
     best = torch.stack([every[every <= budget].max() for budget in budgets])
@@ -374,8 +374,8 @@ def test_enlarge_returns_the_best_of_several_starts(tiny):
 @pytest.mark.parametrize('steps', [0, 3])
 def test_proposals_at_the_ends_of_the_range(steps):
     gen = ArchitectureGenerator(SMALL).fit(steps=steps)
-    low, high = gen.macs_min, gen.macs_max
-    assert (low, high) == complexity.macs_range(SMALL)
+    low, high = gen.budget_min, gen.budget_max
+    assert (low, high) == tuple(complexity.macs(SMALL, arch) for arch in (SMALL.smallest, SMALL.largest))
     assert gen.propose(low) == SMALL.smallest
     for budget in (high, high * 1.005, high * 1.01):
         assert 0.99 * high <= complexity.macs(SMALL, gen.propose(budget)) <= high
@@ -397,9 +397,9 @@ def test_proposals_at_the_ends_of_the_range(steps):
 def test_a_space_of_one_arch():
     space = shiftformer_space(embed_dim=[32], depth=[2], num_heads=[1], mlp_ratio=[2.0]).bind(**GEOMETRY)
     gen = ArchitectureGenerator(space).fit(steps=2)
-    budgets = torch.tensor([gen.macs_max])
+    budgets = torch.tensor([gen.budget_max])
     rollout = gen(budgets, noise=rng())
-    assert gen.propose(gen.macs_max) == space.largest and gen.resource_loss(budgets, rollout.one_hots) == 0
+    assert gen.propose(gen.budget_max) == space.largest and gen.resource_loss(budgets, rollout.one_hots) == 0
     assert rollout.log_prob.tolist() == [0.] and all(p.isfinite().all() for p in gen.parameters())
 
 

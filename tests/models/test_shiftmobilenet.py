@@ -321,7 +321,7 @@ def test_masks_off_the_corners():
 def test_masks_reach_the_generator():
     net = create(STAGEWISE)
     generator = tsn.ArchitectureGenerator(net.space, seed=0)
-    rollout = generator(torch.tensor([generator.macs_max / 3]), noise=torch.Generator().manual_seed(0))
+    rollout = generator(torch.tensor([generator.budget_max / 3]), noise=torch.Generator().manual_seed(0))
     masks = arch_masks(net.space, [one_hot[0] for one_hot in rollout.one_hots])
     loss = net(images().float(), masks).square().sum()
     gradients = torch.autograd.grad(loss, list(generator.parameters()))
@@ -636,6 +636,6 @@ def test_bad_subnet_arguments(args, message):
 def test_generator_uses_the_budget():
     space = timm.create_model('test_shiftmobilenet_supernet', device='meta').space
     generator = tsn.ArchitectureGenerator(space).fit(steps=150, progress=False)
-    budgets = torch.linspace(generator.macs_min, generator.macs_max, 25, dtype=torch.float64).tolist()
+    budgets = torch.linspace(generator.budget_min, generator.budget_max, 25, dtype=torch.float64).tolist()
     used = [tsn.macs(space, arch) / budget for arch, budget in zip(generator.propose_many(budgets), budgets)]
     assert max(used) <= 1 and min(used) >= .97 and math.fsum(used) / len(used) >= .985

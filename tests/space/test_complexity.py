@@ -8,7 +8,7 @@ import torch
 from support.flops import counted_macs
 
 import timm_shiftnas as tsn
-from timm_shiftnas.space import macs_range
+from timm_shiftnas.space import MACS
 from timm_shiftnas.utils import format_count, parse_count
 
 TABLE = json.loads((Path(__file__).parents[1] / 'support' / 'data' / 'autoformer_table.json').read_text())['spaces']
@@ -87,10 +87,10 @@ def test_every_row_of_the_table(spaces, name):
 
 def test_known_figures(spaces):
     plain = timm.create_model(NAMES['T'], relative_position=False, device='meta').space
-    assert [format_count(macs) for macs in macs_range(plain)] == ['1.167G', '2.263G']
+    assert [format_count(macs) for macs in MACS.range(plain)] == ['1.167G', '2.263G']
     assert tsn.params(spaces['T'], spaces['T'].smallest) == 5_366_056
     assert tsn.params(spaces['B'], spaces['B'].largest) == 76_882_264
-    assert macs_range(spaces['T']) == (1_281_241_344, tsn.macs(spaces['T'], spaces['T'].largest))
+    assert MACS.range(spaces['T']) == (1_281_241_344, tsn.macs(spaces['T'], spaces['T'].largest))
     # the count of the fused form by hand: 197 tokens, heads of 64 + 14 + 14 + 1 -> 96 channels
     head = 2 * 197 ** 2 * 96 + 2 * 196 * 64 * 28
     layer = 3 * 192 * 192 * 197 + 3 * head + 192 * 192 * 197 + 2 * 197 * 192 * 672
@@ -170,7 +170,7 @@ def test_ten_thousand_archs(spaces):
     archs = [space.sample(generator) for _ in range(500)] * 20
     batch = tsn.macs(space, archs)
     assert batch.shape == (10_000,)
-    low, high = macs_range(space)
+    low, high = MACS.range(space)
     assert low <= batch.min() and batch.max() <= high
 
 

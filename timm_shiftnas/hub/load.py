@@ -347,8 +347,13 @@ class SavedModel:
         return dict(zip(self.archs('bn_archs', space), stored))
 
 
-def arch_for_budgets(saved: SavedModel, space: SearchSpace, budgets: Mapping[Resource, Any]) -> Arch:
-    """Choose the arch of a saved supernet within budgets: the best searched one that fits, or the generator's."""
+def arch_for_budgets(
+        saved: SavedModel, space: SearchSpace, budgets: Mapping[Resource, Any],
+        generator: ArchitectureGenerator | None = None) -> Arch:
+    """Choose the arch of a saved supernet within budgets: the best searched one that fits, or the generator's.
+
+    `generator` is the saved one, if it is loaded already.
+    """
     limits = check_limits(space, budgets)  # even if a searched arch fits: a budget out of range is refused
 
     def fits(arch: Arch, least: float = 0.) -> bool:
@@ -361,7 +366,7 @@ def arch_for_budgets(saved: SavedModel, space: SearchSpace, budgets: Mapping[Res
     covered = searched is None or any(limit <= searched.get(each.keyword, 0) for each, limit in limits.items())
     if covered and (fitting := [arch for arch in saved.archs('searched', space) if fits(arch)]):
         return fitting[-1]
-    proposed = saved.generator(space).propose_within(limits)
+    proposed = (generator or saved.generator(space)).propose_within(limits)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
     stored = [arch for arch in saved.archs('bn_archs', space) if fits(arch, .99)]
     return proposed if not stored or proposed in stored else max(stored, key=lambda arch: MACS.count(space, arch))

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..evaluation.report import EvaluatedSubnet, report_html
 from ..evaluation.tables import Row, score_columns
+from ..method.generator import ArchitectureGenerator
 from ..space.core import Arch, SearchSpace
 from ..space.families import family_of
 from ..space.resources import MACS, PARAMS, RESOURCES, Resource
@@ -51,11 +52,13 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
     resource = saved.resource
     rows = [(row, 'results') for row in saved.record.results or _rows_without_results(saved, net)]
     searched = set(saved.archs('searched', space))
+    generator = saved.generator(space) if saved.has_generator else None
     rows += [(row, 'search') for row in front if space.from_dict(row['arch']) in searched]
     subnets = []
     for row, series in rows:
         arch = space.from_dict(row['arch'])
-        subnets.append(EvaluatedSubnet(row, arch, _lines(saved, space, arch, row, resource, repo_id), series))
+        lines = _lines(saved, *_choice(saved, space, arch, row, resource, generator), repo_id)
+        subnets.append(EvaluatedSubnet(row, arch, lines, series))
     return report_html(
         saved.config['architecture'], _subtitle(saved, net, space), space, subnets, _resources(saved, space),
         resource=resource, edges=saved.record.groups, probabilities=saved.record.probabilities,
@@ -90,23 +93,27 @@ def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:
     return f'{what}: {macs} MACs, images of {size}{classes}.'
 
 
-def _lines(saved: SavedModel, space: SearchSpace, arch: Arch, row: Mapping[str, Any], resource: Resource,
-           repo_id: str | None) -> list[str]:
-    """What to type for a subnet: its budget if that gives exactly this subnet, and its arch otherwise."""
+def _choice(saved: SavedModel, space: SearchSpace, arch: Arch, row: Mapping[str, Any], resource: Resource,
+            generator: ArchitectureGenerator | None) -> tuple[str, str]:
+    """What chooses a subnet in Python and in a shell: its budget if that gives exactly this subnet, else its arch."""
+    budget = row['budget'] if row['budget'] is not None else resource.count(space, arch)
+    text = resource.least(budget) if resource.kind == 'seconds' else f'{budget:.12g}'
+    if generator is None or arch_for_budgets(saved, space, {resource: text}, generator) != arch:
+        fields = arch.to_dict()
+        return f'arch={fields}', f'--arch {shlex.quote(json.dumps(fields))}'
+    keyword, value, device = resource.keyword, repr(text) if resource.kind == 'seconds' else text, saved.record.device
+    if device is None:
+        return f'{keyword}={value}', f'--{keyword} {text}'
+    return (f'{keyword}={value}, device_file={device!r}',
+            f'--{keyword} {text} --device-file {shlex.quote(device)}')
+
+
+def _lines(saved: SavedModel, python: str, shell: str, repo_id: str | None) -> list[str]:
+    """What to type for a subnet of this choice."""
     name, around = repo_id or saved.name, (saved.record.backbone or {}).get('network')
     build = ', network=build' if around else ''  # the function that builds the network around a backbone
     if saved.kind == 'subnet':
         return [f'net = tsn.from_pretrained({name!r}{build})']
-    keyword, device, fields = resource.keyword, saved.record.device, arch.to_dict()
-    budget = row['budget'] if row['budget'] is not None else resource.count(space, arch)
-    text = resource.least(budget) if resource.kind == 'seconds' else f'{budget:.12g}'
-    if saved.has_generator and arch_for_budgets(saved, space, {resource: text}) == arch:
-        value = repr(text) if resource.kind == 'seconds' else text
-        python, shell = f'{keyword}={value}', f'--{keyword} {text}'
-        if device is not None:
-            python, shell = f'{python}, device_file={device!r}', f'{shell} --device-file {shlex.quote(device)}'
-    else:
-        python, shell = f'arch={fields}', f'--arch {shlex.quote(json.dumps(fields))}'
     lines = [f'net = tsn.from_pretrained({name!r}, {python}{build})']
     if repo_id is None and not around:  # `extract` reads directories, and runs no code of the user
         lines.append(f'timm-shiftnas extract {shlex.quote(name)} {shell} --output subnet')

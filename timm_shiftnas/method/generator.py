@@ -17,7 +17,6 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from ..space import complexity
 from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, Resource
 from . import proposals
@@ -97,16 +96,6 @@ class ArchitectureGenerator(nn.Module):
         # All choices are padded to the same number of values, so that the heads are slices of one tensor.
         self.head_weight = parameter(steps, hidden_size, most)
         self.head_bias = parameter(steps, most)
-
-    @property
-    def macs_min(self) -> int:
-        """MACs of the smallest arch."""
-        return complexity.macs(self.space, self.space.smallest)
-
-    @property
-    def macs_max(self) -> int:
-        """MACs of the largest arch."""
-        return complexity.macs(self.space, self.space.largest)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ArchitectureGenerator:
         return self  # neither moved nor cast: see the class

@@ -1,5 +1,5 @@
 """What an architecture is: search spaces, archs, what they need, and their masks. No networks."""
-from .complexity import macs, macs_range, params
+from .complexity import macs, params
 from .core import Arch, Choice, SearchSpace
 from .elastic_cnn import CnnMasks, elastic_cnn_space
 from .elastic_vit import elastic_vit_space
@@ -15,6 +15,6 @@ __all__ = [
     'Arch', 'BlockMasks', 'Choice', 'CnnMasks', 'Family', 'MACS', 'MEMORY', 'OperatorTable', 'PARAMS', 'RESOURCES',
     'Resource', 'SIZES', 'SearchSpace', 'ShiftFormerMasks', 'ShiftMobileNetMasks', 'Size', 'Supernet', 'arch_masks',
     'block_table', 'elastic_cnn_space', 'elastic_vit_space', 'families', 'family_of', 'is_supernet', 'macs',
-    'macs_range', 'nested', 'params', 'register_family', 'shiftformer_space', 'shiftmobilenet_space',
-    'space_from_dict', 'space_of_family',
+    'nested', 'params', 'register_family', 'shiftformer_space', 'shiftmobilenet_space', 'space_from_dict',
+    'space_of_family',
 ]

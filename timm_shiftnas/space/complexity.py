@@ -18,7 +18,7 @@ from .core import Arch, OneHots, SearchSpace
 from .families import family_of
 from .heads import head_macs, head_params
 
-__all__ = ['macs', 'macs_range', 'params']
+__all__ = ['macs', 'params']
 
 CONVENTIONS = ('fused', 'reference')
 
@@ -72,11 +72,6 @@ def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | t
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
     polynomial = family_of(space).count_params
     return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots) + head_params(space, one_hots))
-
-
-def macs_range(space: SearchSpace) -> tuple[int, int]:
-    """MACs of the smallest and of the largest arch."""
-    return macs(space, space.smallest), macs(space, space.largest)
 
 
 def _evaluate(
