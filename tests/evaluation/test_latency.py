@@ -1,7 +1,6 @@
 """Measuring and predicting latency. Tests compare quotients, closed forms and orders, never times."""
 import csv
 import itertools
-import json
 
 import pytest
 import torch
@@ -138,7 +137,7 @@ def test_an_interrupted_measurement_goes_on(vit, tmp_path):
     first = measure_archs(vit, archs[:1], Setup(), partial, max_spread=100, progress=False)
     both = measure_archs(vit, archs, Setup(), partial, max_spread=100, progress=False)
     assert both[0] == first[0] and both[1].ratio > 1.2 and 1 / 3 < both[0].ratio < 3
-    assert len(json.loads(partial.read_text())['results']) == 2
+    assert len(partial.read_text().splitlines()) == 1 + 2
     for setup, named in ((Setup(batch_size=2), 'batch_size'), (Setup(backend='onnxruntime'), 'backend')):
         with pytest.raises(ValueError, match=named):
             measure_archs(vit, archs, setup, partial, progress=False)

@@ -1,27 +1,24 @@
-"""Accuracy of many archs of one supernet: each is measured once, and a file keeps it beyond a kill."""
+"""Accuracy of many archs of one supernet, each measured once."""
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.calibration import BatchNormCalibration
-from ..space.core import Arch, SearchSpace
+from ..space.core import Arch
 from ..space.latency import fingerprint as space_fingerprint
 from ..utils.distributed import Ranks
-from ..utils.files import atomic_write
 from .accuracy import Loader, at_arch, evaluate
+from .arch_file import ArchFile
 
-__all__ = ['AccuracyFile', 'ArchAccuracy', 'fingerprint']
+__all__ = ['ArchAccuracy', 'NAMES', 'fingerprint']
 
-Accuracy = tuple[float, float]  # top-1 and top-5, in percent
+Accuracy = tuple[float, ...]  # in percent
+NAMES = ('top1', 'top5')
 
 
 class ArchAccuracy:
@@ -33,7 +30,7 @@ class ArchAccuracy:
         device: Device of the network.
         calibration: Computes the BatchNorm statistics of archs, if there is BatchNorm.
         ranks: The processes that split the archs.
-        file: Where accuracies are kept; for a single process.
+        file: Where accuracies are kept, by `NAMES`; for a single process.
         **kwargs: As for `evaluate`.
     """
 
@@ -44,7 +41,7 @@ class ArchAccuracy:
             device: torch.device,
             calibration: BatchNormCalibration | None = None,
             ranks: Ranks = Ranks(),
-            file: AccuracyFile | None = None,
+            file: ArchFile | None = None,
             **kwargs: Any,
     ) -> None:
         self.net, self.loader, self.device, self.calibration = net, loader, device, calibration
@@ -63,51 +60,6 @@ class ArchAccuracy:
         for part in self.ranks.gather(mine):
             self.known |= part
         return [self.known[arch] for arch in archs]
-
-
-class AccuracyFile:
-    """Accuracies by arch in a file of JSON lines, each written as soon as it is known.
-
-    The first line says what they were measured with. A kill may cut off the last line, which is then ignored.
-
-    Args:
-        path: The file; created if missing.
-        measured_with: JSON data of what accuracies depend on, besides the arch; see `fingerprint`.
-
-    Raises:
-        ValueError: If the file holds accuracies that were measured with something else.
-    """
-
-    def __init__(self, path: str | os.PathLike, measured_with: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''
-        header, *rows = text[:text.rfind('\n') + 1].splitlines() or ['']
-        found: Any = None
-        with suppress(ValueError):
-            found = json.loads(header)
-        if not header:
-            rows, header = [], json.dumps(dict(measured_with))
-        elif not isinstance(found, dict) or found != measured_with:
-            different = [name for name in measured_with if not isinstance(found, dict) or (
-                found.get(name) != measured_with[name])]
-            raise ValueError(
-                f'{self.path} holds accuracies that were measured with other {" and ".join(different) or "settings"}; '
-                'give another place, or remove the file')
-        self._rows = rows
-        if (whole := '\n'.join([header, *rows, ''])) != text:
-            with atomic_write(self.path) as temporary:
-                temporary.write_text(whole, encoding='utf-8')
-
-    def read(self, space: SearchSpace) -> dict[Arch, Accuracy]:
-        """The accuracies that were in the file when it was opened."""
-        rows = map(json.loads, self._rows)
-        return {space.from_dict(row['arch']): (row['top1'], row['top5']) for row in rows}
-
-    def append(self, arch: Arch, accuracy: Accuracy) -> None:
-        """Write the accuracy of an arch."""
-        row = dict(zip(('top1', 'top5'), accuracy), arch=arch.to_dict())
-        with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
 
 
 def fingerprint(

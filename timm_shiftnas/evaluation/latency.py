@@ -7,7 +7,6 @@ median with a probability of about 0.95.
 """
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -27,8 +26,8 @@ from torch import nn
 from ..models.subnet import extract
 from ..space.core import Arch, SearchSpace
 from ..space.latency import Device, fingerprint
-from ..utils.files import atomic_write
 from ..utils.streams import stream
+from .arch_file import ArchFile
 from .backends import Run, check_backend, prepared, versions_of
 from .predictor import fit_predictor
 
@@ -159,21 +158,21 @@ def measure_archs(
         ValueError: If the backend is not installed, if `partial` is of another measurement, or if the machine is busy.
     """
     check_backend(setup.backend, setup.device)
-    partial = Path(partial)
-    head = dict(asdict(setup), space=fingerprint(net.space), machine=machine(), versions=versions_of(setup.backend))
-    done = _read_partial(partial, head)
+    file = ArchFile(
+        partial,
+        dict(asdict(setup), space=fingerprint(net.space), machine=machine(), versions=versions_of(setup.backend)),
+        Timing._fields, 'give another --name')
+    done = {arch: Timing(*numbers) for arch, numbers in file.read(net.space).items()}
     net = net.eval()
     with ExitStack() as stack:
         reference = stack.enter_context(_prepared(net, net.space.smallest, setup))
         bar = tqdm(archs, desc='measuring', unit='subnet', disable=None if progress else True)
         for number, arch in enumerate(bar):
-            key = json.dumps(arch.to_dict())
-            if key not in done:
+            if arch not in done:
                 with _prepared(net, arch, setup) as run:
-                    done[key] = measure(run, reference, f'subnet {number + 1} of {len(archs)}', max_spread)
-                with atomic_write(partial) as temporary:
-                    temporary.write_text(json.dumps(dict(head, results=done)), encoding='utf-8')
-    return [done[json.dumps(arch.to_dict())] for arch in archs]
+                    done[arch] = measure(run, reference, f'subnet {number + 1} of {len(archs)}', max_spread)
+                file.append(arch, done[arch])
+    return [done[arch] for arch in archs]
 
 
 def _prepared(net: nn.Module, arch: Arch, setup: Setup) -> Any:
@@ -181,21 +180,6 @@ def _prepared(net: nn.Module, arch: Arch, setup: Setup) -> Any:
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(setup.batch_size, *subnet.pretrained_cfg['input_size'], generator=noise).to(setup.device)
     return prepared(subnet, images, setup.backend, setup.threads)
-
-
-def _read_partial(path: Path, head: dict[str, Any]) -> dict[str, Timing]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding='utf-8'))
-        differs = [name for name, value in head.items() if data.get(name) != value]
-        results = {key: Timing(*values) for key, values in data['results'].items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        differs, results = ['content'], {}
-    if differs:
-        raise ValueError(
-            f'{path} holds measurements of another {differs[0]}; remove it, or give another --name, to measure anew')
-    return results
 
 
 def machine() -> str:

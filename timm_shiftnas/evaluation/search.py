@@ -26,7 +26,8 @@ from ..utils.distributed import Ranks
 from ..utils.streams import stream, stream_seed
 from ..utils.units import format_count, parse_count
 from .accuracy import Loader
-from .archs import AccuracyFile, ArchAccuracy, fingerprint
+from .arch_file import ArchFile
+from .archs import NAMES, ArchAccuracy, fingerprint
 
 __all__ = ['COSTS', 'STRATEGIES', 'SearchResult', 'pareto_front', 'search', 'search_archs']
 
@@ -110,8 +111,9 @@ def search(
     limits = Limits(net.space, given)
     _check_arguments(net, strategy, generator, cost, evaluations, population, train_loader)
     calibration = BatchNormCalibration(train_loader, bn_images) if has_batch_norm(net) else None
-    accuracies = None if file is None else AccuracyFile(
-        file, fingerprint(net, loader, None if calibration is None else train_loader, bn_images, autocast))
+    accuracies = None if file is None else ArchFile(
+        file, fingerprint(net, loader, None if calibration is None else train_loader, bn_images, autocast), NAMES,
+        'give another place')
     accuracy = ArchAccuracy(
         net, loader, next(net.parameters()).device, calibration, file=accuracies, autocast=autocast)
     found: dict[Arch, tuple[float, float]] = {}
