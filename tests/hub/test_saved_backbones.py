@@ -75,7 +75,7 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     again = tsn.from_pretrained(tmp_path / 'sub', flops=budget, network=Head)
     torch.testing.assert_close(again(x), sub(x), rtol=0, atol=0)
     assert type(again) is Head and static_counts(again) == static_counts(sub)
-    assert tsn.macs(SavedModel(tmp_path / 'sub').space(), sub.arch) == model.macs(sub.arch)
+    assert tsn.macs(SavedModel(tmp_path / 'sub').space, sub.arch) == model.macs(sub.arch)
     for budget in (dict(flops=1000), dict(memory='1GB')):
         with pytest.raises(ValueError, match='|'.join(budget)):
             tsn.from_pretrained(tmp_path / 'sub', **budget, network=Head)

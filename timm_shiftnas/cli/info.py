@@ -32,7 +32,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     """
     for name in saved.info['files']:
         saved.read(name)
-    net, space, counts = saved.skeleton(), saved.space(), dict(macs=complexity.macs, params=complexity.params)
+    net, space, counts = saved.skeleton(), saved.space, dict(macs=complexity.macs, params=complexity.params)
     data = dict(
         directory=saved.name, kind=saved.kind, architecture=saved.config['architecture'],
         input_size=list(net.pretrained_cfg['input_size']), image_mode=net.image_mode, num_classes=net.num_classes)

@@ -9,9 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.tables import score_columns
-from ..models import static_counts
-from ..space import macs
-from ..space.resources import Resource
+from ..space.resources import MACS, PARAMS, Resource
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
@@ -79,29 +77,22 @@ def _eval_results(results: Sequence[Any], training: Training, task: str, metric:
 
 
 def _introduction(saved: SavedModel) -> str:
-    net, paper = saved.skeleton(), '[ShiftNAS](https://arxiv.org/abs/2307.08300)'
-    if saved.record.backbone is not None:
-        return _backbone_introduction(saved, paper)
+    """What a model is; of a network around a backbone, that loading it needs its code."""
+    space, about, code = saved.space, saved.record.backbone, ''
+    if about is None:
+        what = f'An image classifier for {saved.skeleton().num_classes} classes'
+    elif about['network'] is None:
+        what = 'A backbone'
+    else:
+        what = f'`{_plain(about["network"])}`: a network around a backbone'
+        code = ' Its code is not in this repository: loading takes the function that builds it.'
+    trained = 'that was trained with [ShiftNAS](https://arxiv.org/abs/2307.08300).'
+    low, high = map(format_count, MACS.range(space))
     if saved.kind == 'subnet':
-        macs, params = map(format_count, static_counts(net))
-        return (f'An image classifier with {macs} MACs and {params} parameters for {net.num_classes} classes: a subnet '
-                f'extracted, with its weights, from a supernet that was trained with {paper}.')
-    low, high = (format_count(net.macs(arch)) for arch in (net.space.smallest, net.space.largest))
-    return (f'A supernet of {net.space.size:,} image classifiers for {net.num_classes} classes, from {low} to {high} '
-            f'MACs, trained with {paper}. Extract the one for your budget: no search, no retraining.')
-
-
-def _backbone_introduction(saved: SavedModel, paper: str) -> str:
-    """What a model with a backbone is, and what it needs to be loaded."""
-    space, about = saved.space(), saved.record.backbone or {}
-    network = about.get('network')
-    what = f'`{_plain(network)}`: a network around a backbone' if network else 'Backbone'
-    code = ' Its code is not in this repository: loading takes the function that builds it.' if network else ''
-    low, high = (format_count(macs(space, arch)) for arch in (space.smallest, space.largest))
-    if saved.kind == 'subnet':
-        return f'{what} with {high} MACs, extracted from a supernet that was trained with {paper}.{code}'
-    return (f'{what}, elastic: {space.size:,} networks from {low} to {high} MACs, trained with {paper}. Extract the '
-            f'one for your budget: no search, no retraining.{code}')
+        params = format_count(PARAMS.count(space, space.largest))
+        return f'{what}, of {high} MACs and {params} parameters, extracted from a supernet {trained}{code}'
+    return (f'{what}, elastic: a supernet of {space.size:,} subnets from {low} to {high} MACs {trained} Extract the '
+            f'one for your budget, with its weights: no search, no retraining.{code}')
 
 
 def _table(rows: Sequence[Any], training: Training, metric: str, resource: Resource) -> str:
@@ -133,35 +124,25 @@ def _plain(text: Any) -> str:
 
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
-    ours = f"timm_shiftnas.from_pretrained('{repo_id}'"
-    if saved.record.backbone is not None:
-        return _backbone_usage(saved, ours)
-    timms = f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
-    lines = [f'net = {ours})', f'net = {timms}  # the same']
+    """Code that loads a model; without a network of the user around it, timm loads it too."""
+    arguments, build, network = [f"'{repo_id}'"], [], (saved.record.backbone or {}).get('network')
     if saved.kind == 'supernet':
-        net, resource = saved.skeleton(), saved.resource
-        ends = resource.range(net.space)
-        budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [sum(ends) / 2]
+        space, resource, device = saved.space, saved.resource, saved.record.device
+        budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [
+            sum(resource.range(space)) / 2]
         budget = f"{resource.keyword}='{resource.format(budgets[len(budgets) // 2])}'"
-        budget += f", device_file='{saved.record.device}'" * (resource.device is not None)
-        which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
-        lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
-    code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
-    mode = saved.record.image_mode
-    return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
-
-
-def _backbone_usage(saved: SavedModel, ours: str) -> str:
-    space, network = saved.space(), (saved.record.backbone or {}).get('network')
-    arguments, build = [], []
-    if saved.kind == 'supernet':
-        middle = format_count((macs(space, space.smallest) + macs(space, space.largest)) / 2)
-        arguments = [f"flops='{middle}'" if saved.has_generator else f'arch={space.smallest.to_dict()}']
+        arguments.append(budget if saved.has_generator else f'arch={space.smallest.to_dict()}')
+        arguments += [f"device_file='{device}'"] if saved.has_generator and device else []
     if network:
         arguments.append('network=build')
         build = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
-    return '\n'.join([
-        '```python', 'import timm_shiftnas', '', *build, f'net = {", ".join([ours, *arguments])})', '```'])
+    lines = [*build, f'net = timm_shiftnas.from_pretrained({", ".join(arguments)})  # a plain, static network']
+    if saved.record.backbone is None:
+        name = 'supernet' if saved.kind == 'supernet' else 'the_same'
+        lines.append(f"{name} = timm.create_model('hf-hub:{repo_id}', pretrained=True)")
+    code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
+    mode = saved.record.image_mode
+    return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
 
 
 def _training(training: Training) -> str:

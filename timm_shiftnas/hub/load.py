@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,7 @@ class SavedModel:
         """The network on the meta device, without weights."""
         return build_network(self.config, self.where(CONFIG))
 
+    @cached_property
     def space(self) -> SearchSpace:
         """The bound space of a supernet; of a subnet, that of its own values."""
         net: Any = self.skeleton()
@@ -292,9 +294,8 @@ class SavedModel:
         if not self.has_generator:
             raise ValueError(f'{self} was saved without a generator, which finds the subnet for a budget; give arch=')
         tensors = self.tensors(GENERATOR)
-        resource = self.resource if self.record.device is None else self.find_device(self.record.device).resource(space)
         generator = ArchitectureGenerator(
-            space, hidden_size=self.record.generator['hidden_size'], resource=resource)
+            space, hidden_size=self.record.generator['hidden_size'], resource=self._resource(space))
         check_tensors(generator.state_dict(), tensors, self.where(GENERATOR))
         generator.load_state_dict(tensors)
         return generator.eval()
@@ -302,8 +303,11 @@ class SavedModel:
     @property
     def resource(self) -> Resource:
         """What the budgets of its groups and its generator bound."""
+        return self._resource(self.space)
+
+    def _resource(self, space: SearchSpace) -> Resource:
         if self.record.device is not None:
-            return self.find_device(self.record.device).resource(self.space())
+            return self.find_device(self.record.device).resource(space)  # refuses a space of other classes
         return RESOURCES[self.record.resource or 'macs']
 
     def devices(self) -> dict[str, Device]:

@@ -48,7 +48,7 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
         front: The table of a search; rows of archs that are not stored in the directory are left out.
         repo_id: The repository that is named in what to type; default is the directory.
     """
-    net, space = saved.skeleton(), saved.space()
+    net, space = saved.skeleton(), saved.space
     resource = saved.resource
     rows = [(row, 'results') for row in saved.record.results or _rows_without_results(saved, net)]
     searched = set(saved.archs('searched', space))

@@ -21,7 +21,7 @@ from ..models import ElasticModel, backbone_of, plain_state_dict, present_args, 
 from ..models.calibration import bn_statistics
 from ..models.subnet import LABELS
 from ..space import is_supernet
-from ..space.core import Arch
+from ..space.core import Arch, SearchSpace
 from ..space.latency import Device
 from ..space.resources import MACS
 from ..utils.files import atomic_write
@@ -144,20 +144,27 @@ def save_pretrained(
         upright=None if getattr(own, 'upright', True) else False,
         files={name: describe_file(data) for name, data in files.items()})
     config = _timm_config(own, record, data_config, model_config)
-    # refuse what could not be loaded
-    record, space = ModelRecord.of_config(config, CONFIG), net.space if kind == 'supernet' else static_space(net)
+    _refuse_unloadable(config, tensors, net.space if kind == 'supernet' else static_space(net))
+    others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
+
+
+def _refuse_unloadable(
+        config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], space: SearchSpace) -> None:
+    """Raise the `ValueError` that loading these files would raise."""
+    record = ModelRecord.of_config(config, CONFIG)
     read_archs(record.searched, space, 'searched')
     read_archs([row['arch'] for row in record.results or ()], space, 'results')
-    skeleton, weights = build_network(config, CONFIG), tensors[WEIGHTS]
+    skeleton: Any = build_network(config, CONFIG)
+    saved_class_names(config, skeleton.num_classes, CONFIG)
+    weights = tensors[WEIGHTS]
     if record.backbone is not None:  # the rest of the network is the user's code
         skeleton = build_backbone(record.backbone, skeleton, CONFIG)[0]
         prefix = record.backbone['path'] and f'{record.backbone["path"]}.'
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     check_tensors(skeleton.state_dict(), weights, WEIGHTS)
-    saved_class_names(config, own.num_classes, CONFIG)
-    check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
-    others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
-    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
+    generator = tensors.get(GENERATOR, {})
+    check_tensors(generator, generator, GENERATOR)  # finite numbers
 
 
 def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:

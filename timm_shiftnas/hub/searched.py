@@ -40,7 +40,7 @@ def save_searched(
     if now.record.files[WEIGHTS] != saved.record.files[WEIGHTS]:
         raise ValueError(f'{saved} holds other weights than those that were searched; search again')
     net = now.skeleton()
-    statistics = {**_kept_statistics(now, now.space()), **(bn_stats or {})}
+    statistics = {**_kept_statistics(now, now.space), **(bn_stats or {})}
     files = {}
     if statistics:
         for arch, stats in statistics.items():
