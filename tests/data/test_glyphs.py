@@ -48,6 +48,7 @@ def test_letters_of_difficulty_0_are_those_of_the_font(two_fonts):
             assert np.abs(image - expected).sum() < 0.25 * expected.sum(), letter  # position
 
 
+@pytest.mark.slow
 def test_validation_fonts_are_unseen(two_fonts):
     sans, serif = (Glyphs(split, two_fonts, images=52, difficulty=0, input_img_mode='L')
                    for split in ('train', 'validation'))

@@ -121,6 +121,7 @@ def test_too_few_archs_are_refused(net):
 # -- real measurement --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['eager', 'onnxruntime'])
 def test_a_network_runs_in_a_backend(vit, backend):
     subnet, x = tsn.extract(vit, vit.space.smallest), torch.randn(2, 3, 32, 32, generator=rng())
@@ -132,6 +133,7 @@ def test_a_network_runs_in_a_backend(vit, backend):
         torch.testing.assert_close(torch.from_numpy(found), subnet(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(vit, tmp_path):
     partial, archs = tmp_path / 'x.partial', [vit.space.smallest, vit.space.largest]
     first = measure_archs(vit, archs[:1], Setup(), partial, max_spread=100, progress=False)

@@ -112,6 +112,7 @@ def test_accuracy_picture(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tail', [(96, 97, 98), (97.5, 98, 96.5), (96, 97.5, 97.2), (97, 96.8, 94), (97, 97, 97)])
 def test_the_line_does_not_cross_the_label_of_the_largest(tmp_path, tail):
     """The box around the black label, beside the orange mark, has no blue, for any shape of the line's end."""
@@ -152,6 +153,7 @@ def edges(groups):
     return [1e9 + 1e9 * k / groups for k in range(groups + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('groups', [2, 8, 30])
 @pytest.mark.parametrize('length', [1, 2, 1000])
 def test_shift_picture_of_a_uniform_p_has_no_colour(tmp_path, groups, length):

@@ -61,6 +61,7 @@ def test_a_search_of_the_whole_space_finds_the_true_front(net, generator, strate
     assert [space.from_dict(row['arch']) for row in found.front] == found.archs and found.bn_stats == {}
 
 
+@pytest.mark.slow
 def test_evolution_comes_closer_to_the_true_front_than_random_archs(net):
     truth = true_front(net)
     assert net.space.size == 3 * (9 + 81) and len(truth) == 9
@@ -100,6 +101,7 @@ def test_a_generation_holds_no_arch_twice_and_inactive_choices_make_no_differenc
         assert len(set(archs)) == len(archs) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['generator', 'evolutionary', 'random'])
 def test_all_limits_hold_for_every_measured_arch(net, generator, strategy):
     space = net.space

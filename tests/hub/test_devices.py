@@ -29,6 +29,7 @@ def saved(net, tmp_path):
     return tmp_path / 'model'
 
 
+@pytest.mark.slow
 def test_a_subnet_within_several_budgets(net, saved, device):
     path = add_device(saved, device)
     assert path.name == 'device_toy.json' and SavedModel(saved).devices() == {'toy': device}
@@ -75,6 +76,7 @@ def test_device_files_are_checked_and_travel_to_the_hub(net, saved, device):
     assert not (saved / 'device_toy.json').exists()
 
 
+@pytest.mark.slow
 def test_a_generator_of_latencies_is_saved_with_its_device_file(net, device, tmp_path):
     latency = device.resource(net.space)
     generator = ArchitectureGenerator(net.space, resource=latency).fit(20, progress=False)

@@ -107,6 +107,7 @@ def copied(vit, tmp_path):
     return vit._replace(folder=Path(shutil.copytree(vit.folder, tmp_path / 'model')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['vit', 'cnn'])
 def test_the_data_are_the_results_and_every_number_is_counted_on_the_subnet(family, request):
     model = request.getfixturevalue(family)
@@ -145,6 +146,7 @@ def test_layers_are_those_of_the_arch(family, request):
         assert shown == given['arch']
 
 
+@pytest.mark.slow
 def test_what_to_type_gives_exactly_this_subnet(vit, tmp_path, capsys):
     for subnet, given, kind in zip(vit.page().data['subnets'], vit.rows, ('flops', 'flops', 'arch', 'flops')):
         python, shell = subnet['lines']

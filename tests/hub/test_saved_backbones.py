@@ -51,6 +51,7 @@ def saved(folder, make, seed=0):
     return model, arch, x, statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [vit, cnn])
 def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     model, arch, x, statistics = saved(tmp_path / 'model', make)

@@ -78,6 +78,7 @@ def test_tasks_are_compared_from_finished_trainings(tmp_path):
     assert (tmp_path / 'results' / 'tasks_segmentation.png').exists()
 
 
+@pytest.mark.slow
 def test_archs_chosen_by_macs_are_the_largest_proposals_that_fit():
     net = tiny_supernet()
     resource, generator = device_of(net.space).resource(net.space), ArchitectureGenerator(net.space)

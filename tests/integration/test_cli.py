@@ -270,6 +270,7 @@ def test_convert_refuses_other_files(capsys, checkpoint, saved, tmp_path):
     assert (tmp_path / 'full' / 'thesis.tex').read_text() == 'years'
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
     """Intact files of another kind, and checkpoints of other programs: one line each."""

@@ -41,6 +41,7 @@ def test_measure_writes_a_device_file_into_the_directory(capsys, saved):
     assert code == 2 and '--overwrite' in err
 
 
+@pytest.mark.slow
 def test_measurements_of_another_device_are_imported(capsys, net, saved, tmp_path):
     archs = archs_to_measure(net.space, 20)
     lines = ['file,milliseconds,macs,batch_size,space,arch']
@@ -60,6 +61,7 @@ def quoted(arch):
     return json.dumps(arch.to_dict()).replace('"', '""')
 
 
+@pytest.mark.slow
 def test_several_budgets_on_the_command_line(capsys, net, saved, tmp_path):
     device = device_of(net.space)
     add_device(saved, device)

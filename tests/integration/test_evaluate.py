@@ -223,6 +223,7 @@ def test_batch_norm_statistics_are_those_of_the_mode(capsys, tmp_path, pictures)
 # -- data and devices --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_glyphs(capsys, tmp_path):
     net = timm.create_model('test_shiftformer_supernet', num_classes=52)
     tsn.save_pretrained(tmp_path, net)

@@ -624,6 +624,7 @@ def test_a_resumed_run_continues_after_a_skipped_step(patch):
     assert same(fresh.get_task_state(), loaded.get_task_state())
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_docs(patch, tmp_path):
     """As it stands there, but with a shorter fit of the generator; the file that it saves is a checkpoint."""
     text = (Path(__file__).parents[2] / 'docs' / 'research.md').read_text()

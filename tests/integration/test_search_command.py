@@ -100,6 +100,7 @@ def test_search_of_a_cnn_saves_the_statistics_of_the_front(tmp_path, capsys):
         tsn.from_pretrained(model, flops=1000)
 
 
+@pytest.mark.slow
 def test_an_interrupted_write_leaves_the_directory_as_it_was(tmp_path, monkeypatch):
     """A second search of a CNN replaces two files; the disk fails at either of them."""
     net = save(tmp_path / 'model', 'test_shiftmobilenet_supernet')

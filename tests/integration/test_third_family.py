@@ -200,6 +200,7 @@ def test_it_trains_with_shiftnas(net):
     assert task.update == 60 and len(task.history) > 5  # the probability shift ran
 
 
+@pytest.mark.slow
 def test_save_and_load_for_a_budget(net, tmp_path):
     task, x = train(net, updates=5), images(3, seed=1)[0]
     tsn.save_pretrained(tmp_path / 'supernet', net, task.generator)
@@ -211,6 +212,7 @@ def test_save_and_load_for_a_budget(net, tmp_path):
     torch.testing.assert_close(tsn.from_pretrained(tmp_path / 'subnet', flops=budget)(x), subnet(x))
 
 
+@pytest.mark.slow
 def test_budgets_of_other_resources(net):
     generator = ArchitectureGenerator(net.space).fit(steps=30, progress=False)
     limits = {SIZES['int8']: 6500, MEMORY: 1000, PARAMS: '5k'}

@@ -343,6 +343,7 @@ def climb(macs, arch, budget):
         arch = best
 
 
+@pytest.mark.slow
 def test_enlarge_against_brute_force(tiny):
     gen = ArchitectureGenerator(TINY, seed=2)
     below, best = 0, 0

@@ -67,6 +67,7 @@ def test_attentivenas_takes_the_best_or_the_worst_of_its_candidates_on_the_batch
     assert sampler.searches
 
 
+@pytest.mark.slow
 def test_attentivenas_draws_targets_as_uniform_sampling_does_and_candidates_near_them():
     net = supernet()
     sampler = make_sampler('attentivenas_best_up', net, sampler_candidates=4)
@@ -174,6 +175,7 @@ def test_the_score_of_an_arch_is_the_sum_of_weight_times_gradient():
         assert score_of(scores, arch) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prenas_draws_the_candidate_of_highest_score_of_each_group_and_no_other():
     net, (images, targets) = supernet(space=tsn.shiftformer_space(**SMALL)), batch()
     generator = ArchitectureGenerator(net.space).fit(40, progress=False)
@@ -196,6 +198,7 @@ def test_prenas_draws_the_candidate_of_highest_score_of_each_group_and_no_other(
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RIVALS)
 def test_a_resumed_training_draws_what_the_whole_one_does(name, tmp_path):
     def make_task():

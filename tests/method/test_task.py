@@ -101,6 +101,7 @@ def test_scores_are_exact_inner_products(fitted, shift_batches, epsilon, toleran
     torch.testing.assert_close(task.sampler.shift_scores(step_of(task)), exact, rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
 def test_more_groups_than_held_out_images(fitted, shift_batches):
     task = make_task(fitted, lambda n: tuple((x[:3], y[:3]) for x, y in shift_batches(n)), groups=5)
     assert bool(task.sampler.shift_scores(step_of(task)).isfinite().all())

@@ -103,6 +103,7 @@ def test_a_generator_learns_to_grow_through_a_map(name):
             assert (gradient[1:] != 0).all(), choice.label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_backbones_equal_timms_and_counts_are_exact(name):
     full, archs = create(name)
@@ -200,6 +201,7 @@ def whole(name):
     return model.double().eval(), torch.randn(2, 3, side, side, generator=rng(1), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WHOLE)
 def test_whole_networks_equal_extracted_ones_and_counts_are_exact(name):
     model, x = whole(name)

@@ -143,6 +143,7 @@ def test_training_updates_the_statistics_of_the_base(pair):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_subnet_is_a_smaller_timm_network(pair):
     base, net = pair
     for arch in archs_of(net):
@@ -269,6 +270,7 @@ def test_depth_follows_the_layer_order(pair):
     assert torch.equal(net(images(net), arch), shorter(images(net)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by', ['taylor', 'magnitude'])
 def test_sorting_changes_no_output(pair, by):
     base, net = pair
@@ -328,6 +330,7 @@ def test_the_score_of_a_channel_is_the_change_of_the_loss():
         torch.testing.assert_close((changed - loss).abs() / e, scores[label][1], rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['test_efficientnet', 'tf_mobilenetv3_small_minimal_100', 'lcnet_035'])
 def test_networks_of_timm(name, tmp_path):
     """By name, as a module, saved and loaded; nothing asks for the weights of the base."""
@@ -387,6 +390,7 @@ def test_every_name_of_timm(module):
     assert '\n'.join(rows(module, reasons)) in text, 'run python -m support.elastic_table'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base, named', [
     ('mixnet_s', 'blocks.1.0.conv_pw.*MixedConv2d.*tinynet'),
     ('test_efficientnet_ln', 'bn1.*LayerNorm.*test_efficientnet'),
@@ -397,6 +401,7 @@ def test_bases_that_are_not_elastic(base, named):
         tsn.elastic(base, device='meta')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, named', [
     (dict(output_stride=8), 'dilated'), (dict(global_pool='catavgmax'), 'catavgmax'), (dict(img_size=(32, 64)), '64'),
     (dict(img_size=48), 'resolution=.*48'), (dict(base='mobilenetv3_small_050'), 'another base'),
@@ -463,6 +468,7 @@ def test_checkpointing_changes_no_gradient(pair):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
+@pytest.mark.slow
 def test_a_reset_head_is_saved_and_extracted(pair, tmp_path):
     net = copy.deepcopy(pair[1]).float()
     net.reset_classifier(3)

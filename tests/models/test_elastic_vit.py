@@ -134,6 +134,7 @@ def test_the_score_of_a_unit_is_the_change_of_the_loss():
     torch.testing.assert_close((changed - loss).abs() / e, scores.hidden[3, 5], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_by_name_and_back(tmp_path):
     net = timm.create_model('elastic_supernet', base='test_vit', img_size=32, patch_size=8, num_classes=5)
     generator = tsn.ArchitectureGenerator(net.space).fit(steps=20, progress=False)

@@ -66,6 +66,7 @@ def test_the_older_exporter_writes_vits(name, fused, tmp_path):
     assert not check(net, tmp_path / 'x.onnx')['Dropout']
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', CNNS)
 def test_the_older_exporter_writes_cnns(name, tmp_path):
@@ -101,6 +102,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command(saved, tmp_path, capsys):
     path = tmp_path / 'x.onnx'
     command = ['export', str(saved), '--output', str(path), '--opset', '17']

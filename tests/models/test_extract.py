@@ -63,6 +63,7 @@ def test_equal_to_the_supernet(name):
         assert next(sub.parameters()).dtype == next(net.parameters()).dtype
 
 
+@pytest.mark.slow
 def test_equal_on_the_published_space():
     net = timm.create_model('shiftformer_tiny_supernet', num_classes=10).eval()
     x = torch.randn(1, 3, 224, 224)
@@ -217,6 +218,7 @@ def test_view():
     torch.testing.assert_close(view(x), clone(x) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize('name', ['test_shiftformer_supernet', 'test_shiftmobilenet_supernet'])
 def test_static_subnets_can_be_scripted(name):

@@ -112,6 +112,7 @@ def test_bignas_space():
     assert at_224 == 2 and len(table['measured']) == 4
 
 
+@pytest.mark.slow
 def test_ofa_table():
     table, rows = read('ofa_mbv3_table'), 0
     nets = {
@@ -128,6 +129,7 @@ def test_ofa_table():
         assert net.space.size == table['n_arch_per_resolution'] * len(net.space.values('resolution'))
 
 
+@pytest.mark.slow
 def test_ofa_subnets_are_stock_networks_of_the_published_blocks():
     table = read('ofa_mbv3_table')
     net = timm.create_model('ofa_mobilenetv3_supernet', device='meta')
@@ -241,6 +243,7 @@ def test_gradients(mini):
 # -- the converter -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_older_names_of_ofa(tmp_path):
     mini = Mini('ofa_mini', tmp_path)
     older = {}

@@ -270,6 +270,7 @@ def test_masked_gradients_of_weights_equal_sliced():
 # -- timm's model contract ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_registered_names():
     assert timm.list_models('*shiftformer*') == NAMES == timm.list_models(module='shiftformer')
     assert timm.list_models('*shiftformer*', pretrained=True) == []  # no weights are published under these names

@@ -466,6 +466,7 @@ def test_resolution():
 # -- extraction --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SPACES)
 def test_extracted_equals_supernet(name):
     net = create(SPACES[name]).eval()
@@ -494,6 +495,7 @@ def test_torch_export():
 # -- timm's model contract ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_registered_names(name):
     net = timm.create_model(name, device='meta')

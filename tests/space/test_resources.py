@@ -43,6 +43,7 @@ def archs_of(space, count=4):
 # -- exactness ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_torch_allocates(net):
     for arch in archs_of(net.space, 2):
         subnet = tsn.extract(net, arch)
@@ -168,6 +169,7 @@ def test_budgets_above_the_largest_arch_give_it_with_its_macs(tiny, generator):
         assert generator.propose_within({MEMORY: '1GB', PARAMS: '1G'}) == tiny.largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['memory', 'size_int8', 'latency'])
 def test_a_generator_of_another_resource_meets_its_budgets(tiny, name):
     resource = device_of(tiny).resource(tiny) if name == 'latency' else RESOURCES[name]

@@ -295,6 +295,7 @@ def chi_square(counts, expected) -> float:
     return sum((counts[key] - count) ** 2 / count for key, count in expected.items())
 
 
+@pytest.mark.slow
 def test_sampling_is_depth_first_then_independent():
     space = tsn.shiftformer_space(embed_dim=(32, 48), depth=(1, 2), num_heads=(1, 2), mlp_ratio=(1.0, 2.0))
     draws, generator = 20_000, rng(1)
@@ -306,6 +307,7 @@ def test_sampling_is_depth_first_then_independent():
     assert chi_square(counts, expected) < 39 + 4 * math.sqrt(2 * 39)
 
 
+@pytest.mark.slow
 def test_sampling_choices_of_the_tiny_space():
     space = timm.create_model('shiftformer_tiny_supernet', device='meta').space
     generator = rng(2)

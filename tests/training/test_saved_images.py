@@ -73,6 +73,7 @@ def test_a_run_does_not_resume_on_other_classes(run, tmp_path, capsys):
     assert "'bee'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_checkpoints_without_names_get_those_of_a_class_map(run, tmp_path):
     checkpoint = load(run[1] / 'last.pth.tar')
     del checkpoint['task_state']['network']['label_names']

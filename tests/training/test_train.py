@@ -248,6 +248,7 @@ def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
     assert out.startswith('30 images: top-1 ') and err == ''
 
 
+@pytest.mark.slow
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     line = one_line_error(
         capsys, '--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split', 'train-{0000..0001}.tar',
@@ -321,6 +322,7 @@ def trainer_of(tmp_path, *flags):
     return train.Trainer(train.parse_args([*ONE, '--output', str(tmp_path), *map(str, flags)]))
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_does_not_end_a_run(saved, tmp_path, caplog):
     results = trainer_of(tmp_path, '--model', f'local-dir:{saved / "subnet"}', '--experiment', 'run').results
     (tmp_path / 'run' / 'report.html').mkdir()

@@ -206,6 +206,7 @@ def test_the_imagenet_config_is_bignas_recipe():
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_ofa_subnet_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     space = tsn.ofa_space(.2, (32, 48), (1, 2), (3, 5), (2, 3))
@@ -232,6 +233,7 @@ def test_an_ofa_subnet_saved_and_loaded(tmp_path):
         tsn.from_pretrained(tmp_path / 'super', arch=arch)
 
 
+@pytest.mark.slow
 def test_evaluation_without_calibration_is_refused(validation):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=10)
     groups = BudgetGroups.of_space(net.space, count=2)
