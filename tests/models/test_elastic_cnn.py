@@ -103,11 +103,20 @@ def other_order(space):
     return dict(space.unbind().to_dict(), layer_order=orders)
 
 
+def pair_of(name):
+    """A base and its elastic network, whose blocks are kept in another order than that of the network."""
+    base = create_base(**OPTIONS[name])
+    return base, tsn.elastic(base, space=other_order(tsn.elastic(base).space)).eval()
+
+
+def those(*names):
+    """Parameters: these options, and as exhaustive tests all others."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OPTIONS if name not in names)]
+
+
 @pytest.fixture(scope='module', params=OPTIONS)
 def pair(request):
-    """A base and its elastic network, whose blocks are kept in another order than that of the network."""
-    base = create_base(**OPTIONS[request.param])
-    return base, tsn.elastic(base, space=other_order(tsn.elastic(base).space)).eval()
+    return pair_of(request.param)
 
 
 def archs_of(net, count=3):
@@ -271,10 +280,17 @@ def test_depth_follows_the_layer_order(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('by', ['taylor', 'magnitude'])
-def test_sorting_changes_no_output(pair, by):
-    base, net = pair
-    net, x = copy.deepcopy(net), images(pair[1])
+def test_sorting_by_importance_changes_no_output(pair):
+    check_sorting(*pair, 'taylor')
+
+
+@pytest.mark.parametrize('name', those('inverted'))
+def test_sorting_by_magnitude_changes_no_output(name):
+    check_sorting(*pair_of(name), 'magnitude')
+
+
+def check_sorting(base, net, by):
+    net, x = copy.deepcopy(net), images(net)
     loader = None if by == 'magnitude' else [(images(net, count=8), torch.arange(8) % net.num_classes)]
     tsn.sort_by_importance(net, loader, progress=False)
     assert not torch.equal(net.classifier.weight, base.classifier.weight)
@@ -370,7 +386,9 @@ def test_shortcuts_tie_widths():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('module', MODULES)
+@pytest.mark.parametrize('module', [
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in ('vision_transformer', 'efficientnet') else name
+    for name in MODULES])
 def test_every_name_of_timm(module):
     """Elastic, or refused with the reason that the table of the documentation gives."""
     reasons = {}
@@ -469,8 +487,9 @@ def test_checkpointing_changes_no_gradient(pair):
 
 
 @pytest.mark.slow
-def test_a_reset_head_is_saved_and_extracted(pair, tmp_path):
-    net = copy.deepcopy(pair[1]).float()
+@pytest.mark.parametrize('name', those('inverted', 'efficient_head', 'biased_head', 'no_head', 'universal'))
+def test_a_reset_head_is_saved_and_extracted(name, tmp_path):
+    net = pair_of(name)[1].float()
     net.reset_classifier(3)
     arch = net.space.smallest
     assert net.params(arch) == sum(weight.numel() for weight in tsn.extract(net, arch).parameters())

@@ -31,7 +31,7 @@ from timm_shiftnas.utils.files import atomic_write, name_disk_errors
 pytestmark = pytest.mark.slow
 
 # everything that is random or has a state
-RICH = [*FAST, '--epochs', '3', '--val-interval', '9', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
+RICH = [*FAST, '--epochs', '2', '--val-interval', '9', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
         '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25',
         '--aa', 'rand-m5-n1', '--grad-accum-steps', '2', '--recovery-interval', '1', '--experiment', 'run',
         '--sched-on-updates']
@@ -172,7 +172,7 @@ def test_resume_auto_needs_an_experiment(capsys):
 
 def test_resume_in_the_middle_of_an_epoch_needs_the_same_batch_size(whole, tmp_path, capsys):
     state = load(whole / 'last.pth.tar')
-    state['task_state']['loop'].update(epoch=2, batch=4)
+    state['task_state']['loop'].update(epoch=1, batch=4)
     torch.save(state, tmp_path / 'middle.pth.tar')
     assert train.main([*RICH, '--resume', str(tmp_path / 'middle.pth.tar'), '--output', str(tmp_path), '-b', '64']) == 2
     assert 'batch_size=70, and not 64' in capsys.readouterr().err
