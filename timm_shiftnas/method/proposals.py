@@ -57,36 +57,47 @@ def propose_many(generator: CandidateGenerator, budgets: Sequence[SupportsFloat 
     for start in range(0, len(limits), 16):  # larger batches do not fit into the processor's cache
         part = torch.tensor(limits[start:start + 16], dtype=torch.float64, device='cpu')
         indices, log_probs = generator.candidates(part)
-        for case in zip(part, indices, generator.choices.count(indices, resource), log_probs):
-            archs.append(generator.space.decode(select(generator.choices, *case, resource).tolist()))
+        counts = generator.choices.count(indices, resource)
+        chosen = select(generator.choices, part, indices, counts, log_probs, resource)
+        archs += [generator.space.decode(each) for each in chosen.tolist()]
     return archs
 
 
-def select(choices: ChoiceTable, limit: Tensor, indices: Tensor, counts: Tensor, log_probs: Tensor,
+def select(choices: ChoiceTable, limits: Tensor, indices: Tensor, counts: Tensor, log_probs: Tensor,
            resource: Resource = MACS) -> Tensor:
-    """Choose the proposal among candidates.
+    """Choose the proposal for each of B budgets among its candidates.
 
     The most probable candidate that uses at least 99% of the budget. If there is none, the best result of enlarging
     the largest candidates within the budget.
 
     Args:
         choices: The choices of the search space.
-        limit: The budget, 0-d.
-        indices: Choice indices of the candidates, [candidates, n]; 0 where a choice is inactive.
-        counts: Their MACs, or what they use of the resource, [candidates].
-        log_probs: Their log-probabilities, [candidates].
-        resource: What the budget bounds.
+        limits: The budgets, [B].
+        indices: Choice indices of the candidates, [B, candidates, n]; 0 where a choice is inactive.
+        counts: Their MACs, or what they use of the resource, [B, candidates].
+        log_probs: Their log-probabilities, [B, candidates].
+        resource: What the budgets bound.
 
     Returns:
-        Choice indices, [n].
+        Choice indices, [B, n].
     """
-    close = (counts >= CLOSE * limit) & (counts <= limit)
-    if close.any():
-        return indices[log_probs.masked_fill(~close, -math.inf).argmax()]
-    smallest = torch.zeros_like(indices[:1])
-    fitting = torch.cat((smallest, indices[counts <= limit])).unique(dim=0)
-    order = choices.count(fitting, resource).argsort(descending=True, stable=True)
-    return enlarge(choices, limit, fitting[order[:STARTS]], resource)
+    fits = counts <= limits[:, None]
+    close = fits & (counts >= CLOSE * limits[:, None])
+    chosen = indices[range(len(indices)), log_probs.masked_fill(~close, -math.inf).argmax(1)]
+    rest = torch.nonzero(~close.any(1)).flatten().tolist()
+    if not rest:
+        return chosen
+    smallest = torch.zeros_like(indices[0, :1])
+    fitting = [torch.cat((smallest, indices[i, fits[i]])).unique(dim=0) for i in rest]
+    used = choices.count(torch.cat(fitting), resource).split([len(each) for each in fitting])
+    starts = [each[count.argsort(descending=True, stable=True)[:STARTS]] for each, count in zip(fitting, used)]
+    # the starts of all budgets grow at once: counting takes about as long for many archs as for one
+    sizes = [len(each) for each in starts]
+    own_limits = limits[rest].repeat_interleave(torch.tensor(sizes, device='cpu'))
+    ended, reached = _grow(choices, own_limits, torch.cat(starts), resource)
+    chosen[rest] = torch.stack([
+        each[most.argmax()] for each, most in zip(ended.split(sizes), reached.split(sizes))])
+    return chosen
 
 
 def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor, resource: Resource = MACS,
@@ -105,6 +116,13 @@ def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor, resource: Reso
     Returns:
         Choice indices, [n].
     """
+    ended, counts = _grow(choices, limit.expand(len(indices)), indices, resource, others)
+    return ended[counts.argmax()]
+
+
+def _grow(choices: ChoiceTable, limits: Tensor, indices: Tensor, resource: Resource,
+          others: Sequence[Limit] = ()) -> tuple[Tensor, Tensor]:
+    """What `enlarge` reaches from each start under its own limit, [starts, n], and what that uses, [starts]."""
     changed, values = torch.nonzero(~choices.is_padding).unbind(1)  # every change: a choice and its new index
     counts = choices.count(indices, resource)
     while True:
@@ -113,13 +131,13 @@ def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor, resource: Reso
         neighbours[:, range(len(changed)), changed] = values
         neighbours *= choices.active(neighbours)
         reached = choices.count(neighbours, resource)
-        excess = reached > limit
+        excess = reached > limits[:, None]
         for other, most in others:
             excess |= choices.count(neighbours, other) > most
         highest, change = reached.masked_fill(excess, 0).max(1)
         grows = highest > counts
         if not grows.any():
-            return indices[counts.argmax()]
+            return indices, counts
         indices = torch.where(grows[:, None], neighbours[range(len(indices)), change], indices)
         counts = torch.where(grows, highest, counts)
 
