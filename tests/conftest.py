@@ -26,8 +26,15 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Sort files by their numbers of slow tests, so that no worker starts a long file when the others are done."""
-    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    """Sort files by their numbers of slow tests, so that no worker starts a long file when the others are done.
+
+    A test that starts processes or trains counts for several.
+    """
+    slow: Counter = Counter()
+    for item in items:
+        if item.get_closest_marker('slow'):
+            trains = item.get_closest_marker('process') or item.path.parent.name == 'training'
+            slow[item.path] += 5 if trains else 1
     items.sort(key=lambda item: -slow[item.path])
 
 
