@@ -138,7 +138,7 @@ def test_an_interrupted_measurement_goes_on(vit, tmp_path):
     partial, archs = tmp_path / 'x.partial', [vit.space.smallest, vit.space.largest]
     first = measure_archs(vit, archs[:1], Setup(), partial, max_spread=100, progress=False)
     both = measure_archs(vit, archs, Setup(), partial, max_spread=100, progress=False)
-    assert both[0] == first[0] and both[1].ratio > 1.2 and 1 / 3 < both[0].ratio < 3
+    assert both[0] == first[0] != both[1]
     assert len(partial.read_text().splitlines()) == 1 + 2
     for setup, named in ((Setup(batch_size=2), 'batch_size'), (Setup(backend='onnxruntime'), 'backend')):
         with pytest.raises(ValueError, match=named):
