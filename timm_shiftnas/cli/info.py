@@ -9,13 +9,11 @@ from ..data.modes import default_mode
 from ..evaluation.tables import format_table
 from ..hub.load import SavedModel
 from ..space import complexity
-from ..space.resources import RESOURCES, Resource
+from ..space.resources import LATENCY, RESOURCES
 from ..utils.text import printable
 from ..utils.units import format_count
 
 __all__ = ['describe', 'run_info']
-
-LATENCY = Resource('latency', 'latency', 'latency', 'seconds', lambda space, one_hots: one_hots[0])  # to format alone
 
 
 def run_info(args: argparse.Namespace) -> None:

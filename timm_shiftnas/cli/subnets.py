@@ -15,6 +15,7 @@ from ..hub.push import push_directory
 from ..hub.save import save_pretrained
 from ..method.proposals import BudgetWarning
 from ..models import describe_images, static_counts
+from ..space.resources import LATENCY, RESOURCES
 from ..training.checkpoints import load_checkpoint
 from ..utils.units import format_count
 from .images import Expected, read_class_map, training_batches
@@ -22,7 +23,7 @@ from .shared import warn
 
 __all__ = ['check_output', 'load_subnet', 'run_convert', 'run_extract', 'run_push']
 
-BUDGETS = ('flops', 'params', 'size', 'memory', 'latency')
+BUDGETS = dict.fromkeys(resource.keyword for resource in (*RESOURCES.values(), LATENCY))
 
 
 def run_extract(args: argparse.Namespace) -> None:

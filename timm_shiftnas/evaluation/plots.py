@@ -248,10 +248,9 @@ def _draw_edges(ax: Any, bounds: Sequence[float]) -> None:
 
 def _axis(resource: Resource, largest: float) -> tuple[float, str]:
     """Scale and label of an axis of a resource, with the unit of its largest value."""
-    if resource.name == 'macs':
-        scale, unit = (1e9, 'G') if largest >= 1e9 else (1e6, 'M') if largest >= 1e6 else (1e3, 'k')
-        return scale, f'{unit}MACs per image'
     scale, unit = scale_of(largest, resource.kind)
+    if resource == MACS:
+        return scale, f'{unit}MACs per image'
     return scale, f'{resource.label} ({unit})' if unit else resource.label
 
 
