@@ -309,6 +309,10 @@ class SavedModel:
         names = {name: file for file in self.record.files if (name := device_name(file))}
         return {name: Device.of_json(self.read(file), self.where(file)) for name, file in names.items()}
 
+    def latencies(self, space: SearchSpace) -> list[Resource]:
+        """The latency on each of these devices."""
+        return [device.resource(space) for device in self.devices().values()]
+
     def find_device(self, name: str | os.PathLike | None) -> Device:
         """One of its device files, by name or as the path of any other file; without a name, the only one.
 

@@ -79,6 +79,12 @@ class Device:
     def __str__(self) -> str:
         return f'{self.name} ({self.backend}, {self.device}, {self.threads} threads, batch size {self.batch_size})'
 
+    @property
+    def note(self) -> str:
+        """What its latencies are, in a sentence."""
+        return (f'Latency of a batch on {self}, as a device file predicts it (median error '
+                f'{self.error["median"]:.1%}).')
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + '\n'
 
