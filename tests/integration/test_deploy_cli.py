@@ -2,13 +2,16 @@
 import json
 
 import pytest
+import torch
 from support.devices import device_of
 from support.networks import tiny_supernet
 
+from timm_shiftnas.evaluation.backends import OnnxNetwork
 from timm_shiftnas.evaluation.latency import archs_to_measure
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.save import add_device, save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.models import extract
 from timm_shiftnas.space.latency import fingerprint
 from timm_shiftnas_cli import main
 
@@ -88,3 +91,19 @@ def test_int8_files_with_accuracy_before_and_after(capsys, saved, tmp_path):
     assert all(line.count('%') == 2 for line in lines[2:]) and (tmp_path / 'x.onnx').stat().st_size > 1000
     code, _, err = run(capsys, 'export', saved, '--params', '60k', '--int8', '--output', tmp_path / 'y.onnx')
     assert code == 2 and '--data-dir' in err and not (tmp_path / 'y.onnx').exists()
+
+
+@pytest.mark.slow
+def test_a_subnet_is_extracted_with_its_onnx_file(capsys, net, saved, tmp_path):
+    arch, out = net.space.smallest, tmp_path / 'x'
+    command = ('extract', saved, '--arch', json.dumps(arch.to_dict()), '--output', out)
+    for flags, named in ((('--int8',), '--onnx'), (('--onnx', '--int8'), '--data-dir')):
+        code, _, err = run(capsys, *command, *flags)
+        assert code == 2 and named in err and not out.exists()
+    code, text, _ = run(capsys, *command, '--onnx')
+    assert code == 0 and text.splitlines()[-1].startswith(f'{out / "model.onnx"}: ')
+    subnet = extract(net, arch).eval()
+    images = torch.randn(3, *subnet.pretrained_cfg['input_size'])
+    assert torch.allclose(OnnxNetwork(out / 'model.onnx', subnet)(images), subnet(images), atol=1e-4)
+    code, _, _ = run(capsys, *command, '--overwrite')
+    assert code == 0 and not (out / 'model.onnx').exists()  # it was of the subnet that was replaced

@@ -38,6 +38,7 @@ CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safe
 BN_STATS = 'bn_stats.safetensors'
 FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config and device files; others are neither read nor published
 DEVICES = 'device_*.json'  # with the name of the device
+ONNX = 'model.onnx'  # of `extract --onnx`: it is not listed in the config, and neither read nor published
 
 # Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
 # modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
