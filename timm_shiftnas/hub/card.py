@@ -165,8 +165,12 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
 
 def _latency_budgets(saved: SavedModel, space: SearchSpace) -> list[str]:
     """An example of a budget for every device, but the one whose latency all budgets bound."""
-    others = [each for each in saved.latencies(space) if saved.has_generator and each != saved.resource]
-    return [f"latency='{each.format(sum(each.range(space)) / 2)}', device_file='{each.device.name}'" for each in others]
+    budgets = []
+    for name, device in saved.devices().items() if saved.has_generator else ():
+        latency = device.resource(space)
+        if latency != saved.resource:
+            budgets.append(f"latency='{latency.format(sum(latency.range(space)) / 2)}', device_file='{name}'")
+    return budgets
 
 
 def _backbone_usage(saved: SavedModel, ours: str) -> str:

@@ -252,8 +252,7 @@ class RunConfig:
         ValueError: If a value is out of range.
     """
     resource: str = setting(
-        'macs', 'what budgets bound; latency needs --resource-file',
-        choices=NAMES)
+        'macs', 'what budgets bound; latency needs --resource-file', choices=NAMES)
     resource_file: str | None = setting(
         None, 'device file that timm-shiftnas measure wrote, for the resource latency', metavar='FILE')
     num_groups: int | None = setting(None, 'number of budget groups, instead of their width', least=1)

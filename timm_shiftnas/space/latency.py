@@ -127,8 +127,7 @@ class Device:
         """
         self.check_space(space)
         source = hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-        return replace(
-            LATENCY, label=f'latency on {self.name}', measure=self.predict, device=self, source=source)
+        return replace(LATENCY, label=f'latency on {self.name}', measure=self.predict, device=self, source=source)
 
     def predict(self, space: SearchSpace, one_hots: OneHots) -> Tensor:
         """Seconds, [...], of archs given as one-hots [..., number of values]."""
