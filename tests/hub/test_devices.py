@@ -80,6 +80,7 @@ def test_device_files_are_checked_and_travel_to_the_hub(net, saved, device):
     assert not (saved / 'device_toy.json').exists()
 
 
+@pytest.mark.slow
 def test_the_card_shows_latency_on_every_device_beside_macs(net, device, tmp_path):
     archs = dict(smallest=net.space.smallest, largest=net.space.largest)
     rows = [dict(name=name, budget=None, macs=net.macs(arch), params=net.params(arch), top1=60., top5=90.,

@@ -1,5 +1,6 @@
 """`timm-shiftnas measure`, and the budgets and int8 files of the other commands, from the command line."""
 import json
+import re
 
 import pytest
 import torch
@@ -55,6 +56,10 @@ def test_measurements_of_another_device_are_imported(capsys, net, saved, tmp_pat
     device = SavedModel(saved).devices()['pixel']
     assert (code, err, device.backend, device.threads) == (0, '', 'tflite', 4)
     assert device.error['median'] < .01
+    low, high = (f'{1 + count / 1e6:.2f}' for count in (net.macs(net.space.smallest), net.macs(net.space.largest)))
+    line = next(line for line in run(capsys, 'info', saved)[1].splitlines() if line.startswith('device'))
+    assert line.startswith('device   pixel (tflite, cpu, 4 threads, batch size 1): ')
+    assert [f'{float(each):.2f}' for each in re.findall(r'([0-9.]+)ms', line)] == [low, high]
     code, _, err = run(capsys, 'measure', saved, '--import', tmp_path / 'latencies.csv', '--batch-size', '4')
     assert code == 2 and 'batch size than 4' in err
 

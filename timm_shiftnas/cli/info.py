@@ -46,7 +46,10 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     names = ('groups', 'resource', 'device', 'probabilities', 'results')
     optional = {name: saved.info[name] for name in names if name in saved.info}
     if devices := saved.devices():
-        optional['devices'] = {name: str(device) for name, device in devices.items()}
+        optional['devices'] = {}
+        for name, device in devices.items():
+            low, high = map(LATENCY.format, device.resource(space).range(space))
+            optional['devices'][name] = f'{device}: {low} to {high}'
     return dict(data, **optional, files=saved.info['files'])
 
 

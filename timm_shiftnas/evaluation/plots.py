@@ -45,10 +45,10 @@ def plot_accuracy(
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
-        resource: What the horizontal axis shows; rows hold it by its name.
+        resource: What the horizontal axis shows.
         metric: What the percentages are.
         beside: Resources of further panels.
-        space: The bound space of the rows, which these are counted in.
+        space: The bound space of the rows, to count resources of their archs; without it, rows hold them by name.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -152,7 +152,7 @@ def plot_shift(
 
 
 def _counted(rows: Sequence[Row], resource: Resource, space: SearchSpace | None) -> list[Row]:
-    """Rows that hold a resource by its name; nothing if it is neither in them nor counted in a space."""
+    """Rows that hold a resource by its name: counted in a space, or those that have it already if all have."""
     if space is None:
         return list(rows) if all(resource.name in row for row in rows) else []
     counts = resource.count(space, [space.from_dict(row['arch']) for row in rows]).tolist()
@@ -175,8 +175,7 @@ def _draw_panel(
         return [(row['name'], (row[resource.name] / scale, row[score])) for row in each]
 
     for (name, each), colour in zip(others.items(), OTHERS):
-        if each:
-            _draw_subnets(ax, points(each), colour, colour, name)
+        _draw_subnets(ax, points(each), colour, colour, name)
     ends = _draw_subnets(ax, points(rows), BLUE, ORANGE, 'subnets for a budget')
     ax.margins(x=0.05, y=0.12)
     _label(ax, title, label, f'{metric} (%)')
