@@ -47,7 +47,7 @@ def run_search(args: argparse.Namespace) -> None:
             bn_images=args.bn_images, seed=args.seed, autocast=autocast_of(args, device),
             file=output / 'evaluations.jsonl')
         write_budgets_csv(output / 'front.csv', found.front)
-        plot_front(output / 'front.png', found.front, found.rows, COSTS[args.cost].name)
+        plot_front(output / 'front.png', found.front, found.rows, COSTS[args.cost])
         save_searched(saved, found.archs, found.bn_stats, found.limits)
     finally:
         lock.release()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..space.core import SearchSpace
-from ..space.resources import MACS, RESOURCES, Resource
+from ..space.resources import MACS, Resource
 from ..utils.files import atomic_write
 from ..utils.units import scale_of
 from .tables import Row, score_columns
@@ -78,14 +78,14 @@ def plot_accuracy(
     return True
 
 
-def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], cost: str = 'macs') -> bool:
+def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], resource: Resource = MACS) -> bool:
     """Draw the Pareto front of a search, and all archs that were measured, as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         front: The front, the cheapest first; at least one row.
         rows: All archs.
-        cost: Column of the horizontal axis, 'macs' or 'params'.
+        resource: What the horizontal axis shows; rows hold it by its name.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -94,8 +94,8 @@ def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row
         return False
     figure = _figure()
     ax = figure.add_subplot()
-    scale, label = _axis(RESOURCES[cost], max(row[cost] for row in rows))
-    points, best = ([(row[cost] / scale, row['top1']) for row in each] for each in (rows, front))
+    scale, label = _axis(resource, max(row[resource.name] for row in rows))
+    points, best = ([(row[resource.name] / scale, row['top1']) for row in each] for each in (rows, front))
     ax.plot(*zip(*points), 'o', color=GREY, alpha=0.6, markersize=4, label=f'{len(rows)} measured archs')
     ax.step(*zip(*best), '-o', where='post', color=BLUE, linewidth=2, markersize=5, label='Pareto front')
     _label(ax, 'The most accurate archs for their cost', label, 'top-1 accuracy (%) on the images of the search')
