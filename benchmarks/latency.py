@@ -113,7 +113,9 @@ def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
         difference = runs.difference([row['top1'] - row['top1_by_macs'] for row in rows])
         lines.append(f'Top-1 at equal latency, minus that of the choice by MACs: {difference} (mean over budgets, 95% '
                      'interval).')
-    return [*lines, f'The smallest arch is slower than the device file says by {slower:+.1%}.']
+    spread = statistics.median(row['spread'] for row in rows)
+    return [*lines, f'The median spread is {spread:.1%}; the smallest arch is slower than the device file says by '
+                    f'{slower:+.1%}.']
 
 
 def markdown(rows: Sequence[dict[str, Any]], slower: float) -> str:
