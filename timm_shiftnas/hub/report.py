@@ -20,9 +20,7 @@ from ..utils.units import format_count
 from .card import metric_of
 from .load import SavedModel, arch_for_budgets
 
-__all__ = ['REPORT', 'model_report', 'write_report']
-
-REPORT = 'report.html'
+__all__ = ['model_report', 'write_report']
 
 
 def write_report(path: str | os.PathLike, saved: SavedModel, front: Sequence[Row] = ()) -> None:
@@ -81,7 +79,7 @@ def _resources(saved: SavedModel, space: SearchSpace) -> list[Resource]:
     """Everything that can be counted, and the latency on every device, of which one may be that of the budgets."""
     known = family_of(space).operators and saved.record.backbone is None
     counted = [*RESOURCES.values()] if known else [MACS, PARAMS]
-    return [*counted, *(device.resource(space) for device in saved.devices().values())]
+    return [*counted, *saved.latencies(space)]
 
 
 def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:

@@ -35,6 +35,7 @@ from .format import (
     GENERATOR,
     KEY,
     MAX_CONFIG,
+    ONNX,
     WEIGHTS,
     ModelRecord,
     build_network,
@@ -146,7 +147,7 @@ def save_pretrained(
     config = _timm_config(own, record, data_config, model_config)
     _refuse_unloadable(config, tensors, net.space if kind == 'supernet' else static_space(net))
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
-    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | {ONNX} | others)
 
 
 def _refuse_unloadable(
