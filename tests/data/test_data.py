@@ -48,6 +48,7 @@ def test_the_tilde_of_a_data_folder_is_the_home_directory(tmp_path, monkeypatch)
 # -- sklearn/digits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_digits_are_the_images_of_scikit_learn_split_in_two():
     from sklearn.datasets import load_digits
 

@@ -452,6 +452,7 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
         assert sizes == {size}
 
 
+@pytest.mark.slow
 def test_a_saved_model_remembers_the_orientation_of_its_images(tmp_path):
     image, options = with_orientation(Image.new('RGB', (16, 12)), 6)
     for label in 'ab':

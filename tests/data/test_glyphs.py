@@ -31,6 +31,7 @@ def arrays(dataset):
     return np.stack([np.asarray(image) for image, _ in dataset])
 
 
+@pytest.mark.slow
 def test_letters_of_difficulty_0_are_those_of_the_font(two_fonts):
     """All images of a letter are equal, and close to Pillow's drawing of the same size."""
     for split, name in (('train', 'a.ttf'), ('validation', 'b.ttf')):

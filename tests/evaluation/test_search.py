@@ -172,6 +172,7 @@ def test_without_pymoo_an_error_says_what_to_install(net, monkeypatch):
     assert len(search(net, numbered_images(), strategy='random', evaluations=3).rows) == 3
 
 
+@pytest.mark.slow
 def test_subnets_with_batchnorm_are_calibrated_and_those_of_the_front_keep_their_statistics():
     net = tiny_supernet('test_shiftmobilenet_supernet')
     generator = torch.Generator().manual_seed(0)

@@ -50,6 +50,7 @@ def test_a_subnet_within_several_budgets(net, saved, device):
         assert from_pretrained(saved, latency='1s', device_file=path).arch == net.space.largest
 
 
+@pytest.mark.slow
 def test_one_of_several_device_files_is_chosen_by_name(net, saved, device):
     add_device(saved, device)
     add_device(saved, device_of(net.space, name='slow', prices={'constant': 1., 'qkv/macs': 1e-9}))
@@ -70,6 +71,7 @@ def test_device_files_of_other_models_are_refused(saved, device):
     assert SavedModel(saved).devices() == {}
 
 
+@pytest.mark.slow
 def test_device_files_are_checked_and_travel_to_the_hub(net, saved, device):
     add_device(saved, device)
     files = published_files(SavedModel(saved), 'me/x', None, None)

@@ -439,6 +439,7 @@ def test_a_saved_subnet_has_to_satisfy_the_request(saved_subnet, net, mixed):
 # -- arguments of save_pretrained --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wrapped_networks_are_unwrapped(tmp_path, net, mixed):
     for wrapped in (Subnet(net, mixed), ModelEmaV3(net), torch.compile(net, backend='eager')):
         save_pretrained(tmp_path, wrapped)
@@ -801,6 +802,7 @@ def test_saving_over_a_directory(folder, net, mixed):
     assert from_pretrained(folder).arch == mixed
 
 
+@pytest.mark.slow
 def test_files_of_two_models_never_load(tmp_path, folder, generator):
     """Two directories of the same shapes: exchanging any one file makes loading fail."""
     other = tmp_path / 'other'

@@ -190,6 +190,7 @@ def test_a_search_is_a_series_of_its_own(copied, capsys):
     assert main(['report', str(model)]) == 2 and 'front.csv' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_replaces_reports_and_no_other_file(copied, tmp_path, capsys):
     model = copied.folder
     (tmp_path / 'summary.csv').write_text('epoch\n')  # a run: its report is beside the model
@@ -203,6 +204,7 @@ def test_the_command_replaces_reports_and_no_other_file(copied, tmp_path, capsys
     assert main(['report', str(model), '--output', str(tmp_path / 'new' / 'x.html')]) == 0
 
 
+@pytest.mark.slow
 def test_models_without_results_and_subnets_have_a_report(cnn, tmp_path):
     net = cnn.net
     tsn.save_pretrained(tmp_path / 'supernet', net)
@@ -214,6 +216,7 @@ def test_models_without_results_and_subnets_have_a_report(cnn, tmp_path):
     assert subnet['counts'][0] == net.macs(net.space.largest) and len(subnet['lines']) == 1
 
 
+@pytest.mark.slow
 def test_the_report_is_published_with_the_name_of_the_repository(cnn):
     content = published_files(SavedModel(cnn.folder), 'me/x', None, None)['report.html'].decode()
     assert str(cnn.folder) not in content

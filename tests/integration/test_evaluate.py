@@ -204,6 +204,7 @@ def test_a_mode_of_other_channels_is_refused(capsys, place):
     assert 'L (1)' in refused(capsys, *place[1], '--input-img-mode', 'P')
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_are_those_of_the_mode(capsys, tmp_path, pictures):
     net = timm.create_model('test_shiftmobilenet_supernet', num_classes=2, in_chans=4).eval()
     describe_images(net, ['a', 'b'], 'RGBA')

@@ -581,6 +581,7 @@ def test_updates_count_the_steps_of_optimizers_of_these_weights(patch):
     assert micro_batch(torch.optim.SGD(task.get_trainable_module().head.parameters(), lr=.1)) == (3, 1)
 
 
+@pytest.mark.slow
 def test_a_deleted_task_removes_its_hook(patch):
     gc.collect()
     before = len(_global_optimizer_post_hooks)

@@ -132,6 +132,7 @@ def test_an_interrupted_write_leaves_the_directory_as_it_was(tmp_path, monkeypat
         save_searched(saved, found, stats)
 
 
+@pytest.mark.slow
 def test_wrong_requests_end_in_one_line(tmp_path, capsys):
     net = save(tmp_path / 'model', generator=False)
     before = content(tmp_path / 'model')

@@ -158,6 +158,7 @@ def test_focusformer_learns_which_archs_are_best_at_their_budget():
 # -- PreNAS ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_score_of_an_arch_is_the_sum_of_weight_times_gradient():
     net, (images, _) = supernet().train(), batch()
     before = copy.deepcopy(net.state_dict())

@@ -43,6 +43,7 @@ def assert_equal_maps(maps, expected, tolerance):
     torch.testing.assert_close(maps, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_intermediates_are_those_of_timm(name):
     net, archs = create(name)

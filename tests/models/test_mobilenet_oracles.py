@@ -259,6 +259,7 @@ def test_older_names_of_ofa(tmp_path):
         assert torch.equal(weight, mini.net.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_space(tmp_path):
     mini = Mini('ofa_mini', tmp_path)
     for name in ('shiftmobilenet_supernet', 'ofa_mobilenetv3_supernet'):
