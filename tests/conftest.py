@@ -4,13 +4,9 @@ Every process runs one thread, here and in the processes that tests start: the m
 """
 import logging
 import os
-import sys
 from collections import Counter
 
 os.environ['OMP_NUM_THREADS'] = '1'  # torch reads it when it is imported, which the tests do after this
-# Workers, and the processes that tests start, share what is compiled: otherwise each spends seconds on compiling.
-os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
-sys.dont_write_bytecode = False
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
