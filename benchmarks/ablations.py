@@ -6,6 +6,7 @@
 All variants of an experiment are measured at the same eight budgets. Differences are paired with the first variant.
 Writes `ablation_EXPERIMENT_TASK.csv` and a table `.md`. `room` measures what any probability shift could gain: it
 trains with a fixed P that gives one group twice its share or everything, tilts to one end, or favours a few groups.
+`shift` takes many seeds: a learned P against an even one, with a fixed tilt as a difference that must be seen.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import runs
 from runs import GROUPS, SAMPLERS, Run
 
 SHIFT, EVEN = SAMPLERS['hypergradient'], SAMPLERS['generator']
+FITTED = ['--generator-interval', '0']  # the generator is fitted to budgets and not trained
 
 
 def weights(*values: float) -> list[str]:
@@ -44,6 +46,11 @@ EXPERIMENTS = {
     'lambda': {
         'lambda 1000': EVEN,
         **{f'lambda {n}': [*EVEN, '--resource-weight', str(n)] for n in (100, 10_000)},
+    },
+    'shift': {
+        'even': [*EVEN, *FITTED], 'hypergradient': [*SHIFT, *FITTED],
+        'tilted to small': [*EVEN, *FITTED, '--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()],
+        'trained generator': EVEN,
     },
     'warmup-sampler': {
         'generator': SHIFT, 'uniform': [*SHIFT, '--warmup-sampler', 'uniform'],
@@ -74,21 +81,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('experiment', choices=tuple(EXPERIMENTS))
     runs.add_arguments(parser)
+    parser.add_argument('--variants', nargs='+', metavar='NAME', help='those to train; tables have all that are done')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     variants = EXPERIMENTS[args.experiment]
+    if not variants.keys() >= set(args.variants or ()):
+        parser.error(f'--variants of {args.experiment} are {", ".join(map(repr, variants))}')
     trained = {name: [Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
                       for seed in range(args.seeds)]
                for name, flags in variants.items()}
-    runs.train([run for seed in range(args.seeds) for by_seed in trained.values() for run in by_seed[seed:seed + 1]],
+    wanted = args.variants or list(variants)
+    runs.train([trained[name][seed] for seed in range(args.seeds) for name in variants if name in wanted],
                args.output, args.jobs)
+    trained = {name: [run for run in by_seed if (run.folder(args.output) / 'done.json').exists()]
+               for name, by_seed in trained.items()}
     rows, scores = [], {}
     for name, by_seed in trained.items():
+        if not by_seed:
+            continue
         found = {run.seed: runs.rows_at(run, run.folder(args.output)) for run in by_seed}
         scores[name] = {seed: [row['top1'] for row in measured] for seed, measured in found.items()}
         rows += [dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs, **row)
                  for seed, measured in found.items() for row in measured]
-    reference = next(iter(variants))
+    reference = next(iter(scores))
     stem = f'ablation_{args.experiment}_{args.task}'
     runs.write_csv(args.results / f'{stem}.csv', [{**row, 'top1': round(row['top1'], 3)} for row in rows])
     text = f'{args.task}, {epochs} epochs:\n\n' + runs.paired_table(scores, reference) + '\n'

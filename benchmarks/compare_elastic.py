@@ -6,7 +6,8 @@
 For every seed, a plain network of timm is trained on rendered letters, made elastic, and adapted in several ways.
 Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
 sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
-those of one epoch. Trainings that are finished are kept, so that the series can be stopped and started again; so are
+those of one epoch. `--search` also takes the best of 25 archs for each group by held-out images, as uniform sampling
+always does, instead of what the generator proposes. Trainings that are finished are kept, so that the series can be stopped and started again; so are
 the rows that the CSV in `--results` has from an earlier series.
 """
 from __future__ import annotations
@@ -55,6 +56,7 @@ BASE_EPOCHS = 12
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
 REFERENCE = 'even'
 Scores = dict[tuple[str, int], dict[int, float]]  # top-1 by (method, seed) and group
+SEARCHED = {name for name, flags in METHODS.items() if 'uniform' in flags}  # search at the end of the training
 SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that differ in their order of units
 
 
@@ -92,6 +94,14 @@ def adaptation(args: argparse.Namespace, method: str, seed: int) -> Job:
     return Job(args.network, f'{args.epochs} epochs, lr {args.lr:g}/{method}', seed, flags, args.output)
 
 
+def search(job: Job) -> None:
+    """Write searched.json: group and top-1 of the archs that a search finds in a finished adaptation."""
+    path = job.folder / 'searched.json'
+    if not path.exists():
+        rows = runs.Trained([*COMMON, *job.flags, '--seed', str(job.seed)], job.folder).searched()
+        runs.write(path, json.dumps(rows))
+
+
 def pruned_alone(args: argparse.Namespace, seed: int, epochs: int) -> tuple[str, Path, list[str]]:
     """Fine-tune the archs of some groups alone, from the weights that they have in the sorted base."""
     job = adaptation(args, 'even', seed)
@@ -109,6 +119,7 @@ def main() -> None:
     parser.add_argument('--lr', type=float, default=1e-2, help='learning rate of an adaptation')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='NAME')
     parser.add_argument('--alone', action='store_true', help='also fine-tune pruned archs alone')
+    parser.add_argument('--search', action='store_true', help='also search archs after the trainings of all methods')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables')
     parser.add_argument('--jobs', type=runs.positive, default=1, metavar='N', help='processes, of one thread each')
@@ -118,6 +129,8 @@ def main() -> None:
     runs.execute([base(args, seed).job() for seed in seeds], args.jobs)
     for method in args.methods:  # so that a series that is stopped has all seeds of the first methods
         runs.execute([adaptation(args, method, seed).job() for seed in seeds], args.jobs)
+        for job in (adaptation(args, method, seed) for seed in seeds if args.search and method not in SEARCHED):
+            search(job)
     if args.alone:
         runs.execute([pruned_alone(args, seed, epochs) for epochs in (args.epochs, 1) for seed in seeds], args.jobs)
     write_tables(args)
@@ -142,6 +155,8 @@ def trained(args: argparse.Namespace) -> Scores:
             folder = adaptation(args, method, seed).folder
             if (folder / 'done.json').exists():
                 scores[method, seed] = tops(folder / 'budgets.csv')
+                if (folder / 'searched.json').exists():
+                    scores[searched(method), seed] = tops(folder / 'searched.json')
                 if method in SORTED:
                     scores[before(method), seed] = tops(folder / 'before.csv')
         for epochs in (args.epochs, 1):
@@ -163,6 +178,10 @@ def before(method: str) -> str:
     return f'{method}, before'
 
 
+def searched(method: str) -> str:
+    return f'{method}, searched'
+
+
 def alone(epochs: int) -> str:
     return f'pruned, alone for {epochs} epochs'
 
@@ -174,7 +193,8 @@ def write_tables(args: argparse.Namespace) -> None:
     by_method: dict[str, dict[int, dict[int, float]]] = {}
     for (name, seed), groups in sorted(found.items(), key=lambda item: item[0][1]):
         by_method.setdefault(name, {})[seed] = groups
-    adapted = {name: by_method[name] for name in METHODS if name in by_method}
+    rows = [name for method in METHODS for name in (method, searched(method))]
+    adapted = {name: by_method[name] for name in rows if name in by_method}
     lists = {name: {seed: list(groups.values()) for seed, groups in seeds.items()} for name, seeds in adapted.items()}
     reference = REFERENCE if REFERENCE in lists else next(iter(lists))
     parts = [
@@ -187,7 +207,7 @@ def write_tables(args: argparse.Namespace) -> None:
         if alone(epochs) in by_method:
             parts += [f'Against pruned networks, each fine-tuned alone for {epochs} epochs:',
                       alone_table(by_method[alone(epochs)], adapted)]
-    order = [*METHODS, *map(before, METHODS), alone(args.epochs), alone(1)]
+    order = [*rows, *map(before, METHODS), alone(args.epochs), alone(1)]
     runs.write_csv(path, [
         dict(method=name, seed=seed, group=group, top1=round(top1, 3)) for name in order
         for seed, groups in by_method.get(name, {}).items() for group, top1 in groups.items()])

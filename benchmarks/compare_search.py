@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -28,35 +27,20 @@ NAMES = dict(zip(STRATEGIES, ('search from the generator', 'search from uniform 
 
 def measure(run: Run, folder: Path, strategies: list[str], evaluations: int, population: int) -> list[dict]:
     """Rows of one supernet: per strategy and budget the MACs and top-1 of its arch, and the seconds of the search."""
-    sys.path.insert(0, str(runs.ROOT))
-    import torch
-    from timm.data import resolve_input_data_config
-
     import timm_shiftnas as tsn
     from timm_shiftnas.evaluation.archs import ArchAccuracy
-    from timm_shiftnas.method import BudgetGroups
-    from timm_shiftnas.models import BatchNormCalibration, has_batch_norm
-    from timm_shiftnas.training.data import create_calibration_loader, create_loaders, open_data
-    from timm_shiftnas.training.flags import parse_args
 
-    torch.set_num_threads(1)
-    # the images that the training has held out, without augmentation: the loader that a search after training has
-    args = parse_args([*run.command(), '--sampler', 'uniform'])
-    net, generator = tsn.load_supernet(folder / 'model')
-    args.num_classes, device = net.num_classes, torch.device('cpu')
-    data, config = open_data(args), resolve_input_data_config(net, vars(args))
-    loaders = create_loaders(args, data, config, device)
-    train_loader = create_calibration_loader(args, data, config, device) if has_batch_norm(net) else None
-    calibration = None if train_loader is None else BatchNormCalibration(train_loader, args.bn_images)
-    accuracy = ArchAccuracy(net, loaders.validation, device, calibration)
-    groups = BudgetGroups.of_space(net.space, count=GROUPS)
+    trained = runs.Trained(run.command(), folder)
+    net, generator, groups = trained.net, trained.generator, trained.groups
+    accuracy = ArchAccuracy(net, trained.validation, trained.device, trained.calibration)
     archs, seconds = {'generator': generator.propose_many(groups.budgets)}, {'generator': 0.}
     for strategy in strategies:
         begun = time.monotonic()
         # without a file: seconds are those of a whole search
         found = tsn.search(
-            net, loaders.held_out, generator=generator, strategy=strategy, evaluations=evaluations,
-            population=population, groups=groups, train_loader=train_loader, bn_images=args.bn_images, seed=run.seed)
+            net, trained.held_out, generator=generator, strategy=strategy, evaluations=evaluations,
+            population=population, groups=groups, train_loader=trained.training_images,
+            bn_images=trained.args.bn_images, seed=run.seed)
         name = NAMES[strategy]
         seconds[name] = time.monotonic() - begun
         archs[name] = [

@@ -37,9 +37,12 @@ TASKS = dict(
     glyphs='--dataset glyphs --glyph-images 6000 --glyph-difficulty 0.2 --scale 0.9 1 --ratio 1 1'.split(),
 )
 TASKS['cnn'] = [*TASKS['glyphs'], '--model', 'test_shiftmobilenet_supernet']
+# A third of the letters: the smallest task on which a tilt of P is still seen, for questions that take many seeds.
+TASKS['letters'] = [*TASKS['glyphs'], '--glyph-images', '2000']
+TASKS['letters-cnn'] = [*TASKS['cnn'], '--glyph-images', '2000']
 FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # flags for training from inherited weights
 GROUPS = 8  # subnets are compared at their budgets; trainings have as many unless their flags differ
-EPOCHS = dict(digits=30, glyphs=8, cnn=8)
+EPOCHS = {'digits': 30, 'glyphs': 8, 'cnn': 8, 'letters': 32, 'letters-cnn': 32}
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
     sandwich='--sampler uniform --sandwich --archs-per-step 4'.split(),
@@ -97,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     """Add the flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
     parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
-    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, else 8)')
+    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, 32 of letters, else 8)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     parser.add_argument('--train-flags', type=lambda text: tuple(shlex.split(text)), default=(), metavar='FLAGS',
@@ -213,32 +216,61 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
         return served
     path = folder / f'generator_archs_{GROUPS}.json'
     if not path.exists():
+        trained = Trained(run.command(), folder)
+        write(path, json.dumps(trained.rows(trained.generator.propose_many(trained.groups.budgets))))
+    return json.loads(path.read_text())
+
+
+class Trained:
+    """A finished training in this process: its network and generator, and the loaders that its flags make.
+
+    Args:
+        command: Flags of `train.py`.
+        folder: Holds `model`.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
         sys.path.insert(0, str(ROOT))
         import torch
         from timm.data import resolve_input_data_config
 
         import timm_shiftnas
-        from timm_shiftnas.evaluation.accuracy import evaluate_budgets
         from timm_shiftnas.method import BudgetGroups
         from timm_shiftnas.models import BatchNormCalibration, has_batch_norm
         from timm_shiftnas.training.data import create_calibration_loader, create_loaders, open_data
         from timm_shiftnas.training.flags import parse_args
 
-        args = parse_args(run.command())
-        net, generator = timm_shiftnas.load_supernet(folder / 'model')
-        args.num_classes = net.num_classes
-        device = torch.device('cpu')
-        data, config = open_data(args), resolve_input_data_config(net, vars(args))
-        loader, calibration = create_loaders(args, data, config, device).validation, None
-        if has_batch_norm(net):
-            calibration = BatchNormCalibration(create_calibration_loader(args, data, config, device), args.bn_images)
-        budgets = BudgetGroups.of_space(net.space, count=GROUPS)
+        torch.set_num_threads(1)
+        # uniform sampling searches, so that there is a loader of held-out images without augmentation
+        args = parse_args([*command, '--sampler', 'uniform'])
+        self.net, self.generator = timm_shiftnas.load_supernet(folder / 'model')
+        args.num_classes, self.device = self.net.num_classes, torch.device('cpu')
+        data, config = open_data(args), resolve_input_data_config(self.net, vars(args))
+        loaders = create_loaders(args, data, config, self.device)
+        self.validation, self.held_out = loaders.validation, loaders.held_out
+        self.training_images = self.calibration = None
+        if has_batch_norm(self.net):
+            self.training_images = create_calibration_loader(args, data, config, self.device)
+            self.calibration = BatchNormCalibration(self.training_images, args.bn_images)
+        self.groups, self.args = BudgetGroups.of_space(self.net.space, count=GROUPS), args
+
+    def rows(self, archs: Sequence) -> list[dict]:
+        """Group, budget, MACs and top-1 on the validation images of one arch per group."""
+        from timm_shiftnas.evaluation.accuracy import evaluate_budgets
+
         rows = evaluate_budgets(
-            net, budgets, generator.propose_many(budgets.budgets), loader, device, calibration=calibration)
-        write(path, json.dumps([
-            dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
-            for k, row in enumerate(rows) if row['budget'] is not None]))
-    return json.loads(path.read_text())
+            self.net, self.groups, archs, self.validation, self.device, calibration=self.calibration)
+        return [dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
+                for k, row in enumerate(rows) if row['budget'] is not None]
+
+    def searched(self) -> list[dict]:
+        """As `rows`, at the best arch of each group by held-out images, as a training with uniform sampling ends."""
+        from timm_shiftnas.evaluation.search import search_archs
+
+        archs = search_archs(
+            self.net.space, self.generator, self.groups, self.args.search_samples, self.net, self.held_out,
+            self.device, seed=self.args.seed, calibration=self.calibration)
+        return self.rows(archs)
 
 
 def seconds_per_epoch(folder: Path) -> float:
