@@ -7,8 +7,8 @@ For every seed, a plain network of timm is trained on rendered letters, made ela
 Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
 sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
 those of one epoch. `--search` also takes the best of 25 archs for each group by held-out images, as uniform sampling
-always does, instead of what the generator proposes. Trainings that are finished are kept, so that the series can be stopped and started again; so are
-the rows that the CSV in `--results` has from an earlier series.
+always does, instead of what the generator proposes. Trainings that are finished are kept, so that the series can be
+stopped and started again; so are the rows that the CSV in `--results` has from an earlier series.
 """
 from __future__ import annotations
 

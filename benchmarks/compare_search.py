@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 import runs
-from runs import GROUPS, SAMPLERS, Run
+from runs import SAMPLERS, Run
 
 STRATEGIES = ('generator', 'evolutionary', 'random')
 NAMES = dict(zip(STRATEGIES, ('search from the generator', 'search from uniform archs', 'random search')))

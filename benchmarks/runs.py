@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     """Add the flags of every benchmark that trains."""
     parser.add_argument('--task', default='glyphs', choices=tuple(TASKS), help='images to train on')
     parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
-    parser.add_argument('--epochs', type=positive, metavar='N', help='length (default: 30 of digits, 32 of letters, else 8)')
+    parser.add_argument('--epochs', type=positive, metavar='N',
+                        help='length (default: 30 of digits, 32 of letters, else 8)')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     parser.add_argument('--train-flags', type=lambda text: tuple(shlex.split(text)), default=(), metavar='FLAGS',
