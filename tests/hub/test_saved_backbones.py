@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from support.memory import weight_bytes
 from support.networks import rng
 from torch import nn
 
@@ -14,6 +15,7 @@ from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.report import model_report
 from timm_shiftnas.layers import FeatureSum
 from timm_shiftnas.models import BatchNormCalibration, static_counts
+from timm_shiftnas.space import SIZES
 from timm_shiftnas.utils.units import format_count
 
 
@@ -61,6 +63,9 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     sub = tsn.from_pretrained(tmp_path / 'model', flops=budget, network=Head, loader=[x])
     assert .9 * budget < static_counts(sub)[0] <= budget
     assert static_counts(sub) == (model.macs(sub.arch), sum(weight.numel() for weight in sub.parameters()))
+    half = sum(SIZES['fp32'].range(model.space)) / 2
+    small = tsn.from_pretrained(tmp_path / 'model', size=half, network=Head, loader=[x])
+    assert .9 * half < weight_bytes(small)['fp32'] <= half
     calibrated = tsn.from_pretrained(tmp_path / 'model', arch=arch, network=Head)
     expected = statistics(model, arch)(x) if make is cnn else model(x, arch)
     torch.testing.assert_close(calibrated(x), expected)
@@ -76,7 +81,7 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     torch.testing.assert_close(again(x), sub(x), rtol=0, atol=0)
     assert type(again) is Head and static_counts(again) == static_counts(sub)
     assert tsn.macs(SavedModel(tmp_path / 'sub').space(), sub.arch) == model.macs(sub.arch)
-    for budget in (dict(flops=1000), dict(memory='1GB')):
+    for budget in (dict(flops=1000), dict(size=1000), dict(memory='1GB')):
         with pytest.raises(ValueError, match='|'.join(budget)):
             tsn.from_pretrained(tmp_path / 'sub', **budget, network=Head)
     with pytest.raises(ValueError, match='memory of a backbone'):
@@ -105,12 +110,22 @@ def test_faults_are_named(tmp_path):
         tsn.load_supernet(tmp_path, network=Head, num_classes=4)
     config = json.loads((tmp_path / 'config.json').read_text())
     for name, value in [('out_indices', 'all'), ('out_indices', [99]), ('out_indices', []), ('head_macs', [1]),
-                        ('head_params', [-1, 2, 3])]:
+                        ('head_params', [-1, 2, 3]), ('head_sizes', [1])]:
         wrong = json.loads(json.dumps(config))
         wrong['timm_shiftnas']['backbone'][name] = value
         (tmp_path / 'config.json').write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r'timm_shiftnas\.backbone'):
             tsn.load_supernet(tmp_path, network=Head)
+
+
+def test_the_size_of_a_directory_of_an_earlier_version_is_unknown(tmp_path):
+    saved(tmp_path, vit)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['timm_shiftnas']['backbone']['head_sizes']
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert tsn.from_pretrained(tmp_path, params='1M', network=Head).arch
+    with pytest.raises(ValueError, match='params='):
+        tsn.from_pretrained(tmp_path, size='1MB', network=Head)
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):

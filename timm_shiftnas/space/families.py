@@ -49,7 +49,7 @@ class Family:
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
         channels: `channels(space, stage)`: channels of a feature map, the size of a stage in `features` of the
             geometry. A space whose geometry has `features`, stages in ascending order, is of networks that end with the
-            last of them; `macs` and `params` leave out what follows.
+            last of them; `macs`, `params` and `operators` leave out what follows.
     """
     name: str
     space: Callable[..., SearchSpace]
@@ -65,26 +65,30 @@ class Family:
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
     channels: Callable[[SearchSpace, int], Any] | None = None
 
-    def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
+    def operator_table(
+            self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource', *, runs: bool = False,
+    ) -> OperatorTable:
         """The operators of archs of a bound space.
 
         Args:
             space: The space.
             one_hots: The archs, [..., number of values].
             resource: What is computed from them, for error messages.
+            runs: Whether it depends on the order in which a network runs, and not on its weights alone.
 
         Raises:
-            ValueError: If the family has no table of them, or the networks are backbones or have heads of their own:
-                the table is of image classifiers.
+            ValueError: If the family has no table of them, or if `runs` of a backbone or of a network around one: the
+                table knows its weights, but what runs after a feature map is code of the user.
         """
         if self.operators is None:
             raise ValueError(
                 f'the family {self.name!r} describes no operators, so their {resource} is unknown; give '
                 'register_family(Family(..., operators=...))')
-        if 'features' in space.geometry:
+        if runs and 'features' in space.geometry:
             raise ValueError(
                 f'the {resource} of a backbone, or of a network around one, is unknown: its operators are not those of '
-                'a classifier; give a budget of MACs (flops=) or parameters (params=), or the resource macs or params')
+                'a classifier; give a budget of MACs (flops=), parameters (params=) or bytes of weights (size=), or '
+                'the resource macs, params or size, and measure the extracted network')
         return self.operators(space, one_hots)
 
     def count_macs(self, space: SearchSpace, one_hots: OneHots, convention: str = 'fused') -> torch.Tensor:
