@@ -118,14 +118,16 @@ def test_faults_are_named(tmp_path):
             tsn.load_supernet(tmp_path, network=Head)
 
 
-def test_the_size_of_a_directory_of_an_earlier_version_is_unknown(tmp_path):
-    saved(tmp_path, vit)
+def test_the_size_in_a_directory_of_an_earlier_version_is_known_with_its_network(tmp_path):
+    model, *_ = saved(tmp_path, vit)
     config = json.loads((tmp_path / 'config.json').read_text())
     del config['timm_shiftnas']['backbone']['head_sizes']
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    assert tsn.from_pretrained(tmp_path, params='1M', network=Head).arch
-    with pytest.raises(ValueError, match='params='):
-        tsn.from_pretrained(tmp_path, size='1MB', network=Head)
+    most = SIZES['fp32'].count(model.space, model.space.largest)
+    assert weight_bytes(tsn.from_pretrained(tmp_path, size=most, network=Head))['fp32'] == most
+    space = SavedModel(tmp_path).space()
+    with pytest.raises(ValueError, match='save it again'):
+        SIZES['fp32'].count(space, space.largest)
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):

@@ -26,9 +26,9 @@ class HeadCounts(NamedTuple):
     Attributes:
         head_macs: (a, b_1, ..., b_L) for the L feature maps, in MACs per image, for one resolution after the other.
         head_params: (a, b_1, ..., b_L) in parameters.
-        head_sizes: What bytes of weights depend on further: the entries of the weights of convolutions and linear layers
-            that read no feature map, the output channels of all of these layers, the floating-point numbers in buffers,
-            and the bytes of all other buffers.
+        head_sizes: What bytes of weights further depend on: the entries of the weights of convolutions and linear
+            layers that read no feature map, the output channels of all such layers, the floating-point numbers in
+            buffers, and the bytes of all other buffers.
     """
     head_macs: tuple[int, ...]
     head_params: tuple[int, ...]
@@ -67,7 +67,7 @@ def head_bytes(space: SearchSpace, one_hots: OneHots, matrix: int, row: int, oth
     if 'head_macs' not in space.geometry:
         return 0
     if 'head_sizes' not in space.geometry:
-        raise ValueError('the size of this network was not saved; load it with a budget of params=, or save it again')
+        raise ValueError('the size of this network was not saved; load it with network=, or save it again')
     entries, rows, numbers, buffers = space.geometry['head_sizes']
     vectors = space.geometry['head_params'][0] - entries
     return matrix * (head_params(space, one_hots) - vectors) + row * rows + other * (vectors + numbers) + buffers
