@@ -10,6 +10,7 @@ from support.networks import rng
 from torch import nn
 
 import timm_shiftnas as tsn
+from timm_shiftnas.cli.info import describe, info_text
 from timm_shiftnas.hub.card import model_card
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.report import model_report
@@ -72,7 +73,8 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     data = json.loads(re.search('id="data">(.*?)</script>', model_report(SavedModel(tmp_path / 'model')))[1])
     shown, = data['subnets']
     assert data['scores'] == ['mean IoU'] and shown['scores'] == ['51.50']
-    assert shown['counts'] == list(static_counts(calibrated)) and len(shown['lines']) == 1
+    assert shown['counts'] == [*static_counts(calibrated), *weight_bytes(calibrated).values()]
+    assert len(shown['lines']) == 1
     assert shown['lines'][0].endswith(', network=build)')
     # a subnet
     tsn.save_pretrained(tmp_path / 'sub', sub)
@@ -84,8 +86,11 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     for budget in (dict(flops=1000), dict(size=1000), dict(memory='1GB')):
         with pytest.raises(ValueError, match='|'.join(budget)):
             tsn.from_pretrained(tmp_path / 'sub', **budget, network=Head)
-    with pytest.raises(ValueError, match='memory of a backbone'):
-        tsn.from_pretrained(tmp_path / 'model', memory='1GB', network=Head)
+    for budget in (dict(memory='1GB'), dict(latency='1ms')):
+        with pytest.raises(ValueError, match=f'{next(iter(budget))} of a backbone'):
+            tsn.from_pretrained(tmp_path / 'model', **budget, network=Head)
+    about = info_text(describe(SavedModel(tmp_path / 'model')))
+    assert 'network  Head, around' in about and 'classes' not in about
 
 
 def test_backbones_without_a_network_need_no_code(tmp_path):

@@ -65,31 +65,33 @@ class Family:
     bn_recipe: Callable[[SearchSpace], str] = lambda space: 'attentivenas'
     channels: Callable[[SearchSpace, int], Any] | None = None
 
-    def operator_table(
-            self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource', *, runs: bool = False,
-    ) -> OperatorTable:
-        """The operators of archs of a bound space.
+    def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
+        """The operators of archs of a bound space; of a backbone, and of a network around one, those of the backbone.
 
         Args:
             space: The space.
             one_hots: The archs, [..., number of values].
             resource: What is computed from them, for error messages.
-            runs: Whether it depends on the order in which a network runs, and not on its weights alone.
 
         Raises:
-            ValueError: If the family has no table of them, or if `runs` of a backbone or of a network around one: the
-                table knows its weights, but what runs after a feature map is code of the user.
+            ValueError: If the family has no table of them.
         """
         if self.operators is None:
             raise ValueError(
                 f'the family {self.name!r} describes no operators, so their {resource} is unknown; give '
                 'register_family(Family(..., operators=...))')
-        if runs and 'features' in space.geometry:
+        return self.operators(space, one_hots)
+
+    def check_classifier(self, space: SearchSpace, resource: str) -> None:
+        """Raise a `ValueError` if the networks of a bound space are backbones, or have heads of their own.
+
+        Peak memory and latency depend on what runs behind the feature maps, which is code of the user.
+        """
+        if 'features' in space.geometry:
             raise ValueError(
                 f'the {resource} of a backbone, or of a network around one, is unknown: its operators are not those of '
                 'a classifier; give a budget of MACs (flops=), parameters (params=) or bytes of weights (size=), or '
                 'the resource macs, params or size, and measure the extracted network')
-        return self.operators(space, one_hots)
 
     def count_macs(self, space: SearchSpace, one_hots: OneHots, convention: str = 'fused') -> torch.Tensor:
         """Multiply-accumulates per image, [...], of archs given as one-hots [..., number of values]."""

@@ -119,7 +119,9 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 
 
 def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return BYTES * family_of(space).operator_table(space, one_hots, 'memory', runs=True).column('live').amax(-1)
+    family = family_of(space)
+    family.check_classifier(space, 'memory')
+    return BYTES * family.operator_table(space, one_hots, 'memory').column('live').amax(-1)
 
 
 def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots], torch.Tensor]:
