@@ -110,7 +110,7 @@ def mean_precision(net: nn.Module, detector: Detector, loader: DataLoader) -> fl
 
 @torch.no_grad()
 def draw(path: Path, nets: list[nn.Module], detector: Detector, loader: DataLoader, names: list[str], count: int = 6,
-         least: float = .3) -> None:
+         least: float = .35) -> None:
     """A picture with a row for each image: its true boxes, and those of each network, whose scores are above `least`.
 
     Of boxes that overlap, the one of the highest score is drawn, whatever its class.
@@ -121,7 +121,7 @@ def draw(path: Path, nets: list[nn.Module], detector: Detector, loader: DataLoad
         for column in columns:
             boxes, labels = column[i]['boxes'], column[i]['labels']
             if 'scores' in column[i]:
-                kept = nms(boxes, column[i]['scores'], iou_threshold=.5)
+                kept = nms(boxes, column[i]['scores'], iou_threshold=.3)
                 kept = kept[column[i]['scores'][kept] > least]
                 boxes, labels = boxes[kept], labels[kept]
             drawn = boxes * 192 / detector.size, [names[label] for label in labels], [*map(color, labels)]
