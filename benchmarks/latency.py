@@ -2,23 +2,30 @@
 
     python benchmarks/latency.py output/NAME/model --device-file eager --dataset sklearn/digits
 
-For budgets over the range of a device file of `timm-shiftnas measure`, the subnet for that latency is measured on this
-machine, next to the subnet that a choice by MACs gives: the one of most MACs whose latency is predicted to fit, among
-the proposals for budgets of MACs. With images, both are evaluated. Writes `latency_NAME.csv` and a table `.md`.
+For budgets over the range of a device file of `timm-shiftnas measure`, three subnets are measured on this machine, and
+evaluated if there are images:
 
-Two columns answer the questions: `used` is the measured latency divided by the budget (above 1 + spread: missed), and
-`top-1, by MACs` is the accuracy at equal latency of the other choice. Run it on a quiet machine, soon after `measure`:
-times are those of today.
+* the one that `from_pretrained(latency=...)` loads;
+* the one that it loads for the budget divided by 1 + the 95th percentile of the predictor's error: a hard limit;
+* by MACs: the one of most MACs whose latency is predicted to fit, among the proposals for budgets of MACs. They come
+  from the generator of --by-macs, or from that of the model if it is for MACs, or else from one that saw no images.
+
+Writes `latency_NAME_DEVICE.csv` and a table `.md`. `used` is the measured latency divided by the budget: above 1 +
+spread, the budget is missed. Times are those of today, so run it on a quiet machine, soon after `measure`: the last
+line says by how much the machine has changed since. What an interrupted call has measured is kept.
 """
 from __future__ import annotations
 
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import runs
+
+CHOICES = ('', '_hard', '_by_macs')  # ends of the names of columns
 
 
 def chosen_by_macs(generator: Any, latency: Any, space: Any, budgets: list[float]) -> list[Any]:
@@ -37,7 +44,7 @@ def chosen_by_macs(generator: Any, latency: Any, space: Any, budgets: list[float
             for budget in budgets]
 
 
-def evaluated(net: Any, archs: list[Any], args: argparse.Namespace) -> dict[Any, float]:
+def evaluated(net: Any, archs: Sequence[Any], args: argparse.Namespace) -> dict[Any, float]:
     """Top-1 of subnets on the validation images; BatchNorm statistics come from training images."""
     import torch
     from timm.data import create_loader, resolve_data_config
@@ -49,45 +56,84 @@ def evaluated(net: Any, archs: list[Any], args: argparse.Namespace) -> dict[Any,
     options = preprocessing(resolve_data_config(model=net))
 
     def loader(split: str) -> Any:
-        images = create_dataset(args.dataset, args.data_dir, split=split, is_training=False)
+        images = create_dataset(
+            args.dataset, args.data_dir, split=split, is_training=False, input_img_mode=net.image_mode)
         return create_loader(images, batch_size=args.images, use_prefetcher=False, num_workers=0, **options)
 
     calibration = BatchNormCalibration(loader('train')) if has_batch_norm(net) else None
     images = loader('validation')
-    return {arch: evaluate(at_arch(net, arch, calibration), images, torch.device('cpu'))[0]
-            for arch in dict.fromkeys(archs)}
+    return {arch: evaluate(at_arch(net, arch, calibration), images, torch.device('cpu'))[0] for arch in archs}
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[dict[str, Any]], float]:
+    """A row for each budget, and by which share the smallest arch is slower than the device file says."""
     import timm_shiftnas
     from timm_shiftnas.evaluation.latency import Setup, measure_archs
-    from timm_shiftnas.hub.load import SavedModel
-    saved = SavedModel(args.directory)
-    device = saved.find_device(args.device_file)
     net, generator = timm_shiftnas.load_supernet(args.directory)
-    latency = device.resource(net.space)
-    low, high = latency.range(net.space)
+    space, latency = net.space, device.resource(net.space)
+    low, high = latency.range(space)
     budgets = [low + (high - low) * (k + .5) / args.budgets for k in range(args.budgets)]
-    by_latency = [generator.propose_within({latency: budget}) for budget in budgets]
-    by_macs = chosen_by_macs(generator, latency, net.space, budgets)
-    archs = list(dict.fromkeys([net.space.smallest, *by_latency, *by_macs]))
+    hard = [max(budget / (1 + device.error['p95']), low) for budget in budgets]
+    other = timm_shiftnas.load_supernet(args.by_macs)[1] if args.by_macs else generator
+    chosen = list(zip(
+        (generator.propose_within({latency: budget}) for budget in budgets),
+        (generator.propose_within({latency: budget}) for budget in hard),
+        chosen_by_macs(other, latency, space, budgets)))
+    archs = list(dict.fromkeys([space.smallest, *(arch for each in chosen for arch in each)]))
+    top1 = evaluated(net, archs, args) if args.dataset or args.data_dir else {}
     setup = Setup(device.backend, device.device, device.threads, device.batch_size)
-    partial = args.output / f'latency_{device.name}.partial'
     timings = dict(zip(archs, measure_archs(net, archs, setup, partial, args.max_spread)))
     reference = statistics.median(timing.reference for timing in timings.values())
-    top1 = evaluated(net, archs, args) if args.dataset or args.data_dir else {}
-    partial.unlink()
-    return [dict(
-        budget=budget, predicted=latency.count(net.space, arch), measured=timings[arch].ratio * reference,
-        used=timings[arch].ratio * reference / budget, spread=timings[arch].spread, macs=net.macs(arch),
-        top1=top1.get(arch, ''), used_by_macs=timings[other].ratio * reference / budget, macs_by_macs=net.macs(other),
-        top1_by_macs=top1.get(other, '')) for budget, arch, other in zip(budgets, by_latency, by_macs)]
+    rows = []
+    for budget, each in zip(budgets, chosen):
+        row = dict(budget=budget)
+        for end, arch in zip(CHOICES, each):
+            measured = timings[arch].ratio * reference
+            row |= {
+                f'predicted{end}': latency.count(space, arch), f'measured{end}': measured,
+                f'used{end}': measured / budget, f'spread{end}': timings[arch].spread, f'macs{end}': net.macs(arch),
+                f'top1{end}': top1.get(arch, '')}
+        rows.append(row)
+    slower = timings[space.smallest].ratio * reference / low - 1
+    return rows, slower
+
+
+def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
+    """What the rows say, in sentences."""
+    lines = []
+    for end, title in zip(CHOICES, ('Chosen for the latency', 'With the hard limit', 'Chosen by MACs')):
+        over = [row[f'used{end}'] - 1 for row in rows if row[f'used{end}'] > 1 + row[f'spread{end}']]
+        most = f', by {max(over):.1%} at most' if over else ''
+        mean = statistics.mean(row[f'used{end}'] for row in rows)
+        lines.append(f'{title}: {len(over)} of {len(rows)} budgets are missed by more than the spread{most}; mean use '
+                     f'{mean:.3f}.')
+    same = sum(row['predicted'] == row['predicted_by_macs'] and row['macs'] == row['macs_by_macs'] for row in rows)
+    lines.append(f'For {same} of {len(rows)} budgets, latency and MACs choose the same subnet.')
+    if rows[0]['top1'] != '':
+        difference = runs.difference([row['top1'] - row['top1_by_macs'] for row in rows])
+        lines.append(f'Top-1 at equal latency, minus that of the choice by MACs: {difference} (mean over budgets, 95% '
+                     'interval).')
+    spread = statistics.median(row['spread'] for row in rows)
+    return [*lines, f'The median spread is {spread:.1%}; the smallest arch is slower than the device file says by '
+                    f'{slower:+.1%}.']
+
+
+def markdown(rows: Sequence[dict[str, Any]], slower: float) -> str:
+    """The table, and what it says."""
+    lines = [[f'{row["budget"] * 1e3:.3f}', f'{row["measured"] * 1e3:.3f}', f'{row["spread"]:.3f}',
+              *(f'{row[f"used{end}"]:.3f}' for end in CHOICES),
+              *('' if row[f'top1{end}'] == '' else f'{row[f"top1{end}"]:.2f}' for end in CHOICES)] for row in rows]
+    return '\n'.join([runs.markdown_table([
+        'budget (ms)', 'measured (ms)', 'spread', 'used', 'used, hard limit', 'used, by MACs', 'top-1',
+        'top-1, hard limit', 'top-1, by MACs'], lines), '', *summary(rows, slower)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('directory', type=Path, metavar='DIR', help='supernet with a device file')
-    parser.add_argument('--device-file', metavar='NAME', help='its device file (default: the only one)')
+    parser.add_argument('--device-file', metavar='NAME', help='its device file, or a path (default: the only one)')
+    parser.add_argument(
+        '--by-macs', type=Path, metavar='DIR', help='supernet whose generator chooses by MACs (default: see above)')
     parser.add_argument('--budgets', type=runs.positive, default=20, metavar='N')
     parser.add_argument('--max-spread', type=float, default=.05, metavar='X')
     parser.add_argument('--dataset', default='', metavar='NAME')
@@ -97,19 +143,16 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(runs.ROOT))
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(args)
-    name = args.directory.parent.name if args.directory.name == 'model' else args.directory.name
-    runs.write_csv(args.output / f'latency_{name}.csv', rows)
-    missed = sum(row['used'] > 1 + row['spread'] for row in rows)
-    mean = statistics.mean(row['used'] for row in rows)
-    lines = [[f'{row["budget"] * 1e3:.3f}', f'{row["measured"] * 1e3:.3f}', f'{row["used"]:.3f}',
-              f'{row["spread"]:.3f}',
-              *(f'{value:.2f}' if value != '' else '' for value in (row['top1'], row['top1_by_macs']))] for row in rows]
-    table = runs.markdown_table(
-        ['budget (ms)', 'measured (ms)', 'used', 'spread', 'top-1', 'top-1, by MACs'], lines)
-    summary = f'{missed} of {len(rows)} budgets are missed by more than the spread; mean use {mean:.3f}.'
-    runs.write(args.output / f'latency_{name}.md', f'{table}\n{summary}\n')
-    print(table, summary, sep='\n')
+    folder = args.directory.resolve()
+    name = f'latency_{folder.parent.name if folder.name == "model" else folder.name}'
+    from timm_shiftnas.hub.load import SavedModel
+    device = SavedModel(args.directory).find_device(args.device_file)
+    table, text, partial = (args.output / f'{name}_{device.name}.{kind}' for kind in ('csv', 'md', 'partial'))
+    rows, slower = rows_of(args, device, partial)
+    runs.write_csv(table, rows)
+    runs.write(text, f'{markdown(rows, slower)}\n')
+    partial.unlink()
+    print(text.read_text(), end='')
 
 
 if __name__ == '__main__':

@@ -119,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     extract.add_argument('--output', metavar='OUT', type=_path, required=True, help='directory to save the subnet in')
     extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
     extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
+    extract.add_argument(
+        '--onnx', action='store_true', help='write it as OUT/model.onnx, too; export OUT has more options')
 
     evaluate = commands.add_parser('evaluate', help='measure the accuracy of the subnet for a budget on images')
     evaluate.add_argument(
@@ -168,13 +170,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('--opset', metavar='N', type=_count, help="version of ONNX's operators (default: torch's)")
     export.add_argument('--fixed-batch', metavar='N', type=_count, help='fixed size of a batch (default: any)')
     export.add_argument('--input-name', metavar='NAME', default='images', help='name of the input (default: images)')
-    export.add_argument(
-        '--int8', action='store_true',
-        help='quantise it: networks with BatchNorm by training images, others without; with images, accuracy is shown '
-             'before and after')
-    export.add_argument(
-        '--split', metavar='NAME', default='validation', help='split of these images (default: validation)')
-    export.add_argument('--class-map', metavar='FILE', help='index of each class by its name, as for evaluate')
+    for command in (extract, export):
+        command.add_argument(
+            '--int8', action='store_true',
+            help='quantise the ONNX file: networks with BatchNorm by training images, others without; with images, '
+                 'accuracy is shown before and after')
+        command.add_argument(
+            '--split', metavar='NAME', default='validation', help='split of these images (default: validation)')
+        command.add_argument('--class-map', metavar='FILE', help='index of each class by its name, as for evaluate')
 
     measure = commands.add_parser('measure', help='measure the latency of subnets, on this machine or on another one')
     measure.add_argument(

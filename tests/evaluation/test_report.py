@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from support.networks import tiny_supernet
 from support.tables import read_csv
 
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, plots, write_budgets_csv
@@ -110,6 +111,20 @@ def test_accuracy_picture(tmp_path):
     assert plot_accuracy(tmp_path / 'b.png', ROWS, dict(before=baseline))
     assert count(rgb(tmp_path / 'b.png'), GREY) > 300
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
+
+
+def test_further_resources_are_panels_counted_in_the_space(tmp_path):
+    """Halved MACs in the rows move nothing, because the archs are counted; parameters have a panel beside them."""
+    space = tiny_supernet().space
+    rows = [dict(ROWS[0], name=name, arch=arch.to_dict(), macs=1 + MACS.count(space, arch) // 2)
+            for name, arch in (('smallest', space.smallest), ('group 1', space.largest))]
+    right = [dict(each, macs=MACS.count(space, space.from_dict(each['arch']))) for each in rows]
+    for name, each in (('a', rows), ('b', right)):
+        assert plot_accuracy(tmp_path / f'{name}.png', each, beside=[MACS, PARAMS], space=space)
+    with Image.open(tmp_path / 'a.png') as image, Image.open(tmp_path / 'b.png') as other:
+        assert image.size == (900, 440) and image.tobytes() == other.tobytes()
+        left, right = (np.asarray(image.crop((x, 0, x + 450, 440)).convert('RGB')).astype(int) for x in (0, 450))
+    assert count(left, ORANGE) > 50 and count(right, ORANGE) > 50
 
 
 @pytest.mark.parametrize('tail', [(96, 97, 98), (97.5, 98, 96.5), (96, 97.5, 97.2), (97, 96.8, 94), (97, 97, 97)])

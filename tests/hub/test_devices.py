@@ -1,6 +1,11 @@
 """Device files in model directories: saved, loaded, chosen, replaced and published."""
+import io
+import re
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.devices import device_of
 from support.networks import tiny_supernet
 
@@ -73,6 +78,31 @@ def test_device_files_are_checked_and_travel_to_the_hub(net, saved, device):
         from_pretrained(saved, latency='8ms')
     save_pretrained(saved, net)  # another model
     assert not (saved / 'device_toy.json').exists()
+
+
+@pytest.mark.slow
+def test_the_card_shows_latency_on_every_device_beside_macs(net, device, tmp_path):
+    archs = dict(smallest=net.space.smallest, largest=net.space.largest)
+    rows = [dict(name=name, budget=None, macs=net.macs(arch), params=net.params(arch), top1=60., top5=90.,
+                 arch=arch.to_dict()) for name, arch in archs.items()]
+    generator = ArchitectureGenerator(net.space).fit(20, progress=False)
+    slow = device_of(net.space, name='slow', prices={'constant': 1., 'qkv/macs': 1e-9})
+    save_pretrained(tmp_path / 'model', net, generator, results=rows, devices=[device, slow])
+    files = published_files(SavedModel(tmp_path / 'model'), 'me/x', None, None)
+    card = files['README.md'].decode()
+    assert '| MACs | params | latency on toy | latency on slow | top-1 |' in card and '](report.html)' in card
+    for row in rows:  # the prices of `device_of`
+        line = next(line for line in card.splitlines() if line.startswith(f'| {row["name"]} |'))
+        assert f'| {1 + row["macs"] / 1e9:.4g}ms | 1' in line
+    assert card.count('(median error 1.0%)') == 2 and 'against MACs and latency on toy and latency on slow' in card
+    low, high = device.resource(net.space).range(net.space)
+    typed = re.findall(r"from_pretrained\('me/x', latency='(\S+)', device_file='(\w+)'\)", card)
+    assert [name for _, name in typed] == ['toy', 'slow'] and low < device.resource(net.space).parse(typed[0][0]) < high
+    with Image.open(io.BytesIO(files['accuracy.png'])) as image:
+        pixels = np.asarray(image.convert('RGB')).astype(int)
+    ys, xs = np.nonzero((pixels == (0xd9, 0x82, 0x2b)).all(-1))  # the marks of the ends
+    found = {(y // 440, x // 450) for y, x in zip(ys, xs)}
+    assert pixels.shape == (880, 900, 3) and found == {(0, 0), (0, 1), (1, 0)}
 
 
 def test_a_generator_of_latencies_is_saved_with_its_device_file(net, device, tmp_path):

@@ -362,7 +362,8 @@ def test_the_card(hub, directory, published):
     assert '![top-1 against MACs](accuracy.png)' in body and '](shift.png)' in body
     assert f"from_pretrained('{published}', flops=" in body
     assert 'python train.py --epochs 3' in body and 'timm 1.0.31' in body and '@inproceedings{zhang2023shiftnas' in body
-    assert str(model_card(saved, published, ['accuracy.png', 'shift.png'], 'mit')) == text
+    assert '](report.html)' in body
+    assert str(model_card(saved, published, ['accuracy.png', 'shift.png', 'report.html'], 'mit')) == text
 
 
 def test_the_card_is_readable(net, tmp_path):

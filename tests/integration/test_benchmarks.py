@@ -97,6 +97,23 @@ def test_archs_chosen_by_macs_are_the_largest_proposals_that_fit():
     assert chosen[-1] == generator.propose(generator.budget_max)
 
 
+def test_what_measured_latencies_say():
+    def row(used, used_by_macs, difference):
+        rows = {f'{name}{end}': value for end in latency.CHOICES
+                for name, value in dict(predicted=1e-3, macs=100, spread=.01, measured=used * 1e-3).items()}
+        return dict(rows, budget=1e-3, used=used, used_hard=used - .02, used_by_macs=used_by_macs, top1=80 + difference,
+                    top1_hard=79., top1_by_macs=80., macs_by_macs=100 if difference == 0 else 90)
+
+    rows = [row(1.009, .99, 1), row(1.03, .97, 2), row(.98, .98, 0)]
+    chosen, hard, by_macs, same, better, drift = latency.summary(rows, .004)
+    assert '1 of 3' in chosen and 'by 3.0% at most' in chosen and f'mean use {3.019 / 3:.3f}' in chosen
+    assert '0 of 3' in hard and 'at most' not in hard and '0.980' in by_macs and '1 of 3' in same
+    # of 1, 2 and 0: the mean is 1, and the interval 4.303 / sqrt(3), of the t table with 2 degrees of freedom
+    assert '+1.00 ± 2.48' in better and '1.0%' in drift and '+0.4%' in drift
+    cells = latency.markdown(rows, 0.).splitlines()[3].split(' | ')
+    assert cells == ['| 1.000', '1.030', '0.010', '1.030', '1.010', '0.970', '82.00', '79.00', '80.00 |']
+
+
 def test_an_adaptation_is_compared_with_networks_trained_alone(tmp_path):
     """From the files of finished trainings; seed 1 of one method is not finished."""
     args = argparse.Namespace(network='vit', epochs=12, lr=.01, seeds=2, output=tmp_path, results=tmp_path / 'results')

@@ -1,14 +1,18 @@
 """`timm-shiftnas measure`, and the budgets and int8 files of the other commands, from the command line."""
 import json
+import re
 
 import pytest
+import torch
 from support.devices import device_of
 from support.networks import tiny_supernet
 
+from timm_shiftnas.evaluation.backends import OnnxNetwork
 from timm_shiftnas.evaluation.latency import archs_to_measure
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.save import add_device, save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
+from timm_shiftnas.models import extract
 from timm_shiftnas.space.latency import fingerprint
 from timm_shiftnas_cli import main
 
@@ -52,6 +56,10 @@ def test_measurements_of_another_device_are_imported(capsys, net, saved, tmp_pat
     device = SavedModel(saved).devices()['pixel']
     assert (code, err, device.backend, device.threads) == (0, '', 'tflite', 4)
     assert device.error['median'] < .01
+    low, high = (f'{1 + count / 1e6:.2f}' for count in (net.macs(net.space.smallest), net.macs(net.space.largest)))
+    line = next(line for line in run(capsys, 'info', saved)[1].splitlines() if line.startswith('device'))
+    assert line.startswith('device   pixel (tflite, cpu, 4 threads, batch size 1): ')
+    assert [f'{float(each):.2f}' for each in re.findall(r'([0-9.]+)ms', line)] == [low, high]
     code, _, err = run(capsys, 'measure', saved, '--import', tmp_path / 'latencies.csv', '--batch-size', '4')
     assert code == 2 and 'batch size than 4' in err
 
@@ -88,3 +96,19 @@ def test_int8_files_with_accuracy_before_and_after(capsys, saved, tmp_path):
     assert all(line.count('%') == 2 for line in lines[2:]) and (tmp_path / 'x.onnx').stat().st_size > 1000
     code, _, err = run(capsys, 'export', saved, '--params', '60k', '--int8', '--output', tmp_path / 'y.onnx')
     assert code == 2 and '--data-dir' in err and not (tmp_path / 'y.onnx').exists()
+
+
+@pytest.mark.slow
+def test_a_subnet_is_extracted_with_its_onnx_file(capsys, net, saved, tmp_path):
+    arch, out = net.space.smallest, tmp_path / 'x'
+    command = ('extract', saved, '--arch', json.dumps(arch.to_dict()), '--output', out)
+    for flags, named in ((('--int8',), '--onnx'), (('--onnx', '--int8'), '--data-dir')):
+        code, _, err = run(capsys, *command, *flags)
+        assert code == 2 and named in err and not out.exists()
+    code, text, _ = run(capsys, *command, '--onnx')
+    assert code == 0 and text.splitlines()[-1].startswith(f'{out / "model.onnx"}: ')
+    subnet = extract(net, arch).eval()
+    images = torch.randn(3, *subnet.pretrained_cfg['input_size'])
+    assert torch.allclose(OnnxNetwork(out / 'model.onnx', subnet)(images), subnet(images), atol=1e-4)
+    code, _, _ = run(capsys, *command, '--overwrite')
+    assert code == 0 and not (out / 'model.onnx').exists()  # it was of the subnet that was replaced

@@ -9,13 +9,11 @@ from ..data.modes import default_mode
 from ..evaluation.tables import format_table
 from ..hub.load import SavedModel
 from ..space import complexity
-from ..space.resources import RESOURCES, Resource
+from ..space.resources import LATENCY, RESOURCES
 from ..utils.text import printable
 from ..utils.units import format_count
 
 __all__ = ['describe', 'run_info']
-
-LATENCY = Resource('latency', 'latency', 'latency', 'seconds', lambda space, one_hots: one_hots[0])  # to format alone
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -50,7 +48,10 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     if around := saved.record.backbone:
         optional['backbone'] = {name: around[name] for name in ('network', 'out_indices')}
     if devices := saved.devices():
-        optional['devices'] = {name: str(device) for name, device in devices.items()}
+        optional['devices'] = {}
+        for name, device in devices.items():
+            low, high = map(LATENCY.format, device.resource(space).range(space))
+            optional['devices'][name] = f'{device}: {low} to {high}'
     return dict(data, **optional, files=saved.info['files'])
 
 

@@ -5,8 +5,9 @@ import argparse
 
 from ..evaluation.report import MARK
 from ..evaluation.tables import read_budgets_csv
+from ..hub.card import REPORT
 from ..hub.load import SavedModel
-from ..hub.report import REPORT, write_report
+from ..hub.report import write_report
 from ..utils.text import one_line
 
 __all__ = ['run_report']

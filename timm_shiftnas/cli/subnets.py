@@ -2,45 +2,62 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from timm.data import resolve_data_config
 
 from ..hub.download import check_repo_id
+from ..hub.format import ONNX
 from ..hub.load import SavedModel, from_pretrained
 from ..hub.push import push_directory
 from ..hub.save import save_pretrained
 from ..method.proposals import BudgetWarning
 from ..models import describe_images, static_counts
+from ..space.resources import LATENCY, RESOURCES
 from ..training.checkpoints import load_checkpoint
+from ..utils.files import atomic_write
 from ..utils.units import format_count
 from .images import Expected, read_class_map, training_batches
+from .onnx_files import write_onnx
 from .shared import warn
 
 __all__ = ['check_output', 'load_subnet', 'run_convert', 'run_extract', 'run_push']
 
-BUDGETS = ('flops', 'params', 'size', 'memory', 'latency')
+BUDGETS = dict.fromkeys(resource.keyword for resource in (*RESOURCES.values(), LATENCY))
 
 
 def run_extract(args: argparse.Namespace) -> None:
-    """Save the subnet for a budget in its own directory, and publish it with --push."""
+    """Save the subnet for a budget in its own directory, with --onnx also as an ONNX file; publish it with --push."""
     saved = SavedModel(args.directory)
     check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet already; extract needs a supernet')
+    if args.int8 and not args.onnx:
+        raise ValueError('--int8 is a format of ONNX files: give --onnx --int8')
     if args.push is not None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)
     rows = [row for row in saved.info.get('results', ()) if row['arch'] == net.arch.to_dict()]
     if saved.record.resource is not None:  # the budget is of a resource that a saved subnet does not know
         rows = [dict(row, budget=None) for row in rows]
-    save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
+    with TemporaryDirectory() as folder:  # an ONNX file that cannot be written leaves no directory behind
+        file = Path(folder) / ONNX
+        about = write_onnx(saved, copy.deepcopy(net), file, args) if args.onnx else ''
+        save_pretrained(args.output, net, results=rows[:1] or None, training=saved.info.get('training'))
+        if args.onnx:
+            with atomic_write(args.output / ONNX) as temporary:
+                shutil.copyfile(file, temporary)
     macs, params = static_counts(net)
     print(f'{args.output}: {format_count(macs)} MACs, {format_count(params)} params')
     print(json.dumps(net.arch.to_dict()))
+    if args.onnx:
+        print(f'{args.output / ONNX}: {about}')
     if args.push is not None:
         publish(args, args.output, args.push)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..space.resources import MACS, RESOURCES, Resource
+from ..space.core import SearchSpace
+from ..space.resources import MACS, Resource
 from ..utils.files import atomic_write
 from ..utils.units import scale_of
 from .tables import Row, score_columns
@@ -20,6 +21,7 @@ from .tables import Row, score_columns
 __all__ = ['plot_accuracy', 'plot_front', 'plot_shift']
 
 SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
+LABEL = 115  # pixels, the most that the label of an end is wide
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
 OTHERS = GREY, '#3f9a5f', '#8a4fb5'
 
@@ -32,56 +34,58 @@ def plot_accuracy(
         others: Mapping[str, Sequence[Row]] | None = None,
         resource: Resource = MACS,
         metric: str = 'top-1 accuracy',
+        beside: Sequence[Resource] = (),
+        space: SearchSpace | None = None,
 ) -> bool:
     """Draw top-1, or the score of another task, against MACs or another resource as a PNG of 900 x 560 pixels.
+
+    With further resources it has a panel for each, two in a line of 440 pixels.
 
     Args:
         path: File to write.
         rows: The run's subnets, at least one; those of groups are a line, 'smallest' and 'largest' separate marks.
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
-        resource: What the horizontal axis shows; rows hold it by its name.
+        resource: What the horizontal axis shows.
         metric: What the percentages are.
+        beside: Resources of further panels.
+        space: The bound space of the rows, to count resources of their archs; without it, rows hold them by name.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
     """
     if not _has_matplotlib():
         return False
-    figure = _figure()
-    ax = figure.add_subplot()
-    others = others or {}
-    others = {name: each for name, each in others.items() if all(resource.name in row for row in each)}
-    scale, label = _axis(resource, max(row[resource.name] for each in (rows, *others.values()) for row in each))
-    score = score_columns(rows)[0]
-
-    def points(each: Sequence[Row]) -> list[tuple[str, tuple[float, float]]]:
-        return [(row['name'], (row[resource.name] / scale, row[score])) for row in each]
-
-    for (name, each), colour in zip(others.items(), OTHERS):
-        _draw_subnets(ax, points(each), colour, colour, name)
-    ends = _draw_subnets(ax, points(rows), BLUE, ORANGE, 'subnets for a budget')
-    ax.margins(x=0.05, y=0.12)
-    for name, point in ends:
-        side = 'right' if name == 'largest' else 'left'
-        ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
-                    xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
-    _label(ax, 'One supernet, a subnet for every budget', label, f'{metric} (%)')
-    if ax.get_legend_handles_labels()[0]:
-        scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
-        falls = scores[-1] < scores[0]
-        ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
+    panels = list(dict.fromkeys([resource, *beside]))
+    columns, lines = min(len(panels), 2), -(-len(panels) // 2)
+    figure = _figure(SIZE if len(panels) == 1 else (SIZE[0], 4.4 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    score, drawn = score_columns(rows)[0], []
+    for number, (ax, each) in enumerate(zip(axes, panels)):
+        title = '' if number else 'One supernet, a subnet for every budget'
+        drawn.append(_draw_panel(
+            ax, title, _counted(rows, each, space),
+            {name: _counted(other, each, space) for name, other in (others or {}).items()}, each, score, metric))
+        ax.set_ylabel('' if number % columns else ax.get_ylabel())
+    for ax in axes[len(panels):]:
+        ax.remove()
+    figure.draw_without_rendering()  # gives the axes their size
+    for ax, ends in zip(axes, drawn):
+        for name, point in ends:
+            side = 'right' if name == 'largest' else 'left'
+            ax.annotate(f'{name}: {point[1]:.1f}%', point, textcoords='offset points', horizontalalignment=side,
+                        xytext=(7 if side == 'right' else -7, _label_height(ax, point, side)))
     _save(figure, path)
     return True
 
 
-def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], cost: str = 'macs') -> bool:
+def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row], resource: Resource = MACS) -> bool:
     """Draw the Pareto front of a search, and all archs that were measured, as a PNG of 900 x 560 pixels.
 
     Args:
         path: File to write.
         front: The front, the cheapest first; at least one row.
         rows: All archs.
-        cost: Column of the horizontal axis, 'macs' or 'params'.
+        resource: What the horizontal axis shows; rows hold it by its name.
 
     Returns:
         Whether the picture was written: `False` without matplotlib.
@@ -90,8 +94,8 @@ def plot_front(path: str | os.PathLike, front: Sequence[Row], rows: Sequence[Row
         return False
     figure = _figure()
     ax = figure.add_subplot()
-    scale, label = _axis(RESOURCES[cost], max(row[cost] for row in rows))
-    points, best = ([(row[cost] / scale, row['top1']) for row in each] for each in (rows, front))
+    scale, label = _axis(resource, max(row[resource.name] for row in rows))
+    points, best = ([(row[resource.name] / scale, row['top1']) for row in each] for each in (rows, front))
     ax.plot(*zip(*points), 'o', color=GREY, alpha=0.6, markersize=4, label=f'{len(rows)} measured archs')
     ax.step(*zip(*best), '-o', where='post', color=BLUE, linewidth=2, markersize=5, label='Pareto front')
     _label(ax, 'The most accurate archs for their cost', label, 'top-1 accuracy (%) on the images of the search')
@@ -147,6 +151,41 @@ def plot_shift(
     return True
 
 
+def _counted(rows: Sequence[Row], resource: Resource, space: SearchSpace | None) -> list[Row]:
+    """Rows that hold a resource by its name: counted in a space, or those that have it already if all have."""
+    if space is None:
+        return list(rows) if all(resource.name in row for row in rows) else []
+    counts = resource.count(space, [space.from_dict(row['arch']) for row in rows]).tolist()
+    return [{**row, resource.name: count} for row, count in zip(rows, counts)]
+
+
+def _draw_panel(
+        ax: Any,
+        title: str,
+        rows: Sequence[Row],
+        others: Mapping[str, Sequence[Row]],
+        resource: Resource,
+        score: str,
+        metric: str,
+) -> list[tuple[str, tuple[float, float]]]:
+    """Draw percentages against one resource, but for the labels of the ends, whose names and points it returns."""
+    scale, label = _axis(resource, max(row[resource.name] for each in (rows, *others.values()) for row in each))
+
+    def points(each: Sequence[Row]) -> list[tuple[str, tuple[float, float]]]:
+        return [(row['name'], (row[resource.name] / scale, row[score])) for row in each]
+
+    for (name, each), colour in zip(others.items(), OTHERS):
+        _draw_subnets(ax, points(each), colour, colour, name)
+    ends = _draw_subnets(ax, points(rows), BLUE, ORANGE, 'subnets for a budget')
+    ax.margins(x=0.05, y=0.12)
+    _label(ax, title, label, f'{metric} (%)')
+    if title and ax.get_legend_handles_labels()[0]:
+        scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
+        falls = scores[-1] < scores[0]
+        ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
+    return ends
+
+
 def _label(ax: Any, title: str, x: str, y: str) -> None:
     """Title and axes of a picture of accuracy."""
     ax.set_xlabel(x)
@@ -178,15 +217,16 @@ def _label_height(ax: Any, point: tuple[float, float], side: str) -> int:
     """The height above a point, in typographical points, at which its label overlaps the lines least.
 
     Args:
-        ax: The only axes of a figure, with final limits.
+        ax: Axes of their final size and limits.
         point: Position in data coordinates.
         side: The side of the label that touches the point, 'left' or 'right'.
     """
-    (x, y), pixel = point, 100 / 72
+    (x, y), pixel, box = point, 100 / 72, ax.get_window_extent()
     wide, high = (float(np.ptp(limits)) for limits in (ax.get_xlim(), ax.get_ylim()))
-    places = np.linspace(x - wide / 7, x, 200) if side == 'right' else np.linspace(x, x + wide / 7, 200)
+    label = wide * LABEL / box.width
+    places = np.linspace(x - label, x, 200) if side == 'right' else np.linspace(x, x + label, 200)
     rises = [np.interp(places, *line.get_data(), left=np.nan, right=np.nan) - y for line in ax.get_lines()]
-    rises = [rise * 470 / high / pixel for rise in rises]  # 470 pixels are the height of these axes
+    rises = [rise * box.height / high / pixel for rise in rises]
 
     def overlap(height: int) -> int:
         return sum(int(((height - 7 < rise) & (rise < height + 14)).sum()) for rise in rises)
@@ -248,10 +288,9 @@ def _draw_edges(ax: Any, bounds: Sequence[float]) -> None:
 
 def _axis(resource: Resource, largest: float) -> tuple[float, str]:
     """Scale and label of an axis of a resource, with the unit of its largest value."""
-    if resource.name == 'macs':
-        scale, unit = (1e9, 'G') if largest >= 1e9 else (1e6, 'M') if largest >= 1e6 else (1e3, 'k')
-        return scale, f'{unit}MACs per image'
     scale, unit = scale_of(largest, resource.kind)
+    if resource == MACS:
+        return scale, f'{unit}MACs per image'
     return scale, f'{resource.label} ({unit})' if unit else resource.label
 
 
@@ -266,12 +305,12 @@ def _has_matplotlib() -> bool:
     return True
 
 
-def _figure() -> Any:
+def _figure(size: tuple[float, float] = SIZE) -> Any:
     """A figure on the Agg canvas, without pyplot and its global list of open figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, dpi=100, layout='constrained')
+    figure = Figure(figsize=size, dpi=100, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     return figure

@@ -146,8 +146,7 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
 
 def _devices(resources: Sequence[Resource]) -> str:
     """How each latency was measured."""
-    notes = [f'Latency of a batch on {each.device}, as a device file predicts it (median error '
-             f'{each.device.error["median"]:.1%}).' for each in resources if each.device is not None]
+    notes = [each.device.note for each in resources if each.device is not None]
     return '\n'.join(f'<p class="soft note">{html.escape(note)}</p>' for note in notes)
 
 

@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
 from ..models.calibration import BatchNormCalibration, has_batch_norm
-from ..space import complexity
 from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, PARAMS
 from ..utils.distributed import Ranks
 from ..utils.streams import stream, stream_seed
-from ..utils.units import format_count, parse_count
 from .accuracy import Loader
 from .archs import AccuracyFile, ArchAccuracy, fingerprint
 
 __all__ = ['COSTS', 'STRATEGIES', 'SearchResult', 'pareto_front', 'search', 'search_archs']
 
 STRATEGIES = ('generator', 'evolutionary', 'random')
-COSTS = dict(flops='macs', params='params')  # names of budgets, and of the columns of a table that they limit
+COSTS = {resource.keyword: resource for resource in (MACS, PARAMS)}  # what a search limits and weighs
 DRAWS = 100  # uniform draws for each arch that is wanted within limits
 STALE = 20  # generations in a row without a new arch that end a search
 
@@ -133,7 +131,7 @@ def search(
                 if calibration is not None:
                     calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]
-    chosen = pareto_front([(row[COSTS[cost]], row['top1']) for row in rows])
+    chosen = pareto_front([(row[COSTS[cost].name], row['top1']) for row in rows])
     front = [dict(rows[index], name=f'front {number}') for number, index in enumerate(chosen, 1)]
     best = [list(found)[index] for index in chosen]
     if calibration is not None:
@@ -167,18 +165,17 @@ class Limits:
     def __init__(self, space: SearchSpace, given: Mapping[str, float | str]) -> None:
         self.space = space
         self._counts: dict[Arch, dict[str, int]] = {}  # a search asks for them again in every generation
-        self.limits = {name: parse_count(value, name) for name, value in given.items()}
+        self.limits = {name: COSTS[name].parse(value) for name, value in given.items()}
         for name, least in self.counts(space.smallest).items():
             if least > self.limits.get(name, least):
                 raise ValueError(
                     f'{name}={given[name]} is less than the smallest arch of this space has; give {name}={least} '
-                    f'({format_count(least)}) or more')
+                    f'({COSTS[name].format(least)}) or more')
 
     def counts(self, arch: Arch) -> dict[str, int]:
         """MACs and parameters of an arch, by the names of their limits."""
         if arch not in self._counts:
-            self._counts[arch] = dict(
-                flops=complexity.macs(self.space, arch), params=complexity.params(self.space, arch))
+            self._counts[arch] = {name: resource.count(self.space, arch) for name, resource in COSTS.items()}
         return self._counts[arch]
 
     def violations(self, arch: Arch) -> list[float]:
@@ -212,9 +209,8 @@ def _check_arguments(
 
 
 def _row(name: str, arch: Arch, limits: Limits, top1: float, top5: float) -> dict[str, Any]:
-    counts = limits.counts(arch)
-    return dict(name=name, budget=None, macs=counts['flops'], params=counts['params'], top1=top1, top5=top5,
-                arch=arch.to_dict())
+    counts = {COSTS[name].name: count for name, count in limits.counts(arch).items()}
+    return dict(counts, name=name, budget=None, top1=top1, top5=top5, arch=arch.to_dict())
 
 
 # -- candidates --------------------------------------------------------------------------------------------------------
@@ -266,8 +262,7 @@ def _generated(
         noise: torch.Generator,
 ) -> list[Arch]:
     """Archs of the generator within limits: its proposals at the limits and for the groups, and samples beside them."""
-    bounds = {resource: min(limits.limits[resource.keyword], resource.range(limits.space)[1])
-              for resource in (MACS, PARAMS) if resource.keyword in limits.limits}
+    bounds = {COSTS[name]: min(limit, COSTS[name].range(limits.space)[1]) for name, limit in limits.limits.items()}
     low, most = groups.edges[0], min(bounds.get(groups.resource, groups.edges[-1]), groups.edges[-1])
     proposed = [generator.propose_within(bounds) if bounds else generator.propose(most)]
     proposed += generator.propose_many([budget for budget in groups.budgets if budget <= most])
@@ -325,5 +320,5 @@ def search_archs(
             candidates |= {arch: None for arch in drawn if low < resource.count(space, arch) <= high}
         tried = list(candidates)[:samples]
         top1 = dict(zip(tried, (values[0] for values in accuracy(tried))))
-        best.append(max(tried, key=lambda arch: (top1[arch], complexity.macs(space, arch))))
+        best.append(max(tried, key=lambda arch: (top1[arch], MACS.count(space, arch))))
     return best

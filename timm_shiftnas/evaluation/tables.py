@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..space.resources import MACS, RESOURCES, Resource
+from ..space.resources import MACS, NAMES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 
@@ -26,7 +26,7 @@ __all__ = ['COLUMNS', 'format_table', 'read_budgets_csv', 'score_columns', 'writ
 Row = Mapping[str, Any]
 COLUMNS = ('name', 'budget', 'macs', 'params', 'top1', 'top5', 'arch')
 # one of them, where budgets bound it
-RESOURCE_COLUMNS = (*(name for name in RESOURCES if name not in COLUMNS), 'latency')
+RESOURCE_COLUMNS = tuple(name for name in NAMES if name not in COLUMNS)
 
 
 def score_columns(rows: Sequence[Row]) -> tuple[str, ...]:

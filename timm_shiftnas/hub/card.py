@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.tables import score_columns
 from ..models import static_counts
 from ..space import macs
-from ..space.resources import Resource
+from ..space.core import SearchSpace
+from ..space.resources import MACS, PARAMS
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
@@ -19,7 +20,7 @@ from .load import SavedModel
 
 __all__ = ['MARK', 'model_card']
 
-CARD, TABLE, ACCURACY, SHIFT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png'
+CARD, TABLE, ACCURACY, SHIFT, REPORT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png', 'report.html'
 MARK = f'<!-- written by {KEY}: replaced when the model is published again -->'
 CITATION = '''```bibtex
 @inproceedings{zhang2023shiftnas,
@@ -52,12 +53,15 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
         model_name=name, eval_results=_eval_results(results, training, task, metric_of(saved.record)) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if results:
-        metric, resource = metric_of(saved.record), saved.resource
         title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
-        parts += [title, _table(results, training, metric, resource)]
+        parts += [title, _table(saved, results, training)]
         if ACCURACY in files:
-            what = 'top-1' if around is None else _plain(metric)
-            parts.append(f'![{what} against {resource.label}]({ACCURACY})')
+            what = 'top-1' if around is None else _plain(metric_of(saved.record))
+            drawn = dict.fromkeys(each.label for each in (saved.resource, MACS, *saved.latencies(saved.space())))
+            parts.append(f'![{what} against {_plain(" and ".join(drawn))}]({ACCURACY})')
+        if REPORT in files:
+            parts.append(f'[{REPORT}]({REPORT}) shows each of them layer by layer, with what it needs and what to type '
+                         'for it: download it, and open it in a browser.')
     if SHIFT in files:
         parts.append(f'![probability of each budget group over training]({SHIFT})')
     parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
@@ -104,21 +108,27 @@ def _backbone_introduction(saved: SavedModel, paper: str) -> str:
             f'one for your budget: no search, no retraining.{code}')
 
 
-def _table(rows: Sequence[Any], training: Training, metric: str, resource: Resource) -> str:
-    scores = score_columns(rows)
+def _table(saved: SavedModel, rows: Sequence[Any], training: Training) -> str:
+    """The results, with what budgets bound and the latency on every device beside MACs."""
+    scores, metric, resource, space = score_columns(rows), metric_of(saved.record), saved.resource, saved.space()
     titles = [dict(top1='top-1', top5='top-5', score=_plain(metric))[name] for name in scores]
-    further = [resource] if resource.name not in ('macs', 'params') else []
-    columns = ['budget', 'MACs', 'params', *(each.label for each in further), *titles]
+    latencies = saved.latencies(space)
+    further = [each for each in dict.fromkeys([resource, *latencies]) if each not in (MACS, PARAMS)]
+    columns = ['budget', 'MACs', 'params', *(_plain(each.label) for each in further), *titles]
     lines = [f'| subnet | {" | ".join(columns)} |', f'| --- | {" | ".join(["---:"] * len(columns))} |']
-    for row in rows:
+    archs = [space.from_dict(row['arch']) for row in rows]
+    counted = [[each.format(count) for count in each.count(space, archs).tolist()] for each in further]
+    for i, row in enumerate(rows):
         budget = '' if row['budget'] is None else (
             _digits(row['budget']) if resource.kind == 'count' else resource.format(row['budget']))
-        cells = [_digits(row['macs']), _digits(row['params']), *(each.format(row[each.name]) for each in further),
+        cells = [_digits(row['macs']), _digits(row['params']), *(column[i] for column in counted),
                  *(f'{row[name]:.2f}' for name in scores)]
         lines.append(f'| {_plain(row["name"])} | {budget} | {" | ".join(cells)} |')
     where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
     what = 'accuracy' if scores[0] == 'top1' else _plain(metric)
-    return '\n'.join(lines) + f'\n\nMACs are multiply-accumulates per image; {what} in percent{where}.'
+    notes = ' '.join([f'MACs are multiply-accumulates per image; {what} in percent{where}.',
+                      *(_plain(each.device.note) for each in latencies)])
+    return '\n'.join(lines) + f'\n\n{notes}'
 
 
 def _digits(value: float) -> str:
@@ -145,10 +155,22 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
         budget = f"{resource.keyword}='{resource.format(budgets[len(budgets) // 2])}'"
         budget += f", device_file='{saved.record.device}'" * (resource.device is not None)
         which = budget if saved.has_generator else f'arch={net.space.smallest.to_dict()}'
-        lines = ['# a plain, static network', f'net = {ours}, {which})', '# the supernet', f'supernet = {timms}']
+        lines = ['# a plain, static network', f'net = {ours}, {which})',
+                 *(f'net = {ours}, {each})' for each in _latency_budgets(saved, net.space)),
+                 '# the supernet', f'supernet = {timms}']
     code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
     mode = saved.record.image_mode
     return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
+
+
+def _latency_budgets(saved: SavedModel, space: SearchSpace) -> list[str]:
+    """An example of a budget for every device, but the one whose latency all budgets bound."""
+    budgets = []
+    for name, device in saved.devices().items() if saved.has_generator else ():
+        latency = device.resource(space)
+        if latency != saved.resource:
+            budgets.append(f"latency='{latency.format(sum(latency.range(space)) / 2)}', device_file='{name}'")
+    return budgets
 
 
 def _backbone_usage(saved: SavedModel, ours: str) -> str:

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..data.modes import MODES, default_mode
 from ..space import families, is_supernet
 from ..space.core import Arch, SearchSpace
-from ..space.resources import RESOURCES
+from ..space.resources import LATENCY, MACS, NAMES, PARAMS
 from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
@@ -38,6 +38,7 @@ CONFIG, WEIGHTS, GENERATOR = 'config.json', 'model.safetensors', 'generator.safe
 BN_STATS = 'bn_stats.safetensors'
 FILES = {WEIGHTS, GENERATOR, BN_STATS}  # beside the config and device files; others are neither read nor published
 DEVICES = 'device_*.json'  # with the name of the device
+ONNX = 'model.onnx'  # of `extract --onnx`: it is not listed in the config, and neither read nor published
 
 # Bounds far above any network in use: of widths, image sizes and classes; of depths (and their sum) and lengths; of the
 # modules of a network; of the values of one choice, and of the padded table of all; of the generator; of config.json.
@@ -49,8 +50,8 @@ Sha256 = Annotated[str, re.compile('[0-9a-f]{64}').fullmatch]
 Generator = Annotated[dict[str, int], lambda args: 1 <= args.get('hidden_size', 0) <= MAX_HIDDEN]
 Edges = Annotated[list[float], lambda edges: len(edges) > 1 and edges == sorted(set(edges))]
 Probabilities = Annotated[list[float], lambda p: p and min(p) >= 0 and math.isclose(sum(p), 1, rel_tol=1e-3)]
-Limits = Annotated[dict[str, float], lambda limits: {*limits} <= {'flops', 'params'}]
-Name = Annotated[str, lambda name: name == 'latency' or name in RESOURCES]
+Limits = Annotated[dict[str, float], lambda limits: {*limits} <= {MACS.keyword, PARAMS.keyword}]
+Name = Annotated[str, NAMES.__contains__]
 Mode = Annotated[str, MODES.__contains__]
 
 
@@ -202,7 +203,7 @@ def _contradictions(files: Files, groups=None, probabilities=None, generator=Non
     wrong = dict(
         probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
         generator=GENERATOR in files and generator is None,
-        device=(resource == 'latency') != (device is not None and f'device_{device}.json' in files),
+        device=(resource == LATENCY.name) != (device is not None and f'device_{device}.json' in files),
         bn_archs=(BN_STATS in files) != (bn_archs is not None))
     return [name for name in wrong if wrong[name]]
 

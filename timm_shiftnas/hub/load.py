@@ -27,9 +27,8 @@ from ..models.subnet import bound_space, extract
 from ..space import complexity, family_of
 from ..space.core import Arch, SearchSpace
 from ..space.latency import Device, read_device
-from ..space.resources import MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
+from ..space.resources import LATENCY, MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
 from ..utils.paths import expand_home
-from ..utils.units import parse_quantity
 from .backbone import Build, build_around, build_backbone, ready
 from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
 from .format import (
@@ -108,9 +107,9 @@ def from_pretrained(
         raise ValueError(f'give budgets or an arch, not {" and ".join(budgets)} and arch')
     if precision not in SIZES:
         raise ValueError(f'precision={precision!r} is unknown; choose one of {", ".join(SIZES)}')
-    kinds = dict(size='bytes', memory='bytes', latency='seconds')
+    resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY, latency=LATENCY)
     for name, value in budgets.items():
-        parse_quantity(value, kinds.get(name, 'count'), name)  # before anything is downloaded
+        resources[name].parse(value)  # before anything is downloaded
     wanted = arch.to_dict() if isinstance(arch, Arch) else arch
     saved = SavedModel(
         directory_or_repo, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
@@ -121,7 +120,6 @@ def from_pretrained(
             "memory='64MB', latency='8ms' or arch=...")
     net: Any = saved.network(num_classes, network)
     space = net.space if saved.kind == 'supernet' else bound_space(net)
-    resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY)
     if latency is not None:
         family_of(space).check_classifier(space, 'latency')
         resources['latency'] = saved.find_device(device_file).resource(space)
@@ -311,6 +309,10 @@ class SavedModel:
         """The device files that were saved with a supernet, by the name of the device."""
         names = {name: file for file in self.record.files if (name := device_name(file))}
         return {name: Device.of_json(self.read(file), self.where(file)) for name, file in names.items()}
+
+    def latencies(self, space: SearchSpace) -> list[Resource]:
+        """The latency on each of these devices."""
+        return [device.resource(space) for device in self.devices().values()]
 
     def find_device(self, name: str | os.PathLike | None) -> Device:
         """One of its device files, by name or as the path of any other file; without a name, the only one.

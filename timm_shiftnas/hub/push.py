@@ -21,12 +21,13 @@ from torch import nn
 from ..evaluation.plots import plot_accuracy
 from ..evaluation.tables import write_budgets_csv
 from ..method.generator import ArchitectureGenerator
+from ..space.resources import MACS
 from ..utils.paths import expand_home
-from .card import ACCURACY, CARD, MARK, SHIFT, TABLE, metric_of, model_card
+from .card import ACCURACY, CARD, MARK, REPORT, SHIFT, TABLE, metric_of, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
-from .report import REPORT, model_report
+from .report import model_report
 from .save import save_pretrained
 
 __all__ = ['published_files', 'push_directory', 'push_to_hub']
@@ -223,14 +224,16 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
     for name in files:
         if device_name(name) is None:
             saved.tensors(name)  # raises if it is not a safetensors file
-    saved.devices()  # raises if one is not a device file
+    space = saved.space()
+    latencies = saved.latencies(space)  # raises if one is not a device file, or of another model
     files[CONFIG] = (model / CONFIG).read_bytes()
     if results := saved.record.results:
         with TemporaryDirectory() as folder:
             write_budgets_csv(Path(folder, TABLE), results)
             if saved.kind == 'supernet':
                 plot_accuracy(
-                    Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record))
+                    Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record),
+                    beside=[MACS, *latencies], space=space)
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
         files[REPORT] = model_report(saved, repo_id=repo_id).encode()
     files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}

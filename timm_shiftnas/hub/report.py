@@ -19,9 +19,7 @@ from ..utils.units import format_count
 from .card import metric_of
 from .load import SavedModel, arch_for_budgets
 
-__all__ = ['REPORT', 'model_report', 'write_report']
-
-REPORT = 'report.html'
+__all__ = ['model_report', 'write_report']
 
 
 def write_report(path: str | os.PathLike, saved: SavedModel, front: Sequence[Row] = ()) -> None:
@@ -79,7 +77,7 @@ def _resources(saved: SavedModel, space: SearchSpace) -> list[Resource]:
     counted, around = [MACS, PARAMS], saved.record.backbone
     if family_of(space).operators and (around is None or around['network'] is None or 'head_sizes' in space.geometry):
         counted += SIZES.values() if around else [*SIZES.values(), MEMORY]
-    return [*counted, *(device.resource(space) for device in saved.devices().values())]
+    return [*counted, *saved.latencies(space)]
 
 
 def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:

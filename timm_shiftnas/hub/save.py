@@ -35,6 +35,7 @@ from .format import (
     GENERATOR,
     KEY,
     MAX_CONFIG,
+    ONNX,
     WEIGHTS,
     ModelRecord,
     build_network,
@@ -157,7 +158,7 @@ def save_pretrained(
     saved_class_names(config, own.num_classes, CONFIG)
     check_tensors(tensors.get(GENERATOR, {}), tensors.get(GENERATOR, {}), GENERATOR)
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
-    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | others)
+    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | {ONNX} | others)
 
 
 def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..space.resources import NAMES
 from ..utils.units import KINDS, parse_quantity
 
 __all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
@@ -251,8 +252,7 @@ class RunConfig:
         ValueError: If a value is out of range.
     """
     resource: str = setting(
-        'macs', 'what budgets bound; latency needs --resource-file',
-        choices=('macs', 'params', 'size', 'size_fp16', 'size_int8', 'memory', 'latency'))
+        'macs', 'what budgets bound; latency needs --resource-file', choices=NAMES)
     resource_file: str | None = setting(
         None, 'device file that timm-shiftnas measure wrote, for the resource latency', metavar='FILE')
     num_groups: int | None = setting(None, 'number of budget groups, instead of their width', least=1)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..space.core import SearchSpace
+from ..space.latency import find_resource
 from ..space.resources import MACS, Resource
+from .config import RunConfig
 
 __all__ = ['BudgetGroups']
 
@@ -58,6 +60,22 @@ class BudgetGroups:
                 f'{resource.format(high - low)}')
         edges = [low + (high - low) * k / count for k in range(count)]
         return cls((*map(float, edges), float(high)), resource)
+
+    @classmethod
+    def of_settings(cls, space: SearchSpace, run: RunConfig, width_name: str = 'group_width') -> BudgetGroups:
+        """The groups that the settings of a run ask for.
+
+        Args:
+            space: A bound search space.
+            run: The settings: `resource`, `resource_file`, `group_width` and `num_groups`.
+            width_name: What the width is called in errors.
+
+        Raises:
+            ValueError: As for `find_resource`, `Resource.parse` and `of_space`.
+        """
+        resource = find_resource(run.resource, space, run.resource_file)
+        width = None if run.group_width is None else resource.parse(run.group_width, width_name)
+        return cls.of_space(space, width=width, count=run.num_groups, resource=resource)
 
     def __len__(self) -> int:
         return len(self.edges) - 1

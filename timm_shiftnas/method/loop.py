@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..space import is_supernet
-from ..space.latency import find_resource
 from ..utils.yaml_files import read_yaml
 from .config import RunConfig, ShiftNASConfig, settings_of
 from .generator import ArchitectureGenerator
@@ -194,13 +193,10 @@ class StockTask(ShiftNASTask):
             raise ValueError(
                 f"shift={config.shift!r} measures small differences, which weights in half precision cannot hold; use "
                 "--amp instead of --model-dtype, or shift='none'")
-        resource = find_resource(run.resource, space, run.resource_file)
-        width = None if run.group_width is None else resource.parse(run.group_width, 'group_width')
-        images = ShiftImages()
+        groups, images = BudgetGroups.of_settings(space, run), ShiftImages()
         super().__init__(
             model, criterion, criterion_kwargs, config=config,
-            generator=ArchitectureGenerator(space, seed=config.seed, resource=resource),
-            groups=BudgetGroups.of_space(space, width=width, count=run.num_groups, resource=resource),
+            generator=ArchitectureGenerator(space, seed=config.seed, resource=groups.resource), groups=groups,
             shift_batches=images, held_out_loss=held_out_loss, device=device, dtype=dtype, verbose=verbose)
         if isinstance(self.criterion, JsdCrossEntropy):
             raise ValueError(

@@ -18,7 +18,7 @@ from .core import Arch, OneHots, SearchSpace
 from .families import family_of
 from .heads import head_macs, head_params
 
-__all__ = ['macs', 'macs_range', 'params']
+__all__ = ['evaluate', 'macs', 'macs_range', 'params']
 
 CONVENTIONS = ('fused', 'reference')
 
@@ -58,7 +58,7 @@ def macs(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots, convention: 
     if convention not in CONVENTIONS:
         raise ValueError(f'convention={convention!r} is unknown; choose one of {CONVENTIONS}')
     polynomial = family_of(space).count_macs
-    return _evaluate(
+    return evaluate(
         space, arch, lambda space, one_hots: polynomial(space, one_hots, convention) + head_macs(space, one_hots))
 
 
@@ -71,7 +71,7 @@ def params(space: SearchSpace, arch: Sequence[Arch] | OneHots) -> torch.Tensor: 
 def params(space: SearchSpace, arch: Arch | Sequence[Arch] | OneHots) -> int | torch.Tensor:
     """Number of parameters of the extracted subnet; arguments, return value and errors as for `macs`."""
     polynomial = family_of(space).count_params
-    return _evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots) + head_params(space, one_hots))
+    return evaluate(space, arch, lambda space, one_hots: polynomial(space, one_hots) + head_params(space, one_hots))
 
 
 def macs_range(space: SearchSpace) -> tuple[int, int]:
@@ -79,14 +79,24 @@ def macs_range(space: SearchSpace) -> tuple[int, int]:
     return macs(space, space.smallest), macs(space, space.largest)
 
 
-def _evaluate(
+def evaluate(
         space: SearchSpace,
         arch: Any,
-        polynomial: Callable[[SearchSpace, OneHots], torch.Tensor],
-) -> int | torch.Tensor:
-    if not isinstance(arch, Sequence):
-        return round(polynomial(space, space.one_hot(arch)).item())
-    one_hots = [item.double() for item in arch if isinstance(item, torch.Tensor)]
-    if one_hots:
-        return polynomial(space, one_hots)
-    return polynomial(space, space.one_hot(arch)).round().long()
+        function: Callable[[SearchSpace, OneHots], torch.Tensor],
+        whole: bool = True,
+) -> Any:
+    """Evaluate a function of one-hots for an arch, a sequence of archs, or one-hots.
+
+    Args:
+        space, arch: As for `macs`.
+        function: `function(space, one_hots)`, float64 [...].
+        whole: Whether it is a whole number for every arch.
+
+    Returns:
+        As `macs`; floats instead of whole numbers without `whole`.
+    """
+    if isinstance(arch, Sequence) and any(isinstance(item, torch.Tensor) for item in arch):
+        return function(space, [item.double() for item in arch])
+    found = function(space, space.one_hot(arch))
+    found = found.round().long() if whole else found
+    return found if isinstance(arch, Sequence) else found.item()

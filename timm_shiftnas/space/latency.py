@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ from ..utils.json_types import fits, types_of
 from ..utils.paths import expand_home
 from .core import OneHots, SearchSpace
 from .families import family_of
-from .resources import RESOURCES, Resource
+from .resources import LATENCY, NAMES, RESOURCES, Resource
 
 __all__ = ['Device', 'choice_features', 'find_resource', 'fingerprint', 'operator_features', 'read_device']
 
@@ -79,6 +79,12 @@ class Device:
     def __str__(self) -> str:
         return f'{self.name} ({self.backend}, {self.device}, {self.threads} threads, batch size {self.batch_size})'
 
+    @property
+    def note(self) -> str:
+        """What its latencies are, in a sentence."""
+        return (f'Latency of a batch on {self}, as a device file predicts it (median error '
+                f'{self.error["median"]:.1%}).')
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + '\n'
 
@@ -121,7 +127,7 @@ class Device:
         """
         self.check_space(space)
         source = hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-        return Resource('latency', 'latency', f'latency on {self.name}', 'seconds', self.predict, self, source)
+        return replace(LATENCY, label=f'latency on {self.name}', measure=self.predict, device=self, source=source)
 
     def predict(self, space: SearchSpace, one_hots: OneHots) -> Tensor:
         """Seconds, [...], of archs given as one-hots [..., number of values]."""
@@ -153,14 +159,14 @@ def find_resource(name: str, space: SearchSpace, file: str | os.PathLike | None 
     Raises:
         ValueError: If there is no resource of that name, or a device file is missing, of another space, or of no use.
     """
-    if (name == 'latency') != (file is not None):
+    if (name == LATENCY.name) != (file is not None):
         raise ValueError(
             'the resource latency is read off a device file, and only this one is: give both, such as --resource '
             'latency --resource-file pixel.json, which timm-shiftnas measure writes')
     if file is not None:
         return read_device(file).resource(space)
     if name not in RESOURCES:
-        raise ValueError(f'resource={name!r} is unknown; choose one of {", ".join((*RESOURCES, "latency"))}')
+        raise ValueError(f'resource={name!r} is unknown; choose one of {", ".join(NAMES)}')
     return RESOURCES[name]
 
 

@@ -27,7 +27,7 @@ from .core import Arch, OneHots, SearchSpace
 from .families import family_of
 from .heads import head_bytes
 
-__all__ = ['MACS', 'MEMORY', 'PARAMS', 'RESOURCES', 'Resource', 'SIZES', 'count_many']
+__all__ = ['LATENCY', 'MACS', 'MEMORY', 'NAMES', 'PARAMS', 'RESOURCES', 'Resource', 'SIZES', 'count_many']
 
 BYTES = 4  # of a value in single precision
 COUNTER = 8  # bytes of the counter of batches in every BatchNorm
@@ -73,11 +73,7 @@ class Resource:
         Raises:
             ValueError: If the space is unbound, or the arch is not in it.
         """
-        if isinstance(arch, Sequence) and any(isinstance(item, torch.Tensor) for item in arch):
-            return self.measure(space, [item.double() for item in arch])
-        found = self.measure(space, space.one_hot(arch))
-        found = found if self.kind == 'seconds' else found.round().long()
-        return found if isinstance(arch, Sequence) else found.item()
+        return complexity.evaluate(space, arch, self.measure, whole=self.kind != 'seconds')
 
     def range(self, space: SearchSpace) -> tuple[float, float]:
         """What the smallest and the largest arch need; all others lie between."""
@@ -110,14 +106,6 @@ def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Re
     return [dict(zip((resource.name for resource in resources), row, strict=True)) for row in zip(*counts, strict=True)]
 
 
-def _macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return complexity.macs(space, one_hots)
-
-
-def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return complexity.params(space, one_hots)
-
-
 def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
     family = family_of(space)
     family.check_classifier(space, 'memory')
@@ -138,8 +126,12 @@ def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots],
     return measure
 
 
-MACS = Resource('macs', 'flops', 'MACs', 'count', _macs)
-PARAMS = Resource('params', 'params', 'parameters', 'count', _params)
+def _of_no_device(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
+    raise ValueError('a latency is read off a device file, which timm-shiftnas measure writes')
+
+
+MACS = Resource('macs', 'flops', 'MACs', 'count', complexity.macs)
+PARAMS = Resource('params', 'params', 'parameters', 'count', complexity.params)
 MEMORY = Resource('memory', 'memory', 'peak memory', 'bytes', _memory)
 SIZES = {
     'fp32': Resource('size', 'size', 'weights in fp32', 'bytes', _size(4, 0, 4)),
@@ -147,3 +139,6 @@ SIZES = {
     'int8': Resource('size_int8', 'size', 'weights in int8', 'bytes', _size(1, BYTES, BYTES)),
 }
 RESOURCES = {resource.name: resource for resource in (MACS, PARAMS, *SIZES.values(), MEMORY)}
+# on a device that is not known: names, parses and formats a latency; `Device.resource` has the one that counts
+LATENCY = Resource('latency', 'latency', 'latency', 'seconds', _of_no_device)
+NAMES = (*RESOURCES, LATENCY.name)  # of all that a budget may bound

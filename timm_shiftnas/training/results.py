@@ -17,13 +17,14 @@ from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, read_budgets_csv, write_budgets_csv, write_shift_csv
+from ..hub.card import REPORT
 from ..hub.load import SavedModel
 from ..hub.push import push_directory
-from ..hub.report import REPORT, write_report
+from ..hub.report import write_report
 from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
 from ..space.core import Arch
-from ..space.resources import Resource
+from ..space.resources import MACS, Resource
 from ..utils.files import atomic_write, name_disk_errors
 from ..utils.streams import stream
 from .flags import training_facts
@@ -150,7 +151,7 @@ class Results:
         write_budgets_csv(self.output / 'budgets.csv', rows)
         before = self.output / BEFORE
         others = {'before training': read_budgets_csv(before)} if before.exists() else None
-        plot_accuracy(self.output / 'accuracy.png', rows, others, resource)
+        plot_accuracy(self.output / 'accuracy.png', rows, others, resource, beside=[MACS], space=space)
         write_shift_csv(self.output / 'shift.csv', task.history)
         noise = stream(self.args.seed, 'histogram', 0)
         uniform = resource.count(space, [space.sample(noise) for _ in range(2000)]).tolist()

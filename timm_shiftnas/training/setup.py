@@ -36,7 +36,6 @@ from ..models._checkpoint import OtherClasses
 from ..models.calibration import has_batch_norm
 from ..models.subnet import describe_images
 from ..space import is_supernet
-from ..space.latency import find_resource
 from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
 from ..utils.text import one_line
@@ -351,10 +350,8 @@ def create_task(
         macs, params = map(format_count, static_counts(net))
         _logger.info(f'{args.model}: one network, {macs} MACs, {params} params')
         return NetworkTask(net, space=bound_space(net), **common)
-    resource = find_resource(args.resource, net.space, args.resource_file)
-    width = None if args.group_width is None else resource.parse(args.group_width, '--group-width')
-    groups = BudgetGroups.of_space(net.space, width=width, count=args.num_groups, resource=resource)
-    low, high = groups.edges[0], groups.edges[-1]
+    groups = BudgetGroups.of_settings(net.space, args, '--group-width')
+    resource, low, high = groups.resource, groups.edges[0], groups.edges[-1]
     _logger.info(
         f'{args.model}: {net.space.size:,} subnets, {resource.format(low)} to {resource.describe(high)}, '
         f'{len(groups)} groups')
