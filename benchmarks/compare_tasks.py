@@ -37,6 +37,7 @@ from timm_shiftnas.data import Glyphs
 from timm_shiftnas.data.scenes import write_scenes
 from timm_shiftnas.evaluation import plot_accuracy
 from timm_shiftnas.models import BatchNormCalibration
+from timm_shiftnas.utils.units import format_count
 
 sys.path.insert(0, str(runs.ROOT / 'examples'))
 import detection  # noqa: E402
@@ -220,11 +221,11 @@ def write_tables(args: argparse.Namespace, found: Found) -> None:
              score=round(row['score'], 3), arch=json.dumps(row['arch']))
         for name, seeds in found.items() for seed, rows in seeds.items() for row in rows])
     means = {
-        name: [dict(rows[0], macs=mean(row['macs'] for row in rows), score=mean(row['score'] for row in rows))
-               for rows in zip(*seeds.values(), strict=True)]
-        for name, seeds in found.items()}
-    last = [*means][-1]
-    plot_accuracy(path.with_suffix('.png'), means.pop(last), means, metric=METRICS[args.task])
+        name: [dict(name=format_count(rows[0]['budget']), macs=mean(row['macs'] for row in rows),
+                    score=mean(row['score'] for row in rows)) for rows in zip(*seeds.values(), strict=True)]
+        for name, seeds in found.items() if name.endswith((args.methods[0], 'alone'))}
+    best = [name for name in means if name.endswith(args.methods[0])][-1]  # the pretrained one, if there is one
+    plot_accuracy(path.with_suffix('.png'), means.pop(best), means, metric=METRICS[args.task])
     print(table, flush=True)
 
 
