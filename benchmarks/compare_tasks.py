@@ -29,7 +29,7 @@ import runs
 import timm
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 import timm_shiftnas as tsn
@@ -87,15 +87,16 @@ class Task:
     def loss(self, network: nn.Module) -> Callable:
         return network.loss if self.is_detection else segmentation.loss
 
-    def score(self, net: nn.Module) -> float:
+    def score(self, net: nn.Module, network: nn.Module) -> float:
+        """The score of a network, of which `network` knows how boxes are read off the output."""
         if self.is_detection:
-            return detection.mean_precision(net, net, self.validation)
+            return detection.mean_precision(net, network, self.validation)
         return segmentation.mean_iou(net, self.validation, 1 + LETTERS)
 
 
 def in_memory(images: Dataset) -> TensorDataset:
     """All items of a set of (image, target); without augmentation, reading them again would give the same."""
-    return TensorDataset(*map(torch.stack, zip(*images, strict=True)))
+    return TensorDataset(*default_collate([*images]))
 
 
 def pretrained(args: argparse.Namespace, seed: int) -> nn.Module:
@@ -146,7 +147,7 @@ def train_supernet(task: Task, start: str, method: str, args: argparse.Namespace
         arch = generator.propose(low + share * (high - low))
         rows.append(dict(
             name=f'{share:.2f}', budget=low + share * (high - low), macs=model.macs(arch), params=model.params(arch),
-            score=task.score(calibration(model, arch).eval()), arch=arch.to_dict()))
+            score=task.score(calibration(model, arch).eval(), model.network), arch=arch.to_dict()))
     return dict(rows=rows, seconds=seconds)
 
 
@@ -164,8 +165,8 @@ def train_alone(task: Task, start: str, row: dict[str, Any], args: argparse.Name
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    return dict(rows=[dict(row, score=task.score(tsn.calibrate_bn(net, loader, 500, progress=False).eval()))],
-                seconds=time.time() - began)
+    tsn.calibrate_bn(net, loader, 500, progress=False).eval()
+    return dict(rows=[dict(row, score=task.score(net, net))], seconds=time.time() - began)
 
 
 def trained(task: Task, args: argparse.Namespace, seed: int) -> dict[str, Rows]:
