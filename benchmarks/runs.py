@@ -320,7 +320,7 @@ def paired_table(scores: dict[str, dict[int, list[float]]], reference: str) -> s
             cells.append(spread([score(tops) for tops in by_seed.values()]))
             paired = [score(tops) - score(scores[reference][seed]) for seed, tops in by_seed.items()
                       if seed in scores[reference]]
-            cells.append('' if method == reference else difference(paired))
+            cells.append('' if method == reference or not paired else difference(paired))
         lines.append(cells)
     header = ['method', 'seeds', 'smallest budget', f'vs {reference}', 'largest budget', f'vs {reference}',
               'mean over budgets', f'vs {reference}']

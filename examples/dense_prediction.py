@@ -6,10 +6,14 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 import timm_shiftnas as tsn
 from timm_shiftnas.evaluation import format_table, plot_accuracy, write_budgets_csv
 from timm_shiftnas.models import BatchNormCalibration
+
+COLORS = '#e69f00', '#56b4e9', '#f0e442', '#cc79a7', '#009e73', '#d55e00', '#0072b2'  # Okabe & Ito, one for each class
 
 
 def parse_args(description: str, output: str) -> argparse.Namespace:
@@ -86,3 +90,14 @@ def take_networks(
         output / 'model', model, generator, results=rows, bn_stats=calibration.statistics,
         training=dict(task=task, metric=metric))
     return nets, rows[1]['budget']
+
+
+def color(label: int) -> str:
+    return COLORS[label % len(COLORS)]
+
+
+def to_pixels(images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalized images as pixels of `size`, [N, 3, size, size], and the same in dark grey, to draw on; uint8."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    pixels = resize(((images - low) / (high - low) * 255).byte(), [size], InterpolationMode.NEAREST)
+    return pixels, rgb_to_grayscale(pixels, 3) // 2

@@ -9,7 +9,7 @@ FOLDER/train and FOLDER/validation have images/ and annotations.json, in COCO's 
 from pathlib import Path
 
 import torch
-from dense_prediction import create_backbone, parse_args, take_networks, train
+from dense_prediction import color, create_backbone, parse_args, take_networks, to_pixels, train
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,7 +18,7 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 
@@ -110,17 +110,22 @@ def mean_precision(net: nn.Module, detector: Detector, loader: DataLoader) -> fl
 
 @torch.no_grad()
 def draw(path: Path, nets: list[nn.Module], detector: Detector, loader: DataLoader, names: list[str], count: int = 6,
-         least: float = .3) -> None:
-    """A picture with a row for each image: its true boxes, and those of each network."""
+         least: float = .35) -> None:
+    """A picture with a row for each image: its true boxes, and those of each network, whose scores are above `least`.
+
+    Of boxes that overlap, the one of the highest score is drawn, whatever its class.
+    """
     images, targets = (each[:count] for each in next(iter(loader)))
-    pixels = [(each - each.min()) / (each.max() - each.min()) * 255 for each in images]
     columns, tiles = [split_boxes(targets), *(detector.boxes(net(images)) for net in nets)], []
-    for i, image in enumerate(v2.functional.resize(torch.stack(pixels).byte(), [192])):
+    for i, image in enumerate(to_pixels(images, 192)[1]):
         for column in columns:
-            kept = column[i].get('scores', torch.ones(len(column[i]['labels']))) > least
-            labels = [names[label] for label in column[i]['labels'][kept]]
-            boxes = column[i]['boxes'][kept] * 192 / detector.size
-            tiles.append(draw_bounding_boxes(image, boxes, labels, width=2) if labels else image)
+            boxes, labels = column[i]['boxes'], column[i]['labels']
+            if 'scores' in column[i]:
+                kept = nms(boxes, column[i]['scores'], iou_threshold=.3)
+                kept = kept[column[i]['scores'][kept] > least]
+                boxes, labels = boxes[kept], labels[kept]
+            drawn = boxes * 192 / detector.size, [names[label] for label in labels], [*map(color, labels)]
+            tiles.append(draw_bounding_boxes(image, *drawn, width=2) if len(labels) else image)
     save_image(torch.stack(tiles) / 255, path, nrow=len(columns))
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dense_prediction import create_backbone, parse_args, take_networks, train
+from dense_prediction import color, create_backbone, parse_args, take_networks, to_pixels, train
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, save_image
 
@@ -70,12 +71,14 @@ def mean_iou(net: nn.Module, loader: DataLoader, classes: int) -> float:
 def draw(path: Path, nets: list[nn.Module], loader: DataLoader, classes: int, count: int = 6) -> None:
     """A picture with a row for each image: the image, its true mask, and that of each network."""
     images, masks = (each[:count] for each in next(iter(loader)))
-    pixels = [(each - each.min()) / (each.max() - each.min()) * 255 for each in images]
-    columns = [torch.zeros_like(masks), masks, *(net(images).argmax(1) for net in nets)]
-    tiles = [
-        draw_segmentation_masks(image.byte(), torch.stack([each[i] == label for label in range(1, classes)]), alpha=.7)
-        for i, image in enumerate(pixels) for each in columns]
-    save_image(v2.functional.resize(torch.stack(tiles), [128]) / 255, path, nrow=len(columns))
+    pixels, grey = to_pixels(images, 128)
+    labels, tiles = range(1, classes), [pixels]
+    for column in (masks, *(net(images).argmax(1) for net in nets)):
+        each = v2.functional.resize(tv_tensors.Mask(column), [128])
+        tiles.append(torch.stack([
+            draw_segmentation_masks(image, torch.stack([mask == label for label in labels]), .8, [*map(color, labels)])
+            for image, mask in zip(grey, each, strict=True)]))
+    save_image(torch.stack(tiles, dim=1).flatten(0, 1) / 255, path, nrow=len(tiles))
 
 
 def main() -> None:

@@ -5,15 +5,18 @@ import re
 import pytest
 import timm
 import torch
+from support.memory import weight_bytes
 from support.networks import rng
 from torch import nn
 
 import timm_shiftnas as tsn
+from timm_shiftnas.cli.info import describe, info_text
 from timm_shiftnas.hub.card import model_card
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.report import model_report
 from timm_shiftnas.layers import FeatureSum
 from timm_shiftnas.models import BatchNormCalibration, static_counts
+from timm_shiftnas.space import SIZES
 from timm_shiftnas.utils.units import format_count
 
 
@@ -62,13 +65,17 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     sub = tsn.from_pretrained(tmp_path / 'model', flops=budget, network=Head, loader=[x])
     assert .9 * budget < static_counts(sub)[0] <= budget
     assert static_counts(sub) == (model.macs(sub.arch), sum(weight.numel() for weight in sub.parameters()))
+    half = sum(SIZES['fp32'].range(model.space)) / 2
+    small = tsn.from_pretrained(tmp_path / 'model', size=half, network=Head, loader=[x])
+    assert SIZES['fp32'].count(model.space, model.space.smallest) < weight_bytes(small)['fp32'] <= half
     calibrated = tsn.from_pretrained(tmp_path / 'model', arch=arch, network=Head)
     expected = statistics(model, arch)(x) if make is cnn else model(x, arch)
     torch.testing.assert_close(calibrated(x), expected)
     data = json.loads(re.search('id="data">(.*?)</script>', model_report(SavedModel(tmp_path / 'model')))[1])
     shown, = data['subnets']
     assert data['scores'] == ['mean IoU'] and shown['scores'] == ['51.50']
-    assert shown['counts'] == list(static_counts(calibrated)) and len(shown['lines']) == 1
+    assert shown['counts'] == [*static_counts(calibrated), *weight_bytes(calibrated).values()]
+    assert len(shown['lines']) == 1
     assert shown['lines'][0].endswith(', network=build)')
     # a subnet
     tsn.save_pretrained(tmp_path / 'sub', sub)
@@ -77,11 +84,14 @@ def test_saved_networks_are_loaded_by_budget(make, tmp_path):
     torch.testing.assert_close(again(x), sub(x), rtol=0, atol=0)
     assert type(again) is Head and static_counts(again) == static_counts(sub)
     assert tsn.macs(SavedModel(tmp_path / 'sub').space, sub.arch) == model.macs(sub.arch)
-    for budget in (dict(flops=1000), dict(memory='1GB')):
+    for budget in (dict(flops=1000), dict(size=1000), dict(memory='1GB')):
         with pytest.raises(ValueError, match='|'.join(budget)):
             tsn.from_pretrained(tmp_path / 'sub', **budget, network=Head)
-    with pytest.raises(ValueError, match='memory of a backbone'):
-        tsn.from_pretrained(tmp_path / 'model', memory='1GB', network=Head)
+    for budget in (dict(memory='1GB'), dict(latency='1ms')):
+        with pytest.raises(ValueError, match=f'{next(iter(budget))} of a backbone'):
+            tsn.from_pretrained(tmp_path / 'model', **budget, network=Head)
+    about = info_text(describe(SavedModel(tmp_path / 'model')))
+    assert 'network  Head, around' in about and 'classes' not in about
 
 
 def test_backbones_without_a_network_need_no_code(tmp_path):
@@ -106,12 +116,24 @@ def test_faults_are_named(tmp_path):
         tsn.load_supernet(tmp_path, network=Head, num_classes=4)
     config = json.loads((tmp_path / 'config.json').read_text())
     for name, value in [('out_indices', 'all'), ('out_indices', [99]), ('out_indices', []), ('head_macs', [1]),
-                        ('head_params', [-1, 2, 3])]:
+                        ('head_params', [-1, 2, 3]), ('head_sizes', [1])]:
         wrong = json.loads(json.dumps(config))
         wrong['timm_shiftnas']['backbone'][name] = value
         (tmp_path / 'config.json').write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r'timm_shiftnas\.backbone'):
             tsn.load_supernet(tmp_path, network=Head)
+
+
+def test_the_size_in_a_directory_of_an_earlier_version_is_known_with_its_network(tmp_path):
+    model, *_ = saved(tmp_path, vit)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['timm_shiftnas']['backbone']['head_sizes']
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    most = SIZES['fp32'].count(model.space, model.space.largest)
+    assert weight_bytes(tsn.from_pretrained(tmp_path, size=most, network=Head))['fp32'] == most
+    space = SavedModel(tmp_path).space()
+    with pytest.raises(ValueError, match='save it again'):
+        SIZES['fp32'].count(space, space.largest)
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):

@@ -19,13 +19,13 @@ from timm_shiftnas.space import arch_masks
 class Colours(nn.Module):
     """Two properties of an image, as a dict with their confidence."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, norm):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.norm = backbone, norm
         self.read, self.head = PrefixConv2d(backbone.feature_info.channels()[-1], 8, 1), nn.Linear(8, 3)
 
     def forward(self, x):
-        output = self.head(self.read(self.backbone(x)[-1]).relu().mean((2, 3)))
+        output = self.head(self.norm(self.read(self.backbone(x)[-1])).relu().mean((2, 3)))
         return dict(colour=output[:, :2], confidence=output[:, 2])
 
 
@@ -39,12 +39,23 @@ def batch(count=16, seed=0):
     return colours[:, :, None, None] + .1 * torch.randn(count, 3, 32, 32, generator=rng(seed + 100)), colours[:, :2]
 
 
-def create(**settings):
+def create(norm=nn.Identity, **settings):
     torch.manual_seed(0)
     net = timm.create_model('test_shiftformer_supernet', space=tsn.shiftformer_space((16, 32), (1, 2), (1, 2), (1, 2)))
-    model = tsn.ElasticModel(Colours(tsn.ElasticBackbone(net, 1, norm=True)))
+    model = tsn.ElasticModel(Colours(tsn.ElasticBackbone(net, 1, norm=True), norm()))
     return model, tsn.create_task(
         model, loss, held_out_loss=loss, num_groups=2, generator_fit_steps=20, total_updates=30, **settings)
+
+
+def test_measurements_leave_a_batch_norm_of_the_head_as_it_is():
+    norms = []
+    for settings in (dict(generator_interval=0), dict(generator_interval=1, shift='hypergradient', shift_interval=1)):
+        model, task = create(lambda: nn.BatchNorm2d(8), shift_images=4, archs_per_step=3, sandwich=True, **settings)
+        for update in range(2):
+            task(*batch(seed=update))['loss'].backward()
+            task.end_update()
+        norms.append(model.network.norm)
+    assert norms[0].num_batches_tracked == norms[1].num_batches_tracked > 0
 
 
 @pytest.mark.slow

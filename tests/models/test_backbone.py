@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from support.flops import counted_macs
+from support.memory import weight_bytes
 from support.networks import perturb, rng
 from torch import nn
 
@@ -121,6 +122,7 @@ def test_backbones_equal_timms_and_counts_are_exact(name):
         assert [each.shape[1] for each in maps] == backbone.channels(arch) == sub.feature_info.channels()
         assert backbone.macs(arch) == counted_macs(sub, x[:1])
         assert backbone.params(arch) == sum(weight.numel() for weight in sub.parameters())
+        assert {name: size.count(backbone.space, arch) for name, size in SIZES.items()} == weight_bytes(sub)
 
 
 def test_features_only_gives_an_elastic_backbone():
@@ -151,7 +153,7 @@ class Sum(nn.Module):
     def __init__(self, backbone):
         super().__init__()
         self.backbone, self.neck = backbone, FeatureSum(backbone.feature_info.channels(), 12)
-        self.head = nn.Sequential(nn.GroupNorm(3, 12), nn.ReLU(), nn.Conv2d(12, 5, 3))
+        self.head = nn.Sequential(nn.GroupNorm(3, 12), nn.ReLU(), nn.Conv2d(12, 5, 3), nn.BatchNorm2d(5))
 
     def forward(self, x):
         return F.interpolate(self.head(self.neck(self.backbone(x))), size=x.shape[-2:])
@@ -216,6 +218,8 @@ def test_whole_networks_equal_extracted_ones_and_counts_are_exact(name):
         assert (model.macs(arch), model.params(arch)) == counts == static_counts(sub)
         assert (macs(sub.static_space, arch), params(sub.static_space, arch)) == counts
         assert (MACS.count(model.space, arch), PARAMS.count(model.space, arch)) == counts
+        for space in (model.space, sub.static_space):
+            assert {name: size.count(space, arch) for name, size in SIZES.items()} == weight_bytes(sub)
         plain = {type(each) for each in sub.modules() if 'timm_shiftnas.layers.heads' in type(each).__module__}
         assert plain <= {FeatureSum, SimpleFeaturePyramid}
 
@@ -235,18 +239,21 @@ def test_the_polynomial_is_differentiable_and_counts_batches():
 
 
 def test_what_only_the_operators_of_classifiers_tell_is_refused():
-    """MACs and parameters are those of the whole network; memory, sizes and latency would be those of another one."""
+    """MACs, parameters and sizes are those of the whole network; memory and latency would be those of another one."""
     model, _ = whole('FPN of one size')
     for space in (model.space, model.backbone.space):
-        for resource in (MEMORY, *SIZES.values()):
-            with pytest.raises(ValueError, match=rf'{resource.keyword} of a backbone.*macs or params'):
-                tsn.ArchitectureGenerator(space, resource=resource)
+        with pytest.raises(ValueError, match='memory of a backbone.*macs, params or size'):
+            tsn.ArchitectureGenerator(space, resource=MEMORY)
         with pytest.raises(ValueError, match='latency of a backbone'):
             operator_features(space, space.one_hot(space.smallest))
     generator = tsn.ArchitectureGenerator(model.space)
     with pytest.raises(ValueError, match='memory of a backbone'):
         generator.propose_within({MEMORY: '1MB'})
-    assert tsn.ArchitectureGenerator(model.space, resource=PARAMS).budget_max == model.params(model.space.largest)
+    for resource in (PARAMS, *SIZES.values()):
+        least, most = resource.range(model.space)
+        generator = tsn.ArchitectureGenerator(model.space, resource=resource)
+        assert generator.budget_max == most
+        assert least <= resource.count(model.space, generator.propose((least + most) / 2)) <= (least + most) / 2
 
 
 def test_nothing_is_stored_by_a_forward():

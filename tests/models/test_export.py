@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from support.networks import perturb, rng
 from timm.layers import set_fused_attn
 
 import timm_shiftnas as tsn
@@ -86,6 +87,19 @@ def test_export_onnx_of_all_families(name, tmp_path):
     written = export_onnx(net, tmp_path / 'x.onnx')
     assert written['difference'] < 1e-5 and written['input_size'] == list(net.pretrained_cfg['input_size'])
     assert not check(net, tmp_path / 'x.onnx')['Dropout'] and [path.name for path in tmp_path.iterdir()] == ['x.onnx']
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('base, opset', [
+    ('test_efficientnet', 17), ('mobilenetv3_small_050', 17),
+    pytest.param('test_efficientnet', None, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+def test_subnets_of_elastic_cnns_are_written(base, opset, tmp_path):
+    """Of a drawn arch, whose channels, kernels, depth and resolution are not those of the base."""
+    torch.manual_seed(0)
+    net = perturb(tsn.elastic(timm.create_model(base, num_classes=5), img_size=64).eval(), .03)
+    sub = tsn.extract(net, net.space.sample(rng()))
+    export_onnx(sub, tmp_path / 'x.onnx', opset=opset)
+    check(sub, tmp_path / 'x.onnx')
 
 
 def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):

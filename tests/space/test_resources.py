@@ -5,9 +5,8 @@ import itertools
 import pytest
 import torch
 from support.devices import device_of
-from support.memory import allocated_bytes
+from support.memory import allocated_bytes, weight_bytes
 from support.networks import rng, tiny_supernet
-from torch import nn
 
 import timm_shiftnas as tsn
 from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
@@ -53,15 +52,8 @@ def test_peak_memory_is_what_torch_allocates(net):
 
 def test_sizes_are_those_of_the_tensors_of_a_subnet(net):
     for arch in archs_of(net.space, 2):
-        subnet = tsn.extract(net, arch)
-        state = subnet.state_dict()
-        layers = [module for module in subnet.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        entries, rows = (sum(size(each.weight) for each in layers) for size in (torch.numel, len))
-        counters = sum(8 for tensor in state.values() if tensor.dtype == torch.long)
-        numbers = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
-        assert SIZES['fp32'].count(net.space, arch) == 4 * numbers + counters
-        assert SIZES['fp16'].count(net.space, arch) == 2 * numbers + counters
-        assert SIZES['int8'].count(net.space, arch) == entries + 4 * (rows + numbers - entries) + counters
+        expected = weight_bytes(tsn.extract(net, arch))
+        assert {name: size.count(net.space, arch) for name, size in SIZES.items()} == expected
 
 
 def test_the_table_of_operators_agrees_with_macs_and_parameters(net):

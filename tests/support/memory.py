@@ -53,3 +53,15 @@ def allocated_bytes(net: nn.Module, images: Tensor) -> AllocatedBytes:
         allocated.add(images)
         net(images)
     return allocated
+
+
+def weight_bytes(net: nn.Module) -> dict[str, int]:
+    """Bytes of the tensors in the file of a network: in single and half precision, and with weights in int8."""
+    state, convolutions = net.state_dict().values(), (nn.Conv2d, nn.ConvTranspose2d)
+    layers = [each for each in net.modules() if isinstance(each, (nn.Linear, *convolutions))]
+    entries = sum(layer.weight.numel() for layer in layers)
+    rows = sum(layer.out_channels if isinstance(layer, convolutions) else layer.out_features for layer in layers)
+    numbers = sum(each.numel() for each in state if each.is_floating_point())
+    others = sum(each.nbytes for each in state if not each.is_floating_point())
+    return dict(fp32=4 * numbers + others, fp16=2 * numbers + others,
+                int8=entries + 4 * (rows + numbers - entries) + others)

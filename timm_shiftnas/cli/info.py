@@ -45,6 +45,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
         data.update(arch=net.arch.to_dict(), **{name: count(space, net.arch) for name, count in counts.items()})
     names = ('groups', 'resource', 'device', 'probabilities', 'results')
     optional = {name: saved.info[name] for name in names if name in saved.info}
+    if around := saved.record.backbone:
+        optional['backbone'] = {name: around[name] for name in ('network', 'out_indices')}
     if devices := saved.devices():
         optional['devices'] = {}
         for name, device in devices.items():
@@ -58,9 +60,13 @@ def info_text(data: dict[str, Any]) -> str:
     data = printable(data)
     channels, height, width = data['input_size']
     mode = '' if data['image_mode'] == default_mode(channels) else f' {data["image_mode"]}'
+    around = data.get('backbone')
     lines = [
         f'{data["directory"]}: {data["kind"]} {data["architecture"]}',
-        f'input    {channels} x {height} x {width}{mode}, {data["num_classes"]} classes']
+        f'input    {channels} x {height} x {width}{mode}' + ('' if around else f', {data["num_classes"]} classes')]
+    if around:
+        maps = ', '.join(map(str, around['out_indices']))
+        lines.append(f'network  {around["network"] or "none"}, around a backbone with the feature maps {maps}')
     if data['kind'] == 'supernet':
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]

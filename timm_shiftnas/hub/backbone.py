@@ -9,6 +9,7 @@ from torch import nn
 
 from ..models import ElasticBackbone, ElasticModel, StaticBackbone, backbone_of, static_model
 from ..space import SearchSpace, complexity, is_supernet
+from ..space.heads import HeadCounts
 from ..utils.text import one_line
 from .format import KEY, Backbone
 
@@ -28,14 +29,14 @@ def describe_backbone(net: nn.Module, network: nn.Module) -> Backbone:
     backbone: Any = found
     if network is not backbone:
         geometry = (net.space if is_supernet(net) else net.static_space).geometry  # type: ignore[union-attr, operator]
-        head = {name: list(geometry[name]) for name in ('head_macs', 'head_params')}
+        head = {name: list(geometry[name]) for name in HeadCounts._fields}
     # layers of a ViT count from the last one, which archs of every depth have
     stages = list((backbone.space if is_supernet(backbone) else backbone.static_space).geometry['features'])
     indices = stages if stages[-1] < 0 else list(backbone.out_indices)
     return Backbone(
         out_indices=indices, norm=backbone.norm, path=path,
         network=None if network is backbone else type(network).__name__,
-        head_macs=head.get('head_macs'), head_params=head.get('head_params'))
+        **{name: head.get(name) for name in HeadCounts._fields})  # type: ignore[typeddict-item]
 
 
 def build_backbone(
@@ -54,7 +55,7 @@ def build_backbone(
         backbone: Any = (ElasticBackbone if is_supernet(net) else StaticBackbone)(
             net, about['out_indices'], norm=about['norm'])
         space = backbone.space if is_supernet(net) else backbone.static_space
-        head = {name: about[name] for name in ('head_macs', 'head_params') if about[name] is not None}  # type: ignore[literal-required]
+        head = {name: numbers for name in HeadCounts._fields if (numbers := about.get(name)) is not None}
         space = space.bind(**space.geometry, **head)
         complexity.macs(space, space.smallest), complexity.params(space, space.smallest)
     except Exception as error:  # timm and torch raise many types; the record is always the cause

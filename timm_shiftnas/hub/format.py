@@ -122,7 +122,12 @@ class Training(TypedDict, total=False):
     held_out: HeldOut
 
 
-class Backbone(TypedDict):
+class _Sizes(TypedDict, total=False):
+    """What directories of an earlier version do not have."""
+    head_sizes: Annotated[list[Count], lambda numbers: len(numbers) == 4] | None
+
+
+class Backbone(_Sizes):
     """How a model returns feature maps, and the network around it: `network` is the name of its class, if any.
 
     The network itself is code, which no file holds: whoever loads the model gives a function that builds it.

@@ -25,7 +25,7 @@ from ..method.proposals import check_limits
 from ..models import static_space
 from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
 from ..models.subnet import bound_space, extract
-from ..space import complexity
+from ..space import complexity, family_of
 from ..space.core import Arch, SearchSpace
 from ..space.latency import Device, read_device
 from ..space.resources import LATENCY, MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
@@ -122,6 +122,7 @@ def from_pretrained(
     net: Any = saved.network(num_classes, network)
     space = net.space if saved.kind == 'supernet' else bound_space(net)
     if latency is not None:
+        family_of(space).check_classifier(space, 'latency')
         resources['latency'] = saved.find_device(device_file).resource(space)
     limits = {resources[name]: value for name, value in budgets.items()}
     if saved.kind == 'subnet':

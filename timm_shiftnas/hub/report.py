@@ -14,7 +14,7 @@ from ..evaluation.tables import Row, score_columns
 from ..method.generator import ArchitectureGenerator
 from ..space.core import Arch, SearchSpace
 from ..space.families import family_of
-from ..space.resources import MACS, PARAMS, RESOURCES, Resource
+from ..space.resources import MACS, MEMORY, PARAMS, SIZES, Resource
 from ..utils.files import atomic_write
 from ..utils.units import format_count
 from .card import metric_of
@@ -77,8 +77,9 @@ def _scores(saved: SavedModel) -> dict[str, str]:
 
 def _resources(saved: SavedModel, space: SearchSpace) -> list[Resource]:
     """Everything that can be counted, and the latency on every device, of which one may be that of the budgets."""
-    known = family_of(space).operators and saved.record.backbone is None
-    counted = [*RESOURCES.values()] if known else [MACS, PARAMS]
+    counted, around = [MACS, PARAMS], saved.record.backbone
+    if family_of(space).operators and (around is None or around['network'] is None or 'head_sizes' in space.geometry):
+        counted += SIZES.values() if around else [*SIZES.values(), MEMORY]
     return [*counted, *saved.latencies(space)]
 
 

@@ -1,11 +1,9 @@
 """The elastic forward of MobileNets: what `ShiftMobileNetSupernet` and elastic pretrained CNNs share."""
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
@@ -74,8 +72,7 @@ class ElasticCnn(TimmSupernet):
         blocks, ends = self.block_widths(arch, x), self.end_widths(arch, x)
         x = normalize(self.bn1, self.conv_stem(resize(x, arch.resolution), out=ends.stem), True)
         for block, widths in blocks:
-            run = partial(block, widths=widths)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+            x = self.run_block(block, x, widths=widths)
         return self._last_convolution(masked(x, ends.stage), ends)
 
     def _last_convolution(self, x: Tensor, ends: EndWidths) -> Tensor:
@@ -120,8 +117,7 @@ class ElasticCnn(TimmSupernet):
         blocks = self.blocks[:max(taken)] if stop_early else self.blocks
         for stage, modules in enumerate(blocks, start=1):
             for block in filter(widths.__contains__, modules):
-                run = partial(block, widths=widths[block])
-                x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+                x = self.run_block(block, x, widths=widths[block])
             take(x, stage)
         if intermediates_only:
             return maps

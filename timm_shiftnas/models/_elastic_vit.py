@@ -1,11 +1,9 @@
 """The elastic forward of vision transformers: what `ShiftFormerSupernet` and `ElasticVisionTransformer` share."""
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -40,8 +38,7 @@ class ElasticViT(TimmSupernet):
         x = self._tokens(x, embed)
         index = self.relative_index(x)
         for block, widths in blocks:
-            run = partial(block, index=index, widths=widths)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+            x = self.run_block(block, x, index=index, widths=widths)
         return _norm(self.norm, x, embed)
 
     def _tokens(self, x: Tensor, embed: Width) -> Tensor:
@@ -83,8 +80,7 @@ class ElasticViT(TimmSupernet):
         x = self._tokens(x, embed)
         index, maps = self.relative_index(x), []
         for count, (block, widths) in enumerate(blocks[:max(taken)] if stop_early else blocks, start=1):
-            run = partial(block, attn_mask=attn_mask, is_causal=is_causal, index=index, widths=widths)
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)
+            x = self.run_block(block, x, attn_mask=attn_mask, is_causal=is_causal, index=index, widths=widths)
             if count in taken:
                 normed = norm and isinstance(self.norm, ElasticLayerNorm)
                 maps.append(self.norm(x, width=embed) if normed else masked(x, embed, -1))

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import FrozenBatchNormAct2d
-from timm.models import create_model
+from timm.models import checkpoint, create_model
 from torch import Tensor, nn
 
 from ..space import SearchSpace, Supernet, family_of
@@ -31,15 +32,22 @@ class TimmSupernet(Supernet):
         unbound_space: The search space without geometry.
         model_args: Arguments that create the network as it is now, `space` aside.
         untrained_cfg: timm's configuration for subnets of a network that timm has not created.
+        grad_checkpointing: timm's switch, `set_grad_checkpointing`.
     """
     unbound_space: SearchSpace
     model_args: dict[str, Any]
     untrained_cfg: Mapping[str, Any] = {}
+    grad_checkpointing: bool
 
     @property
     def space(self) -> SearchSpace:
         """The search space, bound to the present geometry of the network."""
         return self.unbound_space.bind(**family_of(self.unbound_space).geometry(self))
+
+    def run_block(self, block: nn.Module, x: Tensor, **widths: Any) -> Tensor:
+        """`block(x, **widths)`; with timm's gradient checkpointing, backward computes its activations again."""
+        run = partial(block, **widths)
+        return checkpoint(run, x) if self.grad_checkpointing else run(x)
 
     def build_subnet(self, arch: Arch, **kwargs: Any) -> nn.Module:
         """The static network of an arch, with its own weights; users call `timm_shiftnas.extract`."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -206,7 +207,33 @@ def _measure(network: nn.Module, path: str) -> tuple[HeadCounts, dict[str, int]]
         layer: Any = network.get_submodule(name)
         params[0] -= layer.weight.numel()
         params[1 + level] += layer.weight.numel() // input_channels(layer)
-    return HeadCounts(tuple(counts), tuple(params)), reads
+    return HeadCounts(tuple(counts), tuple(params), _sizes(network, backbone, reads)), reads
+
+
+def _sizes(network: nn.Module, backbone: nn.Module, reads: Container[str]) -> tuple[int, int, int, int]:
+    """The `head_sizes` of `HeadCounts`.
+
+    Args:
+        network: The network.
+        backbone: Its backbone.
+        reads: Names of the layers that read feature maps.
+    """
+    inside = {*backbone.modules()}
+    layers: dict[str, Any] = {
+        name: module for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module not in inside}
+    entries = sum(layer.weight.numel() for name, layer in layers.items() if name not in reads)
+    rows = sum(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers.values())
+
+    def saved(module: nn.Module) -> tuple[int, int]:
+        """Floating-point numbers of the buffers in a file, and bytes of the others."""
+        weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        buffers = [each for name, each in module.state_dict().items() if name not in weights]
+        return (sum(each.numel() for each in buffers if each.is_floating_point()),
+                sum(each.nbytes for each in buffers if not each.is_floating_point()))
+
+    numbers, others = (whole - own for whole, own in zip(saved(network), saved(backbone), strict=True))
+    return entries, rows, numbers, others
 
 
 def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], dict[str, int]]:

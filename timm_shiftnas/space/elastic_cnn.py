@@ -620,8 +620,8 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
     sizes = _sizes(space, one_hots)
     of_weight = {name: sizes[..., index] for name, index in _columns(space.unbind())[1].items()}
     live = _live(space, one_hots, sizes)
-    for kind in dict.fromkeys(weight.kind for weight in cnn.weights):
-        chosen = [i for i, weight in enumerate(cnn.weights) if weight.kind == kind]
+    for kind in dict.fromkeys(cnn.weights[i].kind for i in _kept_weights(space)):
+        chosen = [i for i in _kept_weights(space) if cnn.weights[i].kind == kind]
         weights = [cnn.weights[i] for i in chosen]
         active, rows, area, columns, pixels = (
             of_weight[name][..., chosen] for name in ('active', 'rows', 'area', 'columns', 'pixels'))

@@ -49,7 +49,7 @@ class Family:
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
         channels: `channels(space, stage)`: channels of a feature map, the size of a stage in `features` of the
             geometry. A space whose geometry has `features`, stages in ascending order, is of networks that end with the
-            last of them; `macs` and `params` leave out what follows.
+            last of them; `macs`, `params` and `operators` leave out what follows.
     """
     name: str
     space: Callable[..., SearchSpace]
@@ -66,7 +66,7 @@ class Family:
     channels: Callable[[SearchSpace, int], Any] | None = None
 
     def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
-        """The operators of archs of a bound space.
+        """The operators of archs of a bound space; of a backbone, and of a network around one, those of the backbone.
 
         Args:
             space: The space.
@@ -74,18 +74,24 @@ class Family:
             resource: What is computed from them, for error messages.
 
         Raises:
-            ValueError: If the family has no table of them, or the networks are backbones or have heads of their own:
-                the table is of image classifiers.
+            ValueError: If the family has no table of them.
         """
         if self.operators is None:
             raise ValueError(
                 f'the family {self.name!r} describes no operators, so their {resource} is unknown; give '
                 'register_family(Family(..., operators=...))')
+        return self.operators(space, one_hots)
+
+    def check_classifier(self, space: SearchSpace, resource: str) -> None:
+        """Raise a `ValueError` if the networks of a bound space are backbones, or have heads of their own.
+
+        Peak memory and latency depend on what runs behind the feature maps, which is code of the user.
+        """
         if 'features' in space.geometry:
             raise ValueError(
                 f'the {resource} of a backbone, or of a network around one, is unknown: its operators are not those of '
-                'a classifier; give a budget of MACs (flops=) or parameters (params=), or the resource macs or params')
-        return self.operators(space, one_hots)
+                'a classifier; give a budget of MACs (flops=), parameters (params=) or bytes of weights (size=), or '
+                'the resource macs, params or size, and measure the extracted network')
 
     def count_macs(self, space: SearchSpace, one_hots: OneHots, convention: str = 'fused') -> torch.Tensor:
         """Multiply-accumulates per image, [...], of archs given as one-hots [..., number of values]."""

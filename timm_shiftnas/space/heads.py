@@ -1,4 +1,4 @@
-"""MACs and parameters of what reads the feature maps of a backbone: the necks and heads of detectors and segmenters.
+"""What heads cost that read the feature maps of a backbone, such as those of detectors: MACs, parameters and bytes.
 
 Only the first layers of a head see the arch: they read feature maps whose channels follow it. So what a head costs is
 affine in the channels `c_l` of the feature maps:
@@ -17,7 +17,7 @@ import torch
 from .core import OneHots, SearchSpace
 from .families import family_of
 
-__all__ = ['HeadCounts', 'head_macs', 'head_params', 'resolutions']
+__all__ = ['HeadCounts', 'head_bytes', 'head_macs', 'head_params', 'resolutions']
 
 
 class HeadCounts(NamedTuple):
@@ -26,9 +26,13 @@ class HeadCounts(NamedTuple):
     Attributes:
         head_macs: (a, b_1, ..., b_L) for the L feature maps, in MACs per image, for one resolution after the other.
         head_params: (a, b_1, ..., b_L) in parameters.
+        head_sizes: What bytes of weights further depend on: the entries of the weights of convolutions and linear
+            layers that read no feature map, the output channels of all such layers, the floating-point numbers in
+            buffers, and the bytes of all other buffers.
     """
     head_macs: tuple[int, ...]
     head_params: tuple[int, ...]
+    head_sizes: tuple[int, int, int, int]
 
 
 def resolutions(space: SearchSpace) -> tuple[int | None, ...]:
@@ -45,6 +49,28 @@ def head_macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor | int:
 def head_params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor | int:
     """Parameters of that head, likewise."""
     return _affine(space, one_hots, space.geometry.get('head_params'))
+
+
+def head_bytes(space: SearchSpace, one_hots: OneHots, matrix: int, row: int, other: int) -> torch.Tensor | int:
+    """Bytes of the weights of that head, likewise. Only entries of weights depend on the channels of feature maps.
+
+    Args:
+        space: The space.
+        one_hots: The archs.
+        matrix: Bytes of an entry of the weight of a convolution or a linear layer.
+        row: Bytes for each output channel of such a layer.
+        other: Bytes of every other floating-point number.
+
+    Raises:
+        ValueError: If the head was saved before its sizes were recorded.
+    """
+    if 'head_macs' not in space.geometry:
+        return 0
+    if 'head_sizes' not in space.geometry:
+        raise ValueError('the size of this network was not saved; load it with network=, or save it again')
+    entries, rows, numbers, buffers = space.geometry['head_sizes']
+    vectors = space.geometry['head_params'][0] - entries
+    return matrix * (head_params(space, one_hots) - vectors) + row * rows + other * (vectors + numbers) + buffers
 
 
 def _affine(space: SearchSpace, one_hots: OneHots, numbers: Sequence[int] | None) -> torch.Tensor | int:

@@ -182,7 +182,9 @@ def fingerprint(space: SearchSpace) -> str:
 
 def operator_features(space: SearchSpace, one_hots: OneHots) -> Mapping[str, Tensor]:
     """The features of operators, each [...], by name."""
-    sums = family_of(space).operator_table(space, one_hots, 'latency').sums(*COLUMNS)
+    family = family_of(space)
+    family.check_classifier(space, 'latency')
+    sums = family.operator_table(space, one_hots, 'latency').sums(*COLUMNS)
     return {f'{kind}/{column}': value for (kind, column), value in sums.items()}
 
 

@@ -2,7 +2,7 @@
 
 MACs, parameters, bytes of weights and peak memory are exact; latency is predicted (see `latency`). All are
 differentiable. The architecture generator, the budget groups, proposals, tables and pictures take a resource. Of a
-backbone, and of a network with a head of your own, MACs and parameters are known, and the others raise a `ValueError`.
+backbone, and of a network with a head of your own, peak memory and latency are unknown and raise a `ValueError`.
 
 * `size`: bytes of the tensors in the file of an extracted subnet (its parameters, and the statistics of BatchNorm).
   In fp32 that is what `save_pretrained` writes beside a header. In fp16 every number that is not an integer has 2
@@ -25,6 +25,7 @@ from ..utils.units import format_quantity, parse_quantity
 from . import complexity
 from .core import Arch, OneHots, SearchSpace
 from .families import family_of
+from .heads import head_bytes
 
 __all__ = ['LATENCY', 'MACS', 'MEMORY', 'NAMES', 'PARAMS', 'RESOURCES', 'Resource', 'SIZES', 'count_many']
 
@@ -106,7 +107,9 @@ def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Re
 
 
 def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-    return BYTES * family_of(space).operator_table(space, one_hots, 'memory').column('live').amax(-1)
+    family = family_of(space)
+    family.check_classifier(space, 'memory')
+    return BYTES * family.operator_table(space, one_hots, 'memory').column('live').amax(-1)
 
 
 def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots], torch.Tensor]:
@@ -117,7 +120,8 @@ def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots],
             table.column(name).sum(-1) for name in ('matrix', 'rows', 'vectors', 'statistics'))
         # every BatchNorm has a mean and a variance for each channel, and counts its batches
         norms = ((table.column('statistics') > 0) * table.column('active')).sum(-1)
-        return matrix * matrices + row * rows + other * (vectors + 2 * statistics) + COUNTER * norms
+        own = matrix * matrices + row * rows + other * (vectors + 2 * statistics) + COUNTER * norms
+        return own + head_bytes(space, one_hots, matrix, row, other)
 
     return measure
 

@@ -501,6 +501,8 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
     table.add('norm', writes=stem * stem_pixels, vectors=2 * stem, statistics=stem,
               live=image + 2 * stem * stem_pixels)
     _add_blocks(table, space, one_hots, image + stem * stem_pixels)
+    if 'features' in g and not _expands(block_rows, g):
+        return table
     efficient, pooled = space.structure.has_efficient_head, 1 if g['global_pool'] else stage_pixels
     before = expanded if efficient else last  # channels of the last convolution at the size of the last stage
     held = image + (stem * stem_pixels if efficient else 0)
@@ -508,6 +510,8 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
               rows=before, live=held + (stage + before) * stage_pixels)
     table.add('norm', writes=before * stage_pixels, vectors=2 * before, statistics=before,
               live=held + (stage * efficient + 2 * before) * stage_pixels)
+    if 'features' in g:
+        return table
     if efficient:
         table.add('head', macs=expanded * last * pooled, writes=last * pooled, matrix=expanded * last, rows=last)
     classes = g['num_classes']
@@ -525,7 +529,7 @@ def _add_blocks(table: OperatorTable, space: SearchSpace, one_hots: OneHots, hel
         one_hots: Of the archs.
         held: Values that exist throughout: the image, and the output of the stem.
     """
-    rows = block_table(space).blocks
+    rows = _kept(block_table(space), space.geometry)
     active, expands, projects, equal, width_in, hidden, width_out, area, se, pixels_in, pixels_out = _columns(
         rows, one_hots, 'active', 'expands', 'projects', 'equal', 'width_in', 'hidden', 'width_out', 'kernel_area',
         'se', 'pixels_in', 'pixels_out')

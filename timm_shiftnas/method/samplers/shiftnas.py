@@ -80,11 +80,11 @@ class ShiftNASSampler(Sampler):
         with torch.enable_grad():
             rollout = generator(budgets, noise=noise, tau=self._tau(step.update))
             masks = arch_masks(self.space, [one_hot[0].to(step.images.device) for one_hot in rollout.one_hots])
+            resource = generator.resource_loss(budgets, rollout.one_hots)
             with frozen(step.net), full_precision(step.device):  # without autocast, float16 needs no loss scaling
                 task_loss = step.criterion(step.net(step.images[part], masks), step.targets[part])
-            resource = generator.resource_loss(budgets, rollout.one_hots)
-            loss = generator_loss(task_loss.cpu(), resource, config.resource_weight)
-            self.step_generator(loss, ranks)
+                loss = generator_loss(task_loss.cpu(), resource, config.resource_weight)
+                self.step_generator(loss, ranks)  # before running statistics are restored, which autograd has saved
 
     def _tau(self, update: int) -> float:
         """Gumbel temperature at an update: linear from the first to the last."""
