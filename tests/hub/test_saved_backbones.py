@@ -131,7 +131,7 @@ def test_the_size_in_a_directory_of_an_earlier_version_is_known_with_its_network
     (tmp_path / 'config.json').write_text(json.dumps(config))
     most = SIZES['fp32'].count(model.space, model.space.largest)
     assert weight_bytes(tsn.from_pretrained(tmp_path, size=most, network=Head))['fp32'] == most
-    space = SavedModel(tmp_path).space()
+    space = SavedModel(tmp_path).space
     with pytest.raises(ValueError, match='save it again'):
         SIZES['fp32'].count(space, space.largest)
 
