@@ -12,7 +12,8 @@ evaluated if there are images:
 
 Writes `latency_NAME_DEVICE.csv` and a table `.md`. `used` is the measured latency divided by the budget: above 1 +
 spread, the budget is missed. Times are those of today, so run it on a quiet machine, soon after `measure`: the last
-line says by how much the machine has changed since. What an interrupted call has measured is kept.
+line says by how much the smallest arch has changed since, and budgets are also counted as if it had not: all times
+divided by that. What an interrupted call has measured is kept.
 """
 from __future__ import annotations
 
@@ -102,11 +103,13 @@ def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
     """What the rows say, in sentences."""
     lines = []
     for end, title in zip(CHOICES, ('Chosen for the latency', 'With the hard limit', 'Chosen by MACs')):
-        over = [row[f'used{end}'] - 1 for row in rows if row[f'used{end}'] > 1 + row[f'spread{end}']]
-        most = f', by {max(over):.1%} at most' if over else ''
-        mean = statistics.mean(row[f'used{end}'] for row in rows)
-        lines.append(f'{title}: {len(over)} of {len(rows)} budgets are missed by more than the spread{most}; mean use '
-                     f'{mean:.3f}.')
+        found = []
+        for speed in (1, 1 + slower):
+            used = [row[f'used{end}'] / speed for row in rows]
+            over = [use - 1 for use, row in zip(used, rows) if use > 1 + row[f'spread{end}']]
+            most = f' by {max(over):.1%} at most' if over else ''
+            found.append(f'{len(over)} missed{most}, mean use {statistics.mean(used):.3f}')
+        lines.append(f'{title}: of {len(rows)} budgets {found[0]}; at the speed of the device file: {found[1]}.')
     same = sum(row['predicted'] == row['predicted_by_macs'] and row['macs'] == row['macs_by_macs'] for row in rows)
     lines.append(f'For {same} of {len(rows)} budgets, latency and MACs choose the same subnet.')
     if rows[0]['top1'] != '':
