@@ -107,8 +107,9 @@ def test_what_measured_latencies_say():
 
     rows = [row(1.009, .99, 1), row(1.03, .97, 2), row(.98, .98, 0)]
     chosen, hard, by_macs, same, better, drift = latency.summary(rows, .004)
-    assert '1 of 3' in chosen and 'by 3.0% at most' in chosen and f'mean use {3.019 / 3:.3f}' in chosen
-    assert '0 of 3' in hard and 'at most' not in hard and '0.980' in by_macs and '1 of 3' in same
+    assert f'of 3 budgets 1 missed by 3.0% at most, mean use {3.019 / 3:.3f}; ' in chosen
+    assert f': 1 missed by {1.03 / 1.004 - 1:.1%} at most, mean use {3.019 / 3 / 1.004:.3f}.' in chosen
+    assert '3 budgets 0 missed, ' in hard and 'at most' not in hard and '0.980' in by_macs and '1 of 3' in same
     # of 1, 2 and 0: the mean is 1, and the interval 4.303 / sqrt(3), of the t table with 2 degrees of freedom
     assert '+1.00 ± 2.48' in better and '1.0%' in drift and '+0.4%' in drift
     cells = latency.markdown(rows, 0.).splitlines()[3].split(' | ')
