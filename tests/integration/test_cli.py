@@ -444,8 +444,7 @@ def test_console_script(saved, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize('unbuffered', ['', '1'])
-@pytest.mark.parametrize('argv', [['--version'], ['info', 'SAVED']])
+@pytest.mark.parametrize('argv, unbuffered', [(['--version'], '1'), (['info', 'SAVED'], '')])
 def test_a_reader_that_ends_early_is_no_error(saved, argv, unbuffered):
     """`timm-shiftnas info DIR | head -0`, with a pipe that nobody reads."""
     reader, writer = os.pipe()
