@@ -11,6 +11,7 @@ trains with a fixed P that gives one group twice its share or everything, tilts 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import mean
 
 import runs
@@ -81,36 +82,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('experiment', choices=tuple(EXPERIMENTS))
     runs.add_arguments(parser)
+    parser.add_argument('--first-seed', type=int, default=0, metavar='N',
+                        help='train seeds from this on; those below are read from the CSV of an earlier series')
     parser.add_argument('--variants', nargs='+', metavar='NAME', help='those to train; tables have all that are done')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     variants = EXPERIMENTS[args.experiment]
     if not variants.keys() >= set(args.variants or ()):
         parser.error(f'--variants of {args.experiment} are {", ".join(map(repr, variants))}')
-    trained = {name: [Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
-                      for seed in range(args.seeds)]
-               for name, flags in variants.items()}
-    wanted = args.variants or list(variants)
-    runs.train([trained[name][seed] for seed in range(args.seeds) for name in variants if name in wanted],
+    trained = {(name, seed): Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
+               for seed in range(args.first_seed, args.seeds) for name, flags in variants.items()}
+    runs.train([run for (name, _), run in trained.items() if name in (args.variants or variants)],
                args.output, args.jobs)
-    trained = {name: [run for run in by_seed if (run.folder(args.output) / 'done.json').exists()]
-               for name, by_seed in trained.items()}
-    rows, scores = [], {}
-    for name, by_seed in trained.items():
-        if not by_seed:
-            continue
-        found = {run.seed: runs.rows_at(run, run.folder(args.output)) for run in by_seed}
-        scores[name] = {seed: [row['top1'] for row in measured] for seed, measured in found.items()}
-        rows += [dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs, **row)
-                 for seed, measured in found.items() for row in measured]
-    reference = next(iter(scores))
-    stem = f'ablation_{args.experiment}_{args.task}'
-    runs.write_csv(args.results / f'{stem}.csv', [{**row, 'top1': round(row['top1'], 3)} for row in rows])
-    text = f'{args.task}, {epochs} epochs:\n\n' + runs.paired_table(scores, reference) + '\n'
+    path = args.results / f'ablation_{args.experiment}_{args.task}.csv'
+    found = {key: rows for key, rows in written(path, epochs).items() if key[1] < args.first_seed}
+    found |= {key: runs.rows_at(run, run.folder(args.output)) for key, run in trained.items()
+              if (run.folder(args.output) / 'done.json').exists()}
+    scores: dict[str, dict[int, list[float]]] = {
+        variant: {seed: [row['top1'] for row in rows] for (name, seed), rows in found.items() if name == variant}
+        for variant in variants if any(name == variant for name, _ in found)}
+    runs.write_csv(path, [
+        dict(task=args.task, experiment=args.experiment, variant=name, seed=seed, epochs=epochs,
+             **{**row, 'top1': round(row['top1'], 3)})
+        for name, by_seed in scores.items() for seed in by_seed for row in found[name, seed]])
+    text = f'{args.task}, {epochs} epochs:\n\n' + runs.paired_table(scores, next(iter(scores))) + '\n'
     if args.experiment == 'room':
         text += '\n' + room_table(scores) + '\n'
-    runs.write(args.results / f'{stem}.md', text)
+    runs.write(path.with_suffix('.md'), text)
     print(text)
+
+
+def written(path: Path, epochs: int) -> dict[tuple[str, int], list[dict]]:
+    """Rows of trainings of this length in the CSV of an earlier series, by variant and seed."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for row in runs.read_csv(path) if path.exists() else ():
+        if int(row['epochs']) == epochs:
+            found.setdefault((row['variant'], int(row['seed'])), []).append(dict(
+                group=int(row['group']), budget=float(row['budget']), macs=int(row['macs']), top1=float(row['top1'])))
+    return found
 
 
 def room_table(scores: dict[str, dict[int, list[float]]]) -> str:

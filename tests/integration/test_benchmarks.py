@@ -98,6 +98,28 @@ def test_archs_chosen_by_macs_are_the_largest_proposals_that_fit():
     assert chosen[-1] == generator.propose(generator.budget_max)
 
 
+def test_an_ablation_goes_on_with_further_seeds(tmp_path, monkeypatch, capsys):
+    """Seeds of an earlier series come from its CSV, those of other lengths do not count."""
+    row = dict(task='letters', experiment='shift', epochs=32, group=1, budget=2., macs=2)
+    runs.write_csv(tmp_path / 'ablation_shift_letters.csv', [
+        dict(row, variant='even', seed=0, top1=50), dict(row, variant='hypergradient', seed=0, top1=53),
+        dict(row, variant='even', seed=1, top1=10, epochs=8)])
+    run = runs.Run(ablations.folder_name(ablations.EXPERIMENTS['shift']['even']), 'letters', (), 1, 32)
+    folder = run.folder(tmp_path)
+    folder.mkdir(parents=True)
+    command = ['train.py', *run.command(), '--output', str(folder.parent), '--experiment', folder.name]
+    (folder / 'done.json').write_text(json.dumps(dict(command=command)))
+    runs.write_csv(folder / 'budgets.csv', [
+        dict(name=f'group {k}', budget=k, macs=k, top1=60) for k in range(1, 9)])
+    monkeypatch.setattr('sys.argv', ['ablations.py', 'shift', '--task', 'letters', '--seeds', '2', '--first-seed', '1',
+                                     '--variants', 'even', '--output', str(tmp_path), '--results', str(tmp_path)])
+    ablations.main()
+    even, shift = capsys.readouterr().out.splitlines()[4:6]
+    assert even.startswith('| even | 2 | 55.00') and '| +3.00 ± nan |' in shift
+    kept = runs.read_csv(tmp_path / 'ablation_shift_letters.csv')
+    assert [int(row['seed']) for row in kept] == [0] + 8 * [1] + [0]
+
+
 def test_what_measured_latencies_say():
     def row(used, used_by_macs, difference):
         rows = {f'{name}{end}': value for end in latency.CHOICES
