@@ -104,7 +104,8 @@ def test_an_ablation_goes_on_with_further_seeds(tmp_path, monkeypatch, capsys):
     runs.write_csv(tmp_path / 'ablation_shift_letters.csv', [
         dict(row, variant='even', seed=0, top1=50), dict(row, variant='hypergradient', seed=0, top1=53),
         dict(row, variant='even', seed=1, top1=10, epochs=8)])
-    run = runs.Run(ablations.folder_name(ablations.EXPERIMENTS['shift']['even']), 'letters', (), 1, 32)
+    flags = ablations.EXPERIMENTS['shift']['even']
+    run = runs.Run(ablations.folder_name(flags), 'letters', tuple(flags), 1, 32)
     folder = run.folder(tmp_path)
     folder.mkdir(parents=True)
     command = ['train.py', *run.command(), '--output', str(folder.parent), '--experiment', folder.name]
