@@ -47,7 +47,7 @@ from dense_prediction import train  # noqa: E402
 BASE, SIZE, LETTERS = 'test_efficientnet', 64, 4
 METHODS = {
     'even': dict(shift='none'),
-    'learned': dict(shift='hypergradient', shift_interval=40, shift_lr=.1, shift_images=16),
+    'learned': dict(shift='hypergradient', shift_interval=40, shift_lr=.1, shift_images=8),
     'uniform': dict(sampler='uniform', shift='none'),
 }
 STARTS = ('from scratch', 'pretrained')
