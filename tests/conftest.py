@@ -1,4 +1,4 @@
-"""The order of the tests, and fixtures that several rooms share.
+"""The order of the tests, and fixtures that several folders of tests share.
 
 Every process runs one thread, here and in the processes that tests start: the models are too small to gain from more.
 """

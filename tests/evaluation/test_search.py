@@ -149,9 +149,11 @@ def test_a_file_of_other_weights_or_images_is_refused(tmp_path):
         net.scale.add_(1)
     with pytest.raises(ValueError, match='weights'):
         search(net, images, strategy='random', evaluations=2, file=tmp_path / 'a.jsonl')
-    (tmp_path / 'b.jsonl').write_text('some text\n')
-    with pytest.raises(ValueError, match='b.jsonl'):
-        search(net, images, strategy='random', evaluations=2, file=tmp_path / 'b.jsonl')
+    for text in ('some text\n', 'text without a line end'):
+        (tmp_path / 'b.jsonl').write_text(text)
+        with pytest.raises(ValueError, match='b.jsonl'):
+            search(net, images, strategy='random', evaluations=2, file=tmp_path / 'b.jsonl')
+        assert (tmp_path / 'b.jsonl').read_text() == text
     assert (tmp_path / 'a.jsonl').read_bytes() == before
 
 

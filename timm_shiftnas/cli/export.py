@@ -18,10 +18,10 @@ def run_export(args: argparse.Namespace) -> None:
     output = Path(expand_home(args.output))
     if output.is_dir() or (output.exists() and not args.overwrite):
         raise ValueError(f'--output {output} exists already; give another file, or add --overwrite to replace a file')
-    output.parent.mkdir(parents=True, exist_ok=True)
     saved = SavedModel(args.directory)
     net = load_subnet(saved, args)
-    with atomic_write(output) as temporary:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as temporary:  # a file whose accuracy cannot be measured is not kept
         about = write_onnx(
             saved, net, temporary, args, opset=args.opset, batch_size=args.fixed_batch, input_name=args.input_name)
     print(f'{output}: {about}')

@@ -66,7 +66,8 @@ def info_text(data: dict[str, Any]) -> str:
         f'input    {channels} x {height} x {width}{mode}' + ('' if around else f', {data["num_classes"]} classes')]
     if around:
         maps = ', '.join(map(str, around['out_indices']))
-        lines.append(f'network  {around["network"] or "none"}, around a backbone with the feature maps {maps}')
+        network = f'network  {around["network"]}, around a backbone' if around['network'] else 'network  a backbone'
+        lines.append(f'{network} with the feature maps {maps}')
     if data['kind'] == 'supernet':
         lines += [f'{unit:<9}{format_count(data[name][0])} to {format_count(data[name][1])}'
                   for unit, name in (('MACs', 'macs'), ('params', 'params'))]

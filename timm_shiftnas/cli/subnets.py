@@ -120,7 +120,7 @@ def publish(args: argparse.Namespace, directory: Path, repo: str) -> None:
 
 
 def load_subnet(saved: SavedModel, args: argparse.Namespace, device: torch.device | None = None) -> torch.nn.Module:
-    """Load the subnet of --flops, --params or --arch; BatchNorm statistics that were not saved come from its images."""
+    """Load the subnet of the budgets or --arch; BatchNorm statistics that were not saved come from the images."""
     budgets = {name: getattr(args, name) for name in BUDGETS}
     if saved.kind == 'supernet' and args.arch is None and not any(budgets.values()):
         raise ValueError(

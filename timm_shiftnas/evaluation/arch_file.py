@@ -34,7 +34,8 @@ class ArchFile:
         self.path, self.names, self._header = Path(path), names, json.dumps(dict(measured_with))
         text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''
         whole = text[:text.rfind('\n') + 1]
-        header, *lines = whole.splitlines() or [self._header]
+        cut_off = self._header.startswith(text)  # a kill while the first line was written; other text is not ours
+        header, *lines = whole.splitlines() or [self._header if cut_off else text]
         try:
             found, rows = json.loads(header), [json.loads(line) for line in lines]
             own = json.loads(self._header)

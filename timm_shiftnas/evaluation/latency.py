@@ -110,8 +110,8 @@ def measure(run: Run, reference: Run, what: str, max_spread: float = MAX_SPREAD,
             _logger.warning(f'{what}: measurements differ by {timing.spread:.0%}; measuring again')
     raise ValueError(
         f'{what}: measurements differ by {timing.spread:.1%}, more than {max_spread:.1%}: the machine is busy; stop '
-        'what else runs, or give fewer --threads or a larger --max-spread, and type the same again, which goes on '
-        'where this ended')
+        'what else runs, or give fewer --threads or a larger --max-spread, and repeat the command, which continues '
+        'where this one ended')
 
 
 # -- archs -------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def measure_archs(
         net: The supernet.
         archs: The archs.
         setup: How they run.
-        partial: File in which results are kept, and from which an interrupted measurement goes on.
+        partial: File in which results are kept, and from which an interrupted measurement continues.
         max_spread: Largest uncertainty of a latency, relative to it.
         progress: Show a progress bar if the standard error stream is a terminal.
 

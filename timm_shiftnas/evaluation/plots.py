@@ -152,7 +152,7 @@ def plot_shift(
 
 
 def _counted(rows: Sequence[Row], resource: Resource, space: SearchSpace | None) -> list[Row]:
-    """Rows that hold a resource by its name: counted in a space, or those that have it already if all have."""
+    """Rows with the counts of a resource in a space; without a space the rows as they are, none if one lacks it."""
     if space is None:
         return list(rows) if all(resource.name in row for row in rows) else []
     counts = resource.count(space, [space.from_dict(row['arch']) for row in rows]).tolist()
@@ -168,7 +168,7 @@ def _draw_panel(
         score: str,
         metric: str,
 ) -> list[tuple[str, tuple[float, float]]]:
-    """Draw percentages against one resource, but for the labels of the ends, whose names and points it returns."""
+    """Draw percentages against one resource. Returns names and points of the ends, which are labelled later."""
     scale, label = _axis(resource, max(row[resource.name] for each in (rows, *others.values()) for row in each))
 
     def points(each: Sequence[Row]) -> list[tuple[str, tuple[float, float]]]:
@@ -180,8 +180,8 @@ def _draw_panel(
     ax.margins(x=0.05, y=0.12)
     _label(ax, title, label, f'{metric} (%)')
     if title and ax.get_legend_handles_labels()[0]:
-        scores = [score for _, (_, score) in sorted(points(rows), key=lambda point: point[1][0])]
-        falls = scores[-1] < scores[0]
+        heights = [height for _, (_, height) in sorted(points(rows), key=lambda point: point[1][0])]
+        falls = heights[-1] < heights[0]
         ax.legend(loc='lower left' if falls else 'lower right', frameon=False)
     return ends
 

@@ -133,7 +133,7 @@ def _plain(text: Any) -> str:
 
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
-    """Code that loads a model; without a network of the user around it, timm loads it too."""
+    """Code that loads a model; if it is a classifier, timm loads it too."""
     arguments, build, network = [f"'{repo_id}'"], [], (saved.record.backbone or {}).get('network')
     if saved.kind == 'supernet':
         space, resource, device = saved.space, saved.resource, saved.record.device

@@ -123,7 +123,7 @@ class Training(TypedDict, total=False):
 
 
 class _Sizes(TypedDict, total=False):
-    """What directories of an earlier version do not have."""
+    """A field that directories of earlier versions lack."""
     head_sizes: Annotated[list[Count], lambda numbers: len(numbers) == 4] | None
 
 

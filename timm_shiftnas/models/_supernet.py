@@ -44,9 +44,9 @@ class TimmSupernet(Supernet):
         """The search space, bound to the present geometry of the network."""
         return self.unbound_space.bind(**family_of(self.unbound_space).geometry(self))
 
-    def run_block(self, block: nn.Module, x: Tensor, **widths: Any) -> Tensor:
-        """`block(x, **widths)`; with timm's gradient checkpointing, backward computes its activations again."""
-        run = partial(block, **widths)
+    def run_block(self, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+        """`block(x, **kwargs)`; with timm's gradient checkpointing, backward computes its activations again."""
+        run = partial(block, **kwargs)
         return checkpoint(run, x) if self.grad_checkpointing else run(x)
 
     def build_subnet(self, arch: Arch, **kwargs: Any) -> nn.Module:

@@ -620,8 +620,9 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
     sizes = _sizes(space, one_hots)
     of_weight = {name: sizes[..., index] for name, index in _columns(space.unbind())[1].items()}
     live = _live(space, one_hots, sizes)
-    for kind in dict.fromkeys(cnn.weights[i].kind for i in _kept_weights(space)):
-        chosen = [i for i in _kept_weights(space) if cnn.weights[i].kind == kind]
+    kept = _kept_weights(space)
+    for kind in dict.fromkeys(cnn.weights[i].kind for i in kept):
+        chosen = [i for i in kept if cnn.weights[i].kind == kind]
         weights = [cnn.weights[i] for i in chosen]
         active, rows, area, columns, pixels = (
             of_weight[name][..., chosen] for name in ('active', 'rows', 'area', 'columns', 'pixels'))

@@ -1,4 +1,4 @@
-"""What heads cost that read the feature maps of a backbone, such as those of detectors: MACs, parameters and bytes.
+"""MACs, parameters and bytes of the heads that read the feature maps of a backbone, such as those of detectors.
 
 Only the first layers of a head see the arch: they read feature maps whose channels follow it. So what a head costs is
 affine in the channels `c_l` of the feature maps:

@@ -84,7 +84,7 @@ class ShiftNASSampler(Sampler):
             with frozen(step.net), full_precision(step.device):  # without autocast, float16 needs no loss scaling
                 task_loss = step.criterion(step.net(step.images[part], masks), step.targets[part])
                 loss = generator_loss(task_loss.cpu(), resource, config.resource_weight)
-                self.step_generator(loss, ranks)  # before running statistics are restored, which autograd has saved
+                self.step_generator(loss, ranks)  # backward needs the running statistics as they are inside `frozen`
 
     def _tau(self, update: int) -> float:
         """Gumbel temperature at an update: linear from the first to the last."""
