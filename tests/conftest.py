@@ -21,13 +21,17 @@ def pytest_cmdline_main(config):
         config.option.loadscopereorder = False  # not the files with the most tests first
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Sort files by their numbers of slow tests, so that no worker starts a long file when the others are done.
 
-    A test that starts processes or trains counts for several.
+    A test that starts processes or trains counts for several. Exhaustive tests are slow, so that `-m 'not slow'` leaves
+    them out too.
     """
     slow: Counter = Counter()
     for item in items:
+        if item.get_closest_marker('exhaustive'):
+            item.add_marker('slow')
         if item.get_closest_marker('slow'):
             trains = item.get_closest_marker('process') or item.path.parent.name == 'training'
             slow[item.path] += 5 if trains else 1

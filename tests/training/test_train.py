@@ -20,6 +20,7 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageOps
+from support.devices import device_of
 from support.networks import rng, tiny_supernet
 from support.processes import Job, run_file
 from support.small_runs import FAST, ROOT, TINY, load, run_script, same, train
@@ -28,6 +29,7 @@ from timm.loss import PolyCrossEntropy
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.hub.load import SavedModel
+from timm_shiftnas.hub.save import add_device
 from timm_shiftnas.training.data import create_loaders, open_data
 from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli
@@ -569,6 +571,17 @@ def test_wrong_flags(capsys, flags, words, tmp_path):
 def test_a_mobilenet_needs_square_images(capsys, tmp_path):
     flags = [*ONE, '--model', 'test_shiftmobilenet_supernet', '--input-size', '3', '32', '64']
     assert train.main([*flags, '--output', str(tmp_path)]) == 2 and '--input-size 3 64 64' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_measurements_of_an_earlier_epoch_are_kept(tmp_path):
+    """The model directory may be measured while the run goes on, which writes it again at every evaluation."""
+    assert run(tmp_path, '--epochs', '1') == 0
+    model = tmp_path / 'run' / 'model'
+    device = device_of(SavedModel(model).space)
+    add_device(model, device)
+    assert run(tmp_path, '--epochs', '2', '--resume', 'auto') == 0
+    assert SavedModel(model).devices() == {'toy': device}
 
 
 @pytest.mark.slow

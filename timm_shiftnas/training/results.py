@@ -23,7 +23,8 @@ from ..hub.push import push_directory
 from ..hub.report import write_report
 from ..hub.save import save_pretrained
 from ..models.calibration import BatchNormCalibration
-from ..space.core import Arch
+from ..space.core import Arch, SearchSpace
+from ..space.latency import Device, fingerprint
 from ..space.resources import MACS, Resource
 from ..utils.files import atomic_write, name_disk_errors
 from ..utils.streams import stream
@@ -160,7 +161,18 @@ class Results:
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
         self.save(
             net, rows, generator=task.generator, groups=task.groups.edges,
-            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics)
+            probabilities=task.shift.probabilities.tolist(), searched=searched, bn_stats=statistics,
+            devices=self.measured(space))
+
+    def measured(self, space: SearchSpace) -> list[Device]:
+        """The devices that the model directory of an earlier epoch was measured on meanwhile."""
+        directory = self.output / 'model'
+        if not directory.exists():
+            return []
+        with suppress(ValueError):  # something else is saved there
+            devices = SavedModel(directory).devices().values()
+            return [device for device in devices if device.space == fingerprint(space)]
+        return []
 
     def save(self, net: nn.Module, rows: list[dict[str, Any]], **more: Any) -> None:
         """Write the model directory and its report; `more` is as for `save_pretrained`."""
