@@ -1,7 +1,7 @@
 """Make a trained network of timm elastic, and compare its subnets with networks that were pruned and trained alone.
 
     pip install -e '.[quickstart]'
-    python examples/quickstart_elastic.py         # three minutes on two cores; further flags go to train.py
+    python examples/quickstart_elastic.py         # two minutes on two cores; further flags go to train.py
 """
 import argparse
 import json
