@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import runs
-from runs import GROUPS, SAMPLERS, Run
+from runs import GROUPS, SAMPLERS, TILT, Run
 
 SHIFT, EVEN = SAMPLERS['hypergradient'], SAMPLERS['generator']
 FITTED = ['--generator-interval', '0']  # the generator is fitted to budgets and not trained
@@ -50,7 +50,7 @@ EXPERIMENTS = {
     },
     'shift': {
         'even': [*EVEN, *FITTED], 'hypergradient': [*SHIFT, *FITTED],
-        'tilted to small': [*EVEN, *FITTED, '--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()],
+        'tilted to small': [*EVEN, *FITTED, *TILT],
         'trained generator': EVEN,
     },
     'warmup-sampler': {
@@ -88,8 +88,9 @@ def main() -> None:
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     variants = EXPERIMENTS[args.experiment]
-    if not variants.keys() >= set(args.variants or ()):
-        parser.error(f'--variants of {args.experiment} are {", ".join(map(repr, variants))}')
+    for name in args.variants or ():
+        if name not in variants:
+            parser.error(f'--variants {name!r} is unknown; {args.experiment} has {", ".join(map(repr, variants))}')
     trained = {(name, seed): Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
                for seed in range(args.first_seed, args.seeds) for name, flags in variants.items()}
     runs.train([run for (name, _), run in trained.items() if name in (args.variants or variants)],

@@ -46,7 +46,7 @@ METHODS = {
     'learned, sandwich, in-place': [*LEARNED, *SANDWICH],
     'even, sandwich, in-place': [*EVEN, *SANDWICH],
     'uniform, sandwich, in-place': [*UNIFORM, *SANDWICH],
-    'tilt': [*EVEN, '--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()],
+    'tilt': [*EVEN, *runs.TILT],
     'grad_norm': '--shift grad_norm --generator-interval 0'.split(),
     'variation': '--shift variation --generator-interval 0'.split(),
     'uniform': UNIFORM,

@@ -40,6 +40,7 @@ TASKS['cnn'] = [*TASKS['glyphs'], '--model', 'test_shiftmobilenet_supernet']
 # A third of the letters: the smallest task on which a tilt of P is still seen, for questions that take many seeds.
 TASKS['letters'] = [*TASKS['glyphs'], '--glyph-images', '2000']
 TASKS['letters-cnn'] = [*TASKS['cnn'], '--glyph-images', '2000']
+TILT = ['--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()]  # a fixed P that favours small budgets
 FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # flags for training from inherited weights
 GROUPS = 8  # subnets are compared at their budgets; trainings have as many unless their flags differ
 EPOCHS = {'digits': 30, 'glyphs': 8, 'cnn': 8, 'letters': 32, 'letters-cnn': 32}
@@ -242,8 +243,9 @@ class Trained:
         from timm_shiftnas.training.flags import parse_args
 
         torch.set_num_threads(1)
-        # uniform sampling searches, so that there is a loader of held-out images without augmentation
-        args = parse_args([*command, '--sampler', 'uniform'])
+        args = parse_args(list(command))
+        # For a loader of held-out images without augmentation. As a flag, it would contradict some of the command's.
+        args.sampler = 'uniform'
         self.net, self.generator = timm_shiftnas.load_supernet(folder / 'model')
         args.num_classes, self.device = self.net.num_classes, torch.device('cpu')
         data, config = open_data(args), resolve_input_data_config(self.net, vars(args))

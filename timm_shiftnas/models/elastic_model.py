@@ -61,11 +61,6 @@ class ElasticModel(Supernet, nn.Module):
         return space.bind(**space.geometry, **self._head._asdict())
 
     @property
-    def head_counts(self) -> HeadCounts:
-        """What the head costs, as a function of the channels of the feature maps."""
-        return self._head
-
-    @property
     def unbound_space(self) -> SearchSpace:
         return self.backbone.unbound_space
 
