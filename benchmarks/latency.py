@@ -52,7 +52,7 @@ def evaluated(net: Any, archs: Sequence[Any], args: argparse.Namespace) -> dict[
 
     from timm_shiftnas.data import create_dataset
     from timm_shiftnas.data.shift_batches import preprocessing
-    from timm_shiftnas.evaluation.accuracy import at_arch, evaluate
+    from timm_shiftnas.evaluation.accuracy import evaluate_archs
     from timm_shiftnas.models import BatchNormCalibration, has_batch_norm
     options = preprocessing(resolve_data_config(model=net))
 
@@ -63,7 +63,8 @@ def evaluated(net: Any, archs: Sequence[Any], args: argparse.Namespace) -> dict[
 
     calibration = BatchNormCalibration(loader('train')) if has_batch_norm(net) else None
     images = loader('validation')
-    return {arch: evaluate(at_arch(net, arch, calibration), images, torch.device('cpu'))[0] for arch in archs}
+    accuracies = evaluate_archs(net, archs, images, torch.device('cpu'), calibration)
+    return {arch: top1 for arch, (top1, _) in zip(archs, accuracies)}
 
 
 def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[dict[str, Any]], float]:

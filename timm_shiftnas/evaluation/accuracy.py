@@ -13,13 +13,13 @@ from torch import nn
 
 from ..method.groups import BudgetGroups
 from ..method.task import ClassificationEvaluator, evaluation_sample_limit
-from ..models.calibration import BatchNormCalibration, has_batch_norm
+from ..models.calibration import BatchNormCalibration, at_once, has_batch_norm
 from ..models.subnet import Subnet
 from ..space.core import Arch
 from ..space.resources import MACS, PARAMS, count_many
 from ..utils.distributed import Ranks
 
-__all__ = ['evaluate', 'evaluate_budgets']
+__all__ = ['evaluate', 'evaluate_archs', 'evaluate_budgets', 'evaluate_many']
 
 _UNCALIBRATED = (
     'the subnets of this network share the running statistics of BatchNorm, so their accuracy is meaningless: give '
@@ -27,7 +27,6 @@ _UNCALIBRATED = (
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-@torch.inference_mode()
 def evaluate(
         model: nn.Module,
         loader: Loader,
@@ -49,37 +48,75 @@ def evaluate(
     Raises:
         ValueError: If `model` is a view of a supernet with BatchNorm, which has no running statistics of its own.
     """
-    if isinstance(model, Subnet) and has_batch_norm(model):
+    return evaluate_many([model], loader, device, autocast, channels_last, distributed)[0]
+
+
+@torch.inference_mode()
+def evaluate_many(
+        models: Sequence[nn.Module],
+        loader: Loader,
+        device: torch.device,
+        autocast: AbstractContextManager | None = None,
+        channels_last: bool = False,
+        distributed: bool = False,
+) -> list[tuple[float, float]]:
+    """`evaluate` for several networks, with the same results: the images are read once for all of them."""
+    if any(isinstance(model, Subnet) and has_batch_norm(model) for model in models):
         raise ValueError(_UNCALIBRATED)
     # distributed loaders repeat some images to give every process the same number
-    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
-    training = model.training
-    model.eval()
+    limit = evaluation_sample_limit(loader)
+    evaluators = [ClassificationEvaluator(device, max_samples=limit) for _ in models]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         for images, targets in loader:
             images, targets = images.to(device), targets.to(device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            with autocast or nullcontext():
-                logits = model(images)
-            evaluator.update(logits, targets)
+            for model, evaluator in zip(models, evaluators):
+                with autocast or nullcontext():
+                    logits = model(images)
+                evaluator.update(logits, targets)
     finally:
-        model.train(training)
-    metrics = evaluator.compute(distributed)
-    return metrics['top1'], metrics['top5']
+        for model, training in zip(models, modes):
+            model.train(training)
+    metrics = [evaluator.compute(distributed) for evaluator in evaluators]
+    return [(each['top1'], each['top5']) for each in metrics]
 
 
-def at_arch(net: nn.Module, arch: Arch, calibration: BatchNormCalibration | None) -> nn.Module:
-    """A subnet to evaluate: a view of the supernet or, with BatchNorm, the extracted and calibrated subnet.
+def evaluate_archs(
+        net: nn.Module,
+        archs: Sequence[Arch],
+        loader: Loader,
+        device: torch.device,
+        calibration: BatchNormCalibration | None = None,
+        **kwargs: Any,
+) -> list[tuple[float, float]]:
+    """Accuracies of subnets: of views of the supernet or, with BatchNorm, of extracted and calibrated subnets.
+
+    Args:
+        net: The supernet.
+        archs: The archs.
+        loader: Batches of images and class indices; read once for several subnets.
+        device: Device of the network.
+        calibration: Computes the BatchNorm statistics of subnets, if there is BatchNorm.
+        **kwargs: As for `evaluate`.
 
     Raises:
         ValueError: If the network has BatchNorm and there is no calibration.
     """
-    if not has_batch_norm(net):
-        return Subnet(net, arch)
-    if calibration is None:
-        raise ValueError(_UNCALIBRATED)
-    return calibration(net, arch)
+    accuracies: list[tuple[float, float]] = []
+    for part in at_once(archs):
+        if not has_batch_norm(net):
+            models: list[nn.Module] = [Subnet(net, arch) for arch in part]
+        elif calibration is None:
+            raise ValueError(_UNCALIBRATED)
+        else:
+            calibration.prepare(net, part)
+            models = [calibration(net, arch) for arch in part]
+        accuracies += evaluate_many(models, loader, device, **kwargs)
+    return accuracies
 
 
 def evaluate_budgets(
@@ -117,12 +154,11 @@ def evaluate_budgets(
     named += [('largest', None, space.largest)]
     if calibration is not None:
         calibration.prepare(net, [arch for _, _, arch in named], ranks)
-    accuracies: dict[Arch, tuple[float, float]] = {}
+    archs = list(dict.fromkeys(arch for _, _, arch in named))
+    accuracies = dict(zip(archs, evaluate_archs(
+        net, archs, loader, device, calibration, distributed=ranks.size > 1, **kwargs)))
     rows = []
     for name, budget, arch in named:
-        if arch not in accuracies:
-            accuracies[arch] = evaluate(
-                at_arch(net, arch, calibration), loader, device, distributed=ranks.size > 1, **kwargs)
         top1, top5 = accuracies[arch]
         counts = count_many(space, [arch], list(dict.fromkeys((MACS, PARAMS, groups.resource))))[0]
         rows.append(dict(name=name, budget=budget, **counts, top1=top1, top5=top5, arch=arch.to_dict()))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.calibration import BatchNormCalibration
+from ..models.calibration import BatchNormCalibration, at_once
 from ..space.core import Arch
 from ..space.latency import fingerprint as space_fingerprint
 from ..utils.distributed import Ranks
-from .accuracy import Loader, at_arch, evaluate
+from .accuracy import Loader, evaluate_archs
 from .arch_file import ArchFile
 
 __all__ = ['ArchAccuracy', 'NAMES', 'fingerprint']
@@ -52,13 +52,14 @@ class ArchAccuracy:
         """The accuracies of some archs, in their order."""
         missing = [arch for arch in dict.fromkeys(archs) if arch not in self.known]
         mine: dict[Arch, Accuracy] = {}
-        for arch in self.ranks.shard(missing):
-            mine[arch] = evaluate(
-                at_arch(self.net, arch, self.calibration), self.loader, self.device, **self.kwargs)
-            if self.file is not None:
-                self.file.append(arch, mine[arch])
-        for part in self.ranks.gather(mine):
-            self.known |= part
+        for part in at_once(self.ranks.shard(missing)):
+            measured = evaluate_archs(self.net, part, self.loader, self.device, self.calibration, **self.kwargs)
+            for arch, values in zip(part, measured):
+                mine[arch] = values
+                if self.file is not None:
+                    self.file.append(arch, values)
+        for of_process in self.ranks.gather(mine):
+            self.known |= of_process
         return [self.known[arch] for arch in archs]
 
 

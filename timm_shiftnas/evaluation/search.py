@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
-from ..models.calibration import BatchNormCalibration, has_batch_norm
+from ..models.calibration import BatchNormCalibration, at_once, has_batch_norm
 from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, PARAMS
 from ..utils.distributed import Ranks
@@ -127,9 +127,9 @@ def search(
         while len(found) < evaluations and stale < STALE and (generation := next(archs, None)) is not None:
             new = [arch for arch in dict.fromkeys(generation) if arch not in found and limits.hold(arch)]
             stale = 0 if new else stale + 1
-            for arch in new[:evaluations - len(found)]:
-                found[arch], = accuracy([arch])
-                bar.update()
+            for part in at_once(new[:evaluations - len(found)]):
+                found |= zip(part, accuracy(part))
+                bar.update(len(part))
                 if calibration is not None:
                     calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]

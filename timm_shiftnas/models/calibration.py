@@ -6,7 +6,7 @@ ICLR 2020; AttentiveNAS, Wang et al., CVPR 2021): no labels, no gradients, secon
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from ..space.core import Arch
 from ..utils.distributed import Ranks
 from .subnet import extract
 
-__all__ = ['BatchNormCalibration', 'ResizedInput', 'bn_statistics', 'calibrate_bn', 'has_batch_norm', 'resized']
+__all__ = [
+    'BatchNormCalibration', 'ResizedInput', 'at_once', 'bn_statistics', 'calibrate_bn', 'has_batch_norm', 'resized',
+]
 
 RECIPES = ('attentivenas', 'ofa')
+AT_ONCE = 16  # subnets in memory, for which images are read once
 
 
 def has_batch_norm(net: nn.Module) -> bool:
@@ -71,39 +74,55 @@ def calibrate_bn(
     net = unwrap_model(subnet)
     if is_supernet(net):
         raise ValueError('calibrate_bn takes an extracted subnet, not a supernet; extract one first')
-    space = getattr(net, 'static_space', None)
-    if recipe is None and space is not None:
-        recipe = family_of(space).bn_recipe(space)
-    recipe = recipe or RECIPES[0]
+    recipe = recipe or _recipe(net)
     if recipe not in RECIPES:
         raise ValueError(f'recipe={recipe!r} is unknown; choose one of {RECIPES}')
     if not isinstance(num_images, int) or num_images < 1:
         raise ValueError(f'num_images={num_images!r} must be a whole number of at least 1')
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
+    if not has_batch_norm(net):
         return subnet
-    weight = next(net.parameters())
-    if weight.is_meta:
+    if next(net.parameters()).is_meta:
         raise ValueError('the network has no weights (it is on the meta device); load them before calibrating')
-    means = [_Statistics(norm, by_images=recipe == 'ofa') for norm in norms]
+    _calibrate([net], loader, num_images, recipe, progress)
+    return subnet
+
+
+def _recipe(net: nn.Module) -> str:
+    """The recipe of a subnet's search space."""
+    space = getattr(net, 'static_space', None)
+    return RECIPES[0] if space is None else family_of(space).bn_recipe(space)
+
+
+def _calibrate(
+        nets: Sequence[nn.Module], loader: Iterable[Any], num_images: int, recipe: str, progress: bool = False,
+) -> None:
+    """`calibrate_bn` for several subnets: the images are read once for all of them."""
+    norms = [[module for module in net.modules() if isinstance(module, _BatchNorm)] for net in nets]
+    means = [[_Statistics(norm, by_images=recipe == 'ofa') for norm in each] for each in norms]
+    weight = next(nets[0].parameters())
     seen = 0
-    with _batch_statistics(net, norms), tqdm(
-            total=num_images, desc='calibrating BatchNorm', unit='image', disable=None if progress else True) as bar:
+    with ExitStack() as stack:
+        for net, own in zip(nets, norms):
+            stack.enter_context(_batch_statistics(net, own))
+        bar = stack.enter_context(tqdm(
+            total=num_images, desc='calibrating BatchNorm', unit='image', disable=None if progress else True))
         for images in map(_images_of, loader):
             if seen and len(images) == 1:
                 continue  # a last image alone has no variance
-            _run(net, images.to(device=weight.device, dtype=weight.dtype), means)
+            images = images.to(device=weight.device, dtype=weight.dtype)
+            for net, own_means in zip(nets, means):
+                _run(net, images, own_means)
             seen += len(images)
             bar.update(len(images))
             if seen >= num_images:
                 break
     if not seen:
         raise ValueError('the loader gave no images to calibrate BatchNorm with; give training images')
-    if not all(mean.is_finite() for mean in means):
+    every = [mean for own_means in means for mean in own_means]
+    if not all(mean.is_finite() for mean in every):
         raise ValueError('statistics are not finite; are there NaNs in the images, or in the weights?')
-    for mean in means:
+    for mean in every:
         mean.write()
-    return subnet
 
 
 class _Statistics:
@@ -220,19 +239,25 @@ class BatchNormCalibration:
         """Compute the statistics of some archs, each in one of the processes, and share them with all."""
         ranks = ranks or Ranks()
         mine = ranks.shard(list(dict.fromkeys(archs)))
-        for arch in mine:
-            self(net, arch)
+        for part in at_once([arch for arch in mine if arch not in self.statistics]):
+            subnets = [extract(net, arch) for arch in part]
+            if has_batch_norm(net):
+                _calibrate(subnets, self.loader, self.num_images, _recipe(subnets[0]))
+            for arch, subnet in zip(part, subnets):
+                self.statistics[arch] = {name: buffer.clone() for name, buffer in bn_statistics(subnet).items()}
         # on the CPU: tensors arrive on the device of their sender
         taken = {arch: {name: buffer.cpu() for name, buffer in self.statistics[arch].items()} for arch in mine}
-        for part in ranks.gather(taken):
-            self.statistics |= part
+        for of_process in ranks.gather(taken):
+            self.statistics |= of_process
 
     def __call__(self, net: nn.Module, arch: Arch) -> nn.Module:
         """The extracted, calibrated subnet at an arch, for images of any size."""
+        self.prepare(net, [arch])
         subnet = extract(net, arch)
-        if arch in self.statistics:
-            subnet.load_state_dict(self.statistics[arch], strict=False)
-        else:
-            calibrate_bn(subnet, self.loader, self.num_images, progress=False)
-            self.statistics[arch] = {name: buffer.clone() for name, buffer in bn_statistics(subnet).items()}
+        subnet.load_state_dict(self.statistics[arch], strict=False)
         return ResizedInput(subnet)
+
+
+def at_once(archs: Sequence[Arch]) -> Iterator[Sequence[Arch]]:
+    """Archs in parts, whose subnets are in memory at the same time."""
+    return (archs[start:start + AT_ONCE] for start in range(0, len(archs), AT_ONCE))
