@@ -343,6 +343,7 @@ def test_step_batches_name_a_broken_image_and_continue_when_it_is_repaired(tmp_p
     batches.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_step_batches_survive_a_killed_worker_and_the_end_of_the_interpreter():

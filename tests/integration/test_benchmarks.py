@@ -222,6 +222,7 @@ def test_comparison_from_the_command_line(tmp_path):
     assert [int(row['macs']) for row in plain] == [row['macs'] for row in proposed]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_subnets_trained_separately(tmp_path):
@@ -247,6 +248,7 @@ def test_subnets_trained_separately(tmp_path):
         assert net.space.from_dict(result['arch']) == arch and result['top1'] > top1 + 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_an_arch_of_a_trained_network_from_new_weights(tmp_path):

@@ -88,6 +88,7 @@ def test_several_budgets_on_the_command_line(capsys, net, saved, tmp_path):
         assert code == 2 and named in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_int8_files_with_accuracy_before_and_after(capsys, saved, tmp_path):
     images = ('--dataset', 'sklearn/digits', '--bn-images', '64', '--batch-size', '64', '--opset', '17')

@@ -165,6 +165,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
         assert expected['shift'][name].abs().max() > .01
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_compiled_supernet_trains_the_same(script, tmp_path):

@@ -37,7 +37,9 @@ def images(count=2):
     return torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=rng())
 
 
-@pytest.fixture(scope='module', params=OPTIONS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in ('no_qkv_bias', 'fc_norm', 'no_proj_bias', 'quick_gelu')
+    else name for name in OPTIONS])
 def pair(request):
     """A base and its elastic network, whose layers are kept in another order than that of the network."""
     base = create_base(**OPTIONS[request.param])

@@ -80,8 +80,8 @@ def test_the_older_exporter_writes_cnns(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    'relative', 'ofa', *(pytest.param(name, marks=pytest.mark.exhaustive)
-                         for name in sorted(MODELS.keys() - {'no_class_token', 'relative', 'ofa'}))])
+    'relative', *(pytest.param(name, marks=pytest.mark.exhaustive)
+                         for name in sorted(MODELS.keys() - {'no_class_token', 'relative'}))])
 def test_export_onnx_of_all_families(name, tmp_path):
     net = subnet(name)
     written = export_onnx(net, tmp_path / 'x.onnx')

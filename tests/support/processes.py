@@ -1,4 +1,4 @@
-"""Processes of their own, forked off one that has imported torch, timm and more: each would take seven seconds for that.
+"""Processes of their own, forked off one that has imported torch, timm and more: that takes seven seconds.
 
 Nothing of ours is imported before a process begins.
 """

@@ -42,14 +42,14 @@ VARIANTS = {
 
 def batch(number, count=IMAGES):
     noise = torch.Generator().manual_seed(number)
-    return torch.randn(count, 3, 32, 32, generator=noise), torch.randint(10, (count,), generator=noise)
+    return torch.randn(count, 3, 16, 16, generator=noise), torch.randint(10, (count,), generator=noise)
 
 
 def train(variant, group, distributed):
     """Train a few updates with SGD; return their gradients, the archs, the generator and the history of P."""
     config = dict(variant)
     torch.manual_seed(0)
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10, img_size=16)
     net.set_grad_checkpointing(config.pop('checkpointing', False))
     generator = ArchitectureGenerator(net.space).fit(steps=20, progress=False)
     config = ShiftNASConfig(
@@ -146,7 +146,7 @@ def test_archs_per_process(two):
     drawn = train(dict(VARIANTS['each its own'], archs_per_step=2), Ranks(), distributed=False)['archs']
     assert [[a[0], b[0]] for a, b in zip(*archs, strict=True)] == drawn
     torch.manual_seed(0)
-    net = timm.create_model('test_shiftformer_supernet', num_classes=10)
+    net = timm.create_model('test_shiftformer_supernet', num_classes=10, img_size=16)
     images, targets = batch(0)
     for rank in (0, 1):
         arch = net.space.from_dict(archs[rank][0][0])

@@ -113,13 +113,14 @@ def test_a_resumed_run_is_the_undisturbed_one(adapted):
         same(whole[name], resumed[name], name)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_resumed_cnn_does_not_need_the_weights_of_the_base(tmp_path):
     """Without a teacher: a run from weights that are gone, or cannot be downloaded again, goes on as if undisturbed."""
     file = tmp_path / 'base.safetensors'
     save_file(timm.create_model('test_efficientnet', num_classes=7).state_dict(), file)
     flags = ['--elastic', 'test_efficientnet', '--img-size', '32', *FAST, '--output', str(tmp_path), '--experiment',
-             'run', '--val-interval', '2', '--epochs', '2']
+             'run', '--val-interval', '2', '--epochs', '2', '-b', '180']
     assert train.main([*flags, '--pretrained-path', str(file)]) == 0
     whole = load(tmp_path / 'run' / 'last.pth.tar')
     shutil.move(tmp_path / 'run' / 'checkpoint-0.pth.tar', tmp_path / 'half.pth.tar')
@@ -214,6 +215,7 @@ def test_without_labels_units_are_sorted_by_what_the_network_predicts():
         tsn.sort_by_importance(net, [(x[:2], torch.tensor([5000, 1]))])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.process
 def test_two_processes_agree_about_the_order_of_the_layers(weights, tmp_path):
@@ -260,7 +262,8 @@ def test_an_unmodified_script_trains_it(tmp_path):
 @pytest.mark.slow
 def test_the_command_saves_an_untrained_one(weights, tmp_path, capsys):
     argv = ['elastic', 'test_vit', '--img-size', '16', '--model-kwargs', 'patch_size=4', '--pretrained-path',
-            weights[10], '--output', str(tmp_path / 'net'), '--dataset', 'sklearn/digits', '--bn-images', '128']
+            weights[10], '--output', str(tmp_path / 'net'), '--dataset', 'sklearn/digits', '--bn-images', '128',
+            '--generator-fit-steps', '20']
     assert timm_shiftnas_cli.main(argv) == 0
     assert 'subnets of' in capsys.readouterr().out
     net, _ = tsn.load_supernet(tmp_path / 'net')

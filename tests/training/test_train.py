@@ -213,6 +213,7 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_streamed_dataset(shards, tmp_path):
     """A CNN, which reads the training images again for its statistics; resumed in the middle of an epoch."""
@@ -260,13 +261,11 @@ def test_held_out_images_of_a_stream_are_refused(capsys, shards):
 
 
 @pytest.mark.slow
-def test_tracking(tmp_path, monkeypatch):
-    """TensorBoard's own reader finds the values of the CSV; Weights & Biases keeps an offline run."""
+def test_tracking(tmp_path):
+    """TensorBoard's own reader finds the values of the CSV."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.setenv('WANDB_SILENT', 'true')
-    assert run(tmp_path, '--epochs', '2', '--val-interval', '1', '--log-tensorboard', '--log-wandb', '--wandb-project',
-               'tests', '--save-images', '--eval-metric', 'top1_largest') == 0
+    assert run(tmp_path, '--epochs', '2', '--val-interval', '1', '--log-tensorboard', '--save-images', '--eval-metric',
+               'top1_largest') == 0
     events = EventAccumulator(str(tmp_path / 'run'))
     events.Reload()
     rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
@@ -276,9 +275,17 @@ def test_tracking(tmp_path, monkeypatch):
     last = load(tmp_path / 'run' / 'last.pth.tar')['task_state']['history'][-1][1]
     assert [events.Scalars(f'P/group {k}')[-1].value for k in (1, 2, 3)] == pytest.approx(last, rel=1e-5)
     assert len(events.Scalars('train/loss')) == 4 and len(list((tmp_path / 'run').glob('train-batch-*.jpg'))) == 4
-    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
     saved = load(tmp_path / 'run' / 'last.pth.tar')
     assert saved['metric'] == float(rows[1]['eval_top1_largest'])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_weights_and_biases_keeps_an_offline_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    assert run(tmp_path, '--epochs', '1', '--log-wandb', '--wandb-project', 'tests') == 0
+    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
 
 
 @pytest.mark.slow
@@ -639,6 +646,7 @@ def test_mixup_switched_off_without_prefetcher(tmp_path):
     assert run(tmp_path, *flags) == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume(tmp_path):

@@ -36,7 +36,7 @@ def run_elastic(args: argparse.Namespace) -> None:
     sort_by_importance(base.net, loader)
     net = base.replace_head()
     generator = ArchitectureGenerator(net.space)
-    generator.fit()
+    generator.fit(args.generator_fit_steps)
     save_pretrained(args.output, net, generator, data_config=resolve_data_config(pretrained_cfg=expected.config))
     low, high = (format_count(net.macs(arch)) for arch in (net.space.smallest, net.space.largest))
     print(f'{args.output}: {net.space.size:,} subnets of {low} to {high} MACs; train them with '

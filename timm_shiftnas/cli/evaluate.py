@@ -10,14 +10,14 @@ from .images import Expected, batches, labelled_images
 from .shared import autocast_of, check_images, open_device
 from .subnets import load_subnet
 
-__all__ = ['check_classifier', 'run_evaluate']
+__all__ = ['refuse_backbone', 'run_evaluate']
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Print the accuracy of a subnet on a folder of images, or on another dataset."""
     check_images(args)
     saved, device = SavedModel(args.directory), open_device(args.device)
-    check_classifier(saved)
+    refuse_backbone(saved)
     net = load_subnet(saved, args, device)
     images, part = labelled_images(saved, net.num_classes, args, args.split)
     if has_batch_norm(net):
@@ -26,7 +26,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(f'{len(images)} images{part}: top-1 {top1:.2f}%, top-5 {top5:.2f}%')
 
 
-def check_classifier(saved: SavedModel) -> None:
+def refuse_backbone(saved: SavedModel) -> None:
     """Raise a `ValueError` if a saved model is a backbone, or a network around one: these have no top-1 accuracy."""
     if saved.record.backbone is not None:
         raise ValueError(

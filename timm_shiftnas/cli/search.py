@@ -16,7 +16,7 @@ from ..hub.searched import save_searched
 from ..method import BudgetGroups
 from ..models.calibration import has_batch_norm
 from ..utils.files import FolderLock
-from .evaluate import check_classifier
+from .evaluate import refuse_backbone
 from .images import Expected, batches, first_images, labelled_images, open_images
 from .shared import autocast_of, check_images, open_device, warn
 
@@ -29,7 +29,7 @@ def run_search(args: argparse.Namespace) -> None:
     saved, device = SavedModel(args.directory), open_device(args.device)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')
-    check_classifier(saved)
+    refuse_backbone(saved)
     net = saved.network().to(device).eval()
     generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)

@@ -47,7 +47,7 @@ def plot_accuracy(
         others: Subnets to compare with, by what the legend calls them, such as 'before training'; at most three.
         resource: What the horizontal axis shows.
         metric: What the percentages are.
-        beside: Resources of further panels.
+        beside: Resources of further panels, as far as the rows have them.
         space: The bound space of the rows, to count resources of their archs; without it, rows hold them by name.
 
     Returns:
@@ -55,7 +55,7 @@ def plot_accuracy(
     """
     if not _has_matplotlib():
         return False
-    panels = list(dict.fromkeys([resource, *beside]))
+    panels = list(dict.fromkeys([resource, *(each for each in beside if _counted(rows, each, space))]))
     columns, lines = min(len(panels), 2), -(-len(panels) // 2)
     figure = _figure(SIZE if len(panels) == 1 else (SIZE[0], 4.4 * lines))
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()

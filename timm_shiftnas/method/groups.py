@@ -1,6 +1,7 @@
 """Budget groups: the intervals of a resource that the learned distribution P is over (ShiftNAS, section 3.2)."""
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class BudgetGroups:
         return cls((*map(float, edges), float(high)), resource)
 
     @classmethod
-    def of_settings(cls, space: SearchSpace, run: RunConfig, width_name: str = 'group_width') -> BudgetGroups:
+    def of_settings(cls, space: SearchSpace, run: RunConfig | Namespace, width_name: str = 'group_width') -> BudgetGroups:
         """The groups that the settings of a run ask for.
 
         Args:
