@@ -5,8 +5,9 @@
 For budgets over the range of a device file of `timm-shiftnas measure`, three subnets are measured on this machine, and
 evaluated if there are images:
 
-* the one that `from_pretrained(latency=...)` loads;
-* the one that it loads for the budget divided by 1 + the 95th percentile of the predictor's error: a hard limit;
+* by the prediction alone, which is right in the median;
+* as served: the one that `from_pretrained(latency=...)` loads, whose prediction plus the 95th percentile of its error
+  fits;
 * by MACs: the one of most MACs whose latency is predicted to fit, among the proposals for budgets of MACs. They come
   from the generator of --by-macs, or from that of the model if it is for MACs, or else from one that saw no images.
 
@@ -21,12 +22,13 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import runs
 
-CHOICES = ('', '_hard', '_by_macs')  # ends of the names of columns
+CHOICES = ('', '_served', '_by_macs')  # ends of the names of columns
 
 
 def chosen_by_macs(generator: Any, latency: Any, space: Any, budgets: list[float]) -> list[Any]:
@@ -72,14 +74,15 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
     import timm_shiftnas
     from timm_shiftnas.evaluation.latency import Setup, measure_archs
     net, generator = timm_shiftnas.load_supernet(args.directory)
-    space, latency = net.space, device.resource(net.space)
+    space, served = net.space, device.resource(net.space)
+    latency = replace(served, measure=device.predict)
     low, high = latency.range(space)
     budgets = [low + (high - low) * (k + .5) / args.budgets for k in range(args.budgets)]
-    hard = [max(budget / (1 + device.error['p95']), low) for budget in budgets]
+    least = served.range(space)[0]
     other = timm_shiftnas.load_supernet(args.by_macs)[1] if args.by_macs else generator
     chosen = list(zip(
         (generator.propose_within({latency: budget}) for budget in budgets),
-        (generator.propose_within({latency: budget}) for budget in hard),
+        (generator.propose_within({served: max(budget, least)}) for budget in budgets),
         chosen_by_macs(other, latency, space, budgets)))
     archs = list(dict.fromkeys([space.smallest, *(arch for each in chosen for arch in each)]))
     top1 = evaluated(net, archs, args) if args.dataset or args.data_dir else {}
@@ -103,7 +106,7 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
 def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
     """What the rows say, in sentences."""
     lines = []
-    for end, title in zip(CHOICES, ('Chosen for the latency', 'With the hard limit', 'Chosen by MACs')):
+    for end, title in zip(CHOICES, ('By the prediction alone', 'As served', 'Chosen by MACs')):
         found = []
         for speed in (1, 1 + slower):
             used = [row[f'used{end}'] / speed for row in rows]
@@ -128,8 +131,8 @@ def markdown(rows: Sequence[dict[str, Any]], slower: float) -> str:
               *(f'{row[f"used{end}"]:.3f}' for end in CHOICES),
               *('' if row[f'top1{end}'] == '' else f'{row[f"top1{end}"]:.2f}' for end in CHOICES)] for row in rows]
     return '\n'.join([runs.markdown_table([
-        'budget (ms)', 'measured (ms)', 'spread', 'used', 'used, hard limit', 'used, by MACs', 'top-1',
-        'top-1, hard limit', 'top-1, by MACs'], lines), '', *summary(rows, slower)])
+        'budget (ms)', 'measured (ms)', 'spread', 'used', 'used, as served', 'used, by MACs', 'top-1',
+        'top-1, as served', 'top-1, by MACs'], lines), '', *summary(rows, slower)])
 
 
 def main() -> None:

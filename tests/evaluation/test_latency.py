@@ -100,7 +100,7 @@ def test_the_predictor_finds_prices_that_latencies_are_made_of(net, kind):
     others = archs_to_measure(space, 20, seed=5)[2:]
     expected = dict(operators=operator_features, choices=choice_features)[kind](space, space.one_hot(others))
     expected = 1e-3 + sum(1e-4 * prices[name] * values / features[name].max() for name, values in expected.items())
-    predicted = device.resource(space).count(space, others)
+    predicted = device.predict(space, space.one_hot(others))
     assert errors_of(predicted, expected)['median'] < .005 and device.error['median'] < .005
     assert device.error['spearman'] > .99 and all(price > 0 for price in device.prices.values())
 

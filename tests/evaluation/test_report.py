@@ -12,6 +12,7 @@ from support.tables import read_csv
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, plots, write_budgets_csv
 from timm_shiftnas.evaluation.tables import read_budgets_csv
 from timm_shiftnas.space import MACS, MEMORY, PARAMS
+from timm_shiftnas.space.resources import LATENCY
 
 
 def row(name, budget, macs, params, top1, top5):
@@ -69,6 +70,8 @@ def test_rows_of_another_task_and_another_resource(tmp_path):
     assert read_budgets_csv(tmp_path / 'budgets.csv') == rows
     plot_accuracy(tmp_path / 'a.png', rows, resource=MEMORY, metric='mean IoU')
     assert count(rgb(tmp_path / 'a.png'), ORANGE)
+    plot_accuracy(tmp_path / 'b.png', rows, resource=MEMORY, metric='mean IoU', beside=[LATENCY])  # the rows lack it
+    assert (tmp_path / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
 
 
 def test_csv_can_be_read_back(tmp_path):

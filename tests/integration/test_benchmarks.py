@@ -125,14 +125,14 @@ def test_what_measured_latencies_say():
     def row(used, used_by_macs, difference):
         rows = {f'{name}{end}': value for end in latency.CHOICES
                 for name, value in dict(predicted=1e-3, macs=100, spread=.01, measured=used * 1e-3).items()}
-        return dict(rows, budget=1e-3, used=used, used_hard=used - .02, used_by_macs=used_by_macs, top1=80 + difference,
-                    top1_hard=79., top1_by_macs=80., macs_by_macs=100 if difference == 0 else 90)
+        return dict(rows, budget=1e-3, used=used, used_served=used - .02, used_by_macs=used_by_macs,
+                    top1=80 + difference, top1_served=79., top1_by_macs=80., macs_by_macs=100 if difference == 0 else 90)
 
     rows = [row(1.009, .99, 1), row(1.03, .97, 2), row(.98, .98, 0)]
-    chosen, hard, by_macs, same, better, drift = latency.summary(rows, .004)
+    chosen, served, by_macs, same, better, drift = latency.summary(rows, .004)
     assert f'of 3 budgets 1 missed by 3.0% at most, mean use {3.019 / 3:.3f}; ' in chosen
     assert f': 1 missed by {1.03 / 1.004 - 1:.1%} at most, mean use {3.019 / 3 / 1.004:.3f}.' in chosen
-    assert '3 budgets 0 missed, ' in hard and 'at most' not in hard and '0.980' in by_macs and '1 of 3' in same
+    assert '3 budgets 0 missed, ' in served and 'at most' not in served and '0.980' in by_macs and '1 of 3' in same
     # of 1, 2 and 0: the mean is 1, and the interval 4.303 / sqrt(3), of the t table with 2 degrees of freedom
     assert '+1.00 ± 2.48' in better and '1.0%' in drift and '+0.4%' in drift
     cells = latency.markdown(rows, 0.).splitlines()[3].split(' | ')

@@ -54,5 +54,5 @@ def run_measure(args: argparse.Namespace) -> None:
     partial.unlink(missing_ok=True)
     low, high = (format_quantity(each, 'seconds') for each in device.resource(net.space).range(net.space))
     error = device.error
-    print(f'{output}: {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
+    print(f'{output}: at most {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
           f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')

@@ -63,7 +63,9 @@ class BudgetGroups:
         return cls((*map(float, edges), float(high)), resource)
 
     @classmethod
-    def of_settings(cls, space: SearchSpace, run: RunConfig | Namespace, width_name: str = 'group_width') -> BudgetGroups:
+    def of_settings(
+            cls, space: SearchSpace, run: RunConfig | Namespace, width_name: str = 'group_width',
+    ) -> BudgetGroups:
         """The groups that the settings of a run ask for.
 
         Args:
