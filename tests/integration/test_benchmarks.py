@@ -125,8 +125,9 @@ def test_what_measured_latencies_say():
     def row(used, used_by_macs, difference):
         rows = {f'{name}{end}': value for end in latency.CHOICES
                 for name, value in dict(predicted=1e-3, macs=100, spread=.01, measured=used * 1e-3).items()}
-        return dict(rows, budget=1e-3, used=used, used_served=used - .02, used_by_macs=used_by_macs,
-                    top1=80 + difference, top1_served=79., top1_by_macs=80., macs_by_macs=100 if difference == 0 else 90)
+        return dict(
+            rows, budget=1e-3, used=used, used_served=used - .02, used_by_macs=used_by_macs, top1=80 + difference,
+            top1_served=79., top1_by_macs=80., macs_by_macs=100 if difference == 0 else 90)
 
     rows = [row(1.009, .99, 1), row(1.03, .97, 2), row(.98, .98, 0)]
     chosen, served, by_macs, same, better, drift = latency.summary(rows, .004)
