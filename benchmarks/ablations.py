@@ -15,10 +15,9 @@ from pathlib import Path
 from statistics import mean
 
 import runs
-from runs import GROUPS, SAMPLERS, TILT, Run
+from runs import FITTED, GROUPS, SAMPLERS, TILT, Run, folder_name
 
 SHIFT, EVEN = SAMPLERS['hypergradient'], SAMPLERS['generator']
-FITTED = ['--generator-interval', '0']  # the generator is fitted to budgets and not trained
 
 
 def weights(*values: float) -> list[str]:
@@ -68,14 +67,6 @@ EXPERIMENTS = {
         'mostly groups 1, 3, 7': weights(2, 0.1, 2, 0.1, 0.1, 0.1, 3, 0.1),
     },
 }
-
-
-def folder_name(flags: list[str]) -> str:
-    """Name of the folder of a setting. Experiments with the same setting share its training."""
-    for name, known in SAMPLERS.items():
-        if flags == known:
-            return name
-    return '_'.join(flag.lstrip('-').replace('.', 'p') for flag in flags)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ TASKS['cnn'] = [*TASKS['glyphs'], '--model', 'test_shiftmobilenet_supernet']
 TASKS['letters'] = [*TASKS['glyphs'], '--glyph-images', '2000']
 TASKS['letters-cnn'] = [*TASKS['cnn'], '--glyph-images', '2000']
 TILT = ['--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()]  # a fixed P that favours small budgets
+FITTED = ['--generator-interval', '0']  # the generator is fitted to budgets and not trained
 FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # flags for training from inherited weights
 GROUPS = 8  # subnets are compared at their budgets; trainings have as many unless their flags differ
 EPOCHS = {'digits': 30, 'glyphs': 8, 'cnn': 8, 'letters': 32, 'letters-cnn': 32}
@@ -88,6 +89,14 @@ class Run:
         """Flags of `train.py`, without those that name the output."""
         return [*COMMON, *TASKS[self.task], '--epochs', str(self.epochs), '--val-interval', str(self.epochs),
                 '--seed', str(self.seed), *self.flags]
+
+
+def folder_name(flags: Sequence[str]) -> str:
+    """Name of the folder of a setting. Experiments with the same setting share its training."""
+    for name, known in SAMPLERS.items():
+        if list(flags) == known:
+            return name
+    return '_'.join(flag.lstrip('-').replace('.', 'p') for flag in flags)
 
 
 def positive(text: str) -> int:

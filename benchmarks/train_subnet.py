@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,9 +101,11 @@ def main() -> None:
         if own.from_scratch:
             new = net.build_subnet(arch) if args.elastic else timm_shiftnas.extract(create_network(args, device), arch)
             plain = ResizedInput(new.to(device))
+        begun = time.monotonic()
         train(plain, loaders, args, device)
+        seconds = time.monotonic() - begun
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
-                            top1=evaluate(plain, loaders.validation, device)[0]))
+                            top1=evaluate(plain, loaders.validation, device)[0], seconds=seconds))
         logging.getLogger('train').info(f'{json.dumps(results[-1])}')
         runs.write(own.results_file, json.dumps(results))
 

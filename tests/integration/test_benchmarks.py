@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import ablations  # noqa: E402
 import compare_elastic  # noqa: E402
 import latency  # noqa: E402
+import price  # noqa: E402
 import ranking  # noqa: E402
 import runs  # noqa: E402
 
@@ -119,6 +120,16 @@ def test_an_ablation_goes_on_with_further_seeds(tmp_path, monkeypatch, capsys):
     assert even.startswith('| even | 2 | 55.00') and '| +3.00 ± nan |' in shift
     kept = runs.read_csv(tmp_path / 'ablation_shift_letters.csv')
     assert [int(row['seed']) for row in kept] == [0] + 8 * [1] + [0]
+
+
+def test_a_price_is_the_least_time_of_a_method_and_a_length():
+    rows = [price.row_of('uniform', 8, seed, seconds, [50. + seed, 70., 90.]) for seed, seconds in ((0, 30.), (1, 20.))]
+    rows.append(price.row_of(price.ALONE, 16, 0, 80., [60., 80., 100.]))
+    short, long = price.summary(price.priced(rows, unit=10.))
+    assert (short['method'], short['epochs'], short['price'], short['seeds']) == ('uniform', 8, 2., 2)
+    assert (short['smallest'], short['largest'], short['top1']) == pytest.approx((50.5, 90., 70 + 1 / 6))
+    assert short['deviation'] == pytest.approx(1 / 3 / math.sqrt(2))
+    assert (long['method'], long['price'], long['top1'], long['deviation']) == (price.ALONE, 8., 80., 0.)
 
 
 def test_what_measured_latencies_say():
