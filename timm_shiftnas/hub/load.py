@@ -80,7 +80,7 @@ def from_pretrained(
         params: Budget in parameters, such as '6M'.
         size: Budget of the bytes of its weights, such as '5MB', in `precision`.
         memory: Budget of the bytes of peak memory at batch 1, such as '64MB'; see `space.resources`.
-        latency: Budget of the time that `device_file` predicts for a batch, such as '8ms'.
+        latency: Budget of the time of a batch, such as '8ms', by `device_file`, with a margin for its error.
         precision: Number format that `size` counts: 'fp32', 'fp16' or 'int8'.
         device_file: Name of a device file in the directory, or the path of one; default is the only one there.
         arch: The arch itself, or its dict, in place of budgets.

@@ -97,34 +97,16 @@ def save_pretrained(
     directory = Path(expand_home(directory))
     net, bn_stats = unwrap_model(net), dict(bn_stats or {})
     kind = 'supernet' if is_supernet(net) else 'subnet'
-    if kind == 'subnet' and not isinstance(getattr(net, 'arch', None), Arch):
-        raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
     backbone = backbone_of(net)[1]
     own = net if backbone is None else backbone.model  # what timm creates
-    if not hasattr(own, 'pretrained_cfg'):
-        raise ValueError(f'this {type(own).__name__} has no pretrained_cfg; create it with timm.create_model')
-    if kind == 'subnet' and (generator is not None or bn_stats):
-        raise ValueError(
-            'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
-    if generator is not None and generator.space.unbind() != net.space.unbind():
-        raise ValueError('the generator belongs to another search space than the network; create it with net.space')
-
-    for arch, stats in bn_stats.items():
-        expected = bn_statistics(net.build_subnet(arch, device='meta'))
-        if not expected:
-            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
-        check_tensors(expected, stats, f'bn_stats[{arch}]')
-    largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
+    _check_parts(net, own, generator, bn_stats)
+    space = net.space if kind == 'supernet' else static_space(net)
     network = net.network if isinstance(net, ElasticModel) else net
-    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(network), **largest})}
-    if generator is not None:
-        tensors[GENERATOR] = _cpu_copies(generator.state_dict())
-    if bn_stats:
-        tensors[BN_STATS] = number_statistics(bn_stats)
+    tensors = _tensors_of(network, net, generator, bn_stats)
     files = {name: as_file(state) for name, state in tensors.items()}
     resource = MACS if generator is None else generator.resource
     for device in (*devices, *([] if resource.device is None else [resource.device])):
-        device.check_space(net.space if kind == 'supernet' else static_space(net))
+        device.check_space(space)
         files[device_file(device.name)] = device.to_json().encode()
     mode = getattr(own, 'image_mode', None)
     record = ModelRecord(
@@ -140,14 +122,62 @@ def save_pretrained(
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
         stock=stock_description(own) if kind == 'subnet' else None,
         backbone=None if backbone is None else describe_backbone(net, network),
-        bn_archs=[net.space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
+        bn_archs=[space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
         image_mode=None if mode == default_mode(getattr(own, 'in_chans', 3)) else mode,
         upright=None if getattr(own, 'upright', True) else False,
         files={name: describe_file(data) for name, data in files.items()})
     config = _timm_config(own, record, data_config, model_config)
-    _refuse_unloadable(config, tensors, net.space if kind == 'supernet' else static_space(net))
+    _refuse_unloadable(config, tensors, space)
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
     write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | {ONNX} | others)
+
+
+def _check_parts(
+        net: nn.Module, own: nn.Module, generator: ArchitectureGenerator | None, bn_stats: Mapping[Arch, Any],
+) -> None:
+    """Raise a `ValueError` if a network cannot be saved, or not with this generator or these statistics.
+
+    Args:
+        net: The network.
+        own: What of it timm creates.
+        generator, bn_stats: As for `save_pretrained`.
+    """
+    single = not is_supernet(net)
+    if single and not isinstance(getattr(net, 'arch', None), Arch):
+        raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
+    if not hasattr(own, 'pretrained_cfg'):
+        raise ValueError(f'this {type(own).__name__} has no pretrained_cfg; create it with timm.create_model')
+    if single and (generator is not None or bn_stats):
+        raise ValueError(
+            'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
+    if generator is not None and generator.space.unbind() != net.space.unbind():
+        raise ValueError('the generator belongs to another search space than the network; create it with net.space')
+    for arch, stats in bn_stats.items():
+        expected = bn_statistics(net.build_subnet(arch, device='meta'))
+        if not expected:
+            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
+        check_tensors(expected, stats, f'bn_stats[{arch}]')
+
+
+def _tensors_of(
+        network: nn.Module,
+        net: nn.Module,
+        generator: ArchitectureGenerator | None,
+        bn_stats: Mapping[Arch, Mapping[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file.
+
+    Args:
+        network: What is saved of the network.
+        net, generator, bn_stats: As for `save_pretrained`.
+    """
+    largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
+    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(network), **largest})}
+    if generator is not None:
+        tensors[GENERATOR] = _cpu_copies(generator.state_dict())
+    if bn_stats:
+        tensors[BN_STATS] = number_statistics(bn_stats)
+    return tensors
 
 
 def _refuse_unloadable(
