@@ -76,13 +76,12 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
     net, generator = timm_shiftnas.load_supernet(args.directory)
     space, served = net.space, device.resource(net.space)
     latency = replace(served, measure=device.predict)
-    low, high = latency.range(space)
+    low, high = served.range(space)
     budgets = [low + (high - low) * (k + .5) / args.budgets for k in range(args.budgets)]
-    least = served.range(space)[0]
     other = timm_shiftnas.load_supernet(args.by_macs)[1] if args.by_macs else generator
     chosen = list(zip(
         (generator.propose_within({latency: budget}) for budget in budgets),
-        (generator.propose_within({served: max(budget, least)}) for budget in budgets),
+        (generator.propose_within({served: budget}) for budget in budgets),
         chosen_by_macs(other, latency, space, budgets)))
     archs = list(dict.fromkeys([space.smallest, *(arch for each in chosen for arch in each)]))
     top1 = evaluated(net, archs, args) if args.dataset or args.data_dir else {}
@@ -99,7 +98,7 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
                 f'used{end}': measured / budget, f'spread{end}': timings[arch].spread, f'macs{end}': net.macs(arch),
                 f'top1{end}': top1.get(arch, '')}
         rows.append(row)
-    slower = timings[space.smallest].ratio * reference / low - 1
+    slower = timings[space.smallest].ratio * reference / latency.range(space)[0] - 1
     return rows, slower
 
 

@@ -4,9 +4,10 @@
 
 A supernet is trained once for all budgets; the alternative is a network for each of the eight budgets, each trained
 alone. Prices are in units of one training of the largest network alone, of the greatest length. They are times of
-training, without evaluation and search, of the seed that other programs disturbed least. Only times of one machine
-compare, so give a series its own --output. Supernets with uniform sampling, the sandwich rule included, are evaluated
-at the best of 25 archs per budget on held-out images, the others at the archs of the generator.
+training: the median epoch times their number, of the seed that other programs disturbed least. The fit of a generator,
+evaluation and search are not included. Only times of one machine compare, so give a series its own --output.
+Supernets with uniform sampling, the sandwich rule included, are evaluated at the best of 25 archs per budget on
+held-out images, the others at the archs of the generator.
 
 Writes `price_TASK.csv`, a table `.md` and a picture `.png`.
 """
@@ -117,6 +118,7 @@ def main() -> None:
     runs.add_arguments(parser)
     parser.add_argument('--lengths', type=runs.positive, nargs='+', metavar='N', help='epochs (default: --epochs)')
     parser.add_argument('--methods', nargs='+', default=list(SUPERNETS), choices=list(SUPERNETS), metavar='NAME')
+    parser.set_defaults(jobs=1)  # trainings beside each other take longer
     args = parser.parse_args()
     lengths = args.lengths or [args.epochs or runs.EPOCHS[args.task]]
     trained = {(method, epochs, seed): run_of(method, epochs, seed, args)

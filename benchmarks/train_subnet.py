@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,13 +41,19 @@ from timm_shiftnas.utils import seed_process
 from timm_shiftnas.utils.distributed import Ranks
 
 
-def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, device: torch.device) -> None:
-    """Train as `train.py` does, without drawing archs; images and augmentation are those of its seed."""
+def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, device: torch.device) -> float:
+    """Train as `train.py` does, without drawing archs; images and augmentation are those of its seed.
+
+    Returns:
+        Seconds: those of the median epoch times the number of epochs.
+    """
     task = ClassificationTask(net, criterion_kwargs=dict(loss_type='ce', smoothing=args.smoothing), device=device,
                               verbose=False)
     optimizer = create_optimizer_v2(unwrap_model(net), **optimizer_kwargs(cfg=args))
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loaders.train))
+    seconds = []
     for epoch in range(epochs):
+        begun = time.monotonic()
         scheduler.step(epoch)
         net.train()
         for number, (images, targets) in enumerate(loaders.train.epoch(epoch)):
@@ -54,6 +61,8 @@ def train(net: torch.nn.Module, loaders: Loaders, args: argparse.Namespace, devi
             task(images, targets)['loss'].backward()
             optimizer.step()
             optimizer.zero_grad()
+        seconds.append(time.monotonic() - begun)
+    return median(seconds) * epochs
 
 
 def main() -> None:
@@ -101,9 +110,7 @@ def main() -> None:
         if own.from_scratch:
             new = net.build_subnet(arch) if args.elastic else timm_shiftnas.extract(create_network(args, device), arch)
             plain = ResizedInput(new.to(device))
-        begun = time.monotonic()
-        train(plain, loaders, args, device)
-        seconds = time.monotonic() - begun
+        seconds = train(plain, loaders, args, device)
         results.append(dict(group=group, budget=budget, macs=net.macs(arch), arch=arch.to_dict(), inherited=inherited,
                             top1=evaluate(plain, loaders.validation, device)[0], seconds=seconds))
         logging.getLogger('train').info(f'{json.dumps(results[-1])}')

@@ -4,7 +4,7 @@ Several processes split the images to evaluate and the subnets to calibrate. All
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..method.groups import BudgetGroups
 from ..method.task import ClassificationEvaluator, evaluation_sample_limit
-from ..models.calibration import BatchNormCalibration, at_once, has_batch_norm
+from ..models.calibration import BatchNormCalibration, has_batch_norm, parts
 from ..models.subnet import Subnet
 from ..space.core import Arch
 from ..space.resources import MACS, PARAMS, count_many
@@ -92,13 +92,13 @@ def evaluate_archs(
         device: torch.device,
         calibration: BatchNormCalibration | None = None,
         **kwargs: Any,
-) -> list[tuple[float, float]]:
+) -> Iterator[tuple[float, float]]:
     """Accuracies of subnets: of views of the supernet or, with BatchNorm, of extracted and calibrated subnets.
 
     Args:
         net: The supernet.
         archs: The archs.
-        loader: Batches of images and class indices; read once for several subnets.
+        loader: Batches of images and class indices; read once for each of `parts`.
         device: Device of the network.
         calibration: Computes the BatchNorm statistics of subnets, if there is BatchNorm.
         **kwargs: As for `evaluate`.
@@ -106,17 +106,16 @@ def evaluate_archs(
     Raises:
         ValueError: If the network has BatchNorm and there is no calibration.
     """
-    accuracies: list[tuple[float, float]] = []
-    for part in at_once(archs):
-        if not has_batch_norm(net):
-            models: list[nn.Module] = [Subnet(net, arch) for arch in part]
-        elif calibration is None:
-            raise ValueError(_UNCALIBRATED)
-        else:
-            calibration.prepare(net, part)
-            models = [calibration(net, arch) for arch in part]
-        accuracies += evaluate_many(models, loader, device, **kwargs)
-    return accuracies
+    for part in parts(net, archs):
+        yield from evaluate_many(_subnets(net, part, calibration), loader, device, **kwargs)
+
+
+def _subnets(net: nn.Module, archs: Sequence[Arch], calibration: BatchNormCalibration | None) -> list[nn.Module]:
+    if not has_batch_norm(net):
+        return [Subnet(net, arch) for arch in archs]
+    if calibration is None:
+        raise ValueError(_UNCALIBRATED)
+    return calibration.subnets(net, archs)
 
 
 def evaluate_budgets(

@@ -98,17 +98,17 @@ def save_pretrained(
     net, bn_stats = unwrap_model(net), dict(bn_stats or {})
     kind = 'supernet' if is_supernet(net) else 'subnet'
     backbone = backbone_of(net)[1]
-    own = net if backbone is None else backbone.model  # what timm creates
-    _check_parts(net, own, generator, bn_stats)
+    timm_net = net if backbone is None else backbone.model
+    _check_parts(net, timm_net, generator, bn_stats)
     space = net.space if kind == 'supernet' else static_space(net)
-    network = net.network if isinstance(net, ElasticModel) else net
-    tensors = _tensors_of(network, net, generator, bn_stats)
+    stored = net.network if isinstance(net, ElasticModel) else net
+    tensors = _tensors_of(stored, generator, bn_stats, bn_stats.get(space.largest, {}))
     files = {name: as_file(state) for name, state in tensors.items()}
     resource = MACS if generator is None else generator.resource
     for device in (*devices, *([] if resource.device is None else [resource.device])):
         device.check_space(space)
         files[device_file(device.name)] = device.to_json().encode()
-    mode = getattr(own, 'image_mode', None)
+    mode = getattr(timm_net, 'image_mode', None)
     record = ModelRecord(
         kind=kind,
         groups=groups,
@@ -120,33 +120,33 @@ def save_pretrained(
         searched=None if searched is None else [arch.to_dict() for arch in searched],
         searched_limits=searched_limits or None,
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
-        stock=stock_description(own) if kind == 'subnet' else None,
-        backbone=None if backbone is None else describe_backbone(net, network),
+        stock=stock_description(timm_net) if kind == 'subnet' else None,
+        backbone=None if backbone is None else describe_backbone(net, stored),
         bn_archs=[space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
-        image_mode=None if mode == default_mode(getattr(own, 'in_chans', 3)) else mode,
-        upright=None if getattr(own, 'upright', True) else False,
+        image_mode=None if mode == default_mode(getattr(timm_net, 'in_chans', 3)) else mode,
+        upright=None if getattr(timm_net, 'upright', True) else False,
         files={name: describe_file(data) for name, data in files.items()})
-    config = _timm_config(own, record, data_config, model_config)
+    config = _timm_config(timm_net, record, data_config, model_config)
     _refuse_unloadable(config, tensors, space)
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
     write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | {ONNX} | others)
 
 
 def _check_parts(
-        net: nn.Module, own: nn.Module, generator: ArchitectureGenerator | None, bn_stats: Mapping[Arch, Any],
+        net: nn.Module, timm_net: nn.Module, generator: ArchitectureGenerator | None, bn_stats: Mapping[Arch, Any],
 ) -> None:
     """Raise a `ValueError` if a network cannot be saved, or not with this generator or these statistics.
 
     Args:
         net: The network.
-        own: What of it timm creates.
+        timm_net: What of it timm creates.
         generator, bn_stats: As for `save_pretrained`.
     """
     single = not is_supernet(net)
     if single and not isinstance(getattr(net, 'arch', None), Arch):
         raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
-    if not hasattr(own, 'pretrained_cfg'):
-        raise ValueError(f'this {type(own).__name__} has no pretrained_cfg; create it with timm.create_model')
+    if not hasattr(timm_net, 'pretrained_cfg'):
+        raise ValueError(f'this {type(timm_net).__name__} has no pretrained_cfg; create it with timm.create_model')
     if single and (generator is not None or bn_stats):
         raise ValueError(
             'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
@@ -160,19 +160,19 @@ def _check_parts(
 
 
 def _tensors_of(
-        network: nn.Module,
-        net: nn.Module,
+        stored: nn.Module,
         generator: ArchitectureGenerator | None,
         bn_stats: Mapping[Arch, Mapping[str, Tensor]],
+        own_stats: Mapping[str, Tensor],
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file.
 
     Args:
-        network: What is saved of the network.
-        net, generator, bn_stats: As for `save_pretrained`.
+        stored: The network, or the part of it that is stored.
+        generator, bn_stats: As for `save_pretrained`.
+        own_stats: BatchNorm statistics that replace those of the network.
     """
-    largest = bn_stats.get(net.space.largest, {}) if bn_stats else {}
-    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(network), **largest})}
+    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(stored), **own_stats})}
     if generator is not None:
         tensors[GENERATOR] = _cpu_copies(generator.state_dict())
     if bn_stats:

@@ -260,9 +260,11 @@ class ShiftNASTask(ClassificationTask):
         check_same_space(state, self.space)
         check_same_resource(state, self.groups.resource)
         if list(state['edges']) != list(self.groups.edges):
+            then, now = (f'{len(edges) - 1} budget groups of {edges[0]:.4g} to {edges[-1]:.4g}'
+                         for edges in (state['edges'], self.groups.edges))
             raise ValueError(
-                f'the checkpoint has {len(state["edges"]) - 1} budget groups and this run {len(self.groups)}; '
-                'resume with the same --num-groups or --group-width')
+                f'the checkpoint has {then} and this run {now}; resume with the same --num-groups or --group-width, '
+                'and for latencies with the device file and the version that it was trained with')
         self.sampler.load_state_dict(state)
         self._update, self._micro, self._micro_step = state['update'], 0, state['micro_step']
         self.loop_state = state['loop']

@@ -22,11 +22,11 @@ from ..utils.distributed import Ranks
 from .subnet import extract
 
 __all__ = [
-    'BatchNormCalibration', 'ResizedInput', 'at_once', 'bn_statistics', 'calibrate_bn', 'has_batch_norm', 'resized',
+    'BatchNormCalibration', 'ResizedInput', 'bn_statistics', 'calibrate_bn', 'has_batch_norm', 'parts', 'resized',
 ]
 
 RECIPES = ('attentivenas', 'ofa')
-AT_ONCE = 16  # subnets in memory, for which images are read once
+AT_ONCE, MOST_BYTES = 16, 2 ** 30  # subnets for which images are read once
 
 
 def has_batch_norm(net: nn.Module) -> bool:
@@ -41,7 +41,6 @@ def bn_statistics(net: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)}
 
 
-@torch.no_grad()
 def calibrate_bn(
         subnet: nn.Module,
         loader: Iterable[Any],
@@ -77,12 +76,6 @@ def calibrate_bn(
     recipe = recipe or _recipe(net)
     if recipe not in RECIPES:
         raise ValueError(f'recipe={recipe!r} is unknown; choose one of {RECIPES}')
-    if not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f'num_images={num_images!r} must be a whole number of at least 1')
-    if not has_batch_norm(net):
-        return subnet
-    if next(net.parameters()).is_meta:
-        raise ValueError('the network has no weights (it is on the meta device); load them before calibrating')
     _calibrate([net], loader, num_images, recipe, progress)
     return subnet
 
@@ -93,13 +86,20 @@ def _recipe(net: nn.Module) -> str:
     return RECIPES[0] if space is None else family_of(space).bn_recipe(space)
 
 
+@torch.no_grad()
 def _calibrate(
         nets: Sequence[nn.Module], loader: Iterable[Any], num_images: int, recipe: str, progress: bool = False,
 ) -> None:
-    """`calibrate_bn` for several subnets: the images are read once for all of them."""
+    """`calibrate_bn` for several subnets of one supernet: the images are read once for all of them."""
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f'num_images={num_images!r} must be a whole number of at least 1')
+    if not any(map(has_batch_norm, nets)):
+        return
     norms = [[module for module in net.modules() if isinstance(module, _BatchNorm)] for net in nets]
     means = [[_Statistics(norm, by_images=recipe == 'ofa') for norm in each] for each in norms]
     weight = next(nets[0].parameters())
+    if weight.is_meta:
+        raise ValueError('the network has no weights (it is on the meta device); load them before calibrating')
     seen = 0
     with ExitStack() as stack:
         for net, own in zip(nets, norms):
@@ -239,12 +239,8 @@ class BatchNormCalibration:
         """Compute the statistics of some archs, each in one of the processes, and share them with all."""
         ranks = ranks or Ranks()
         mine = ranks.shard(list(dict.fromkeys(archs)))
-        for part in at_once([arch for arch in mine if arch not in self.statistics]):
-            subnets = [extract(net, arch) for arch in part]
-            if has_batch_norm(net):
-                _calibrate(subnets, self.loader, self.num_images, _recipe(subnets[0]))
-            for arch, subnet in zip(part, subnets):
-                self.statistics[arch] = {name: buffer.clone() for name, buffer in bn_statistics(subnet).items()}
+        for part in parts(net, [arch for arch in mine if arch not in self.statistics]):
+            self.subnets(net, part)
         # on the CPU: tensors arrive on the device of their sender
         taken = {arch: {name: buffer.cpu() for name, buffer in self.statistics[arch].items()} for arch in mine}
         for of_process in ranks.gather(taken):
@@ -252,12 +248,24 @@ class BatchNormCalibration:
 
     def __call__(self, net: nn.Module, arch: Arch) -> nn.Module:
         """The extracted, calibrated subnet at an arch, for images of any size."""
-        self.prepare(net, [arch])
-        subnet = extract(net, arch)
-        subnet.load_state_dict(self.statistics[arch], strict=False)
-        return ResizedInput(subnet)
+        return self.subnets(net, [arch])[0]
+
+    def subnets(self, net: nn.Module, archs: Sequence[Arch]) -> list[nn.Module]:
+        """The same for several archs; images are read once for those that have no statistics yet."""
+        subnets = {arch: extract(net, arch) for arch in archs}
+        new = {arch: subnet for arch, subnet in subnets.items() if arch not in self.statistics}
+        if new:
+            _calibrate(list(new.values()), self.loader, self.num_images, _recipe(next(iter(new.values()))))
+        for arch, subnet in subnets.items():
+            if arch in new:
+                self.statistics[arch] = {name: buffer.clone() for name, buffer in bn_statistics(subnet).items()}
+            else:
+                subnet.load_state_dict(self.statistics[arch], strict=False)
+        return [ResizedInput(subnets[arch]) for arch in archs]
 
 
-def at_once(archs: Sequence[Arch]) -> Iterator[Sequence[Arch]]:
-    """Archs in parts, whose subnets are in memory at the same time."""
-    return (archs[start:start + AT_ONCE] for start in range(0, len(archs), AT_ONCE))
+def parts(net: nn.Module, archs: Sequence[Arch]) -> Iterator[Sequence[Arch]]:
+    """Archs in parts that are evaluated together: 16, or as many as have room in 1 GiB as extracted subnets."""
+    size = sum(weight.nbytes for weight in net.parameters()) if has_batch_norm(net) else 0
+    count = max(min(AT_ONCE, MOST_BYTES // max(size, 1)), 1)
+    return (archs[start:start + count] for start in range(0, len(archs), count))

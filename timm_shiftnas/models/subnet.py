@@ -29,6 +29,7 @@ class Subnet(nn.Module):
         super().__init__()
         self.module = module
         self.arch = arch
+        self.training = module.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(x, self.arch)

@@ -39,7 +39,8 @@ SETTINGS = ('backend', 'device', 'threads', 'batch_size')
 
 Positive = Annotated[int, lambda value: value > 0]
 Prices = Annotated[dict[str, float], lambda prices: all(value >= 0 for value in prices.values())]
-Errors = Annotated[dict[str, float], lambda errors: {'median', 'p95', 'spearman'} <= set(errors)]
+Errors = Annotated[
+    dict[str, float], lambda errors: {'median', 'p95', 'spearman'} <= set(errors) and 0 <= errors['p95'] < 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,8 @@ class Device:
     @property
     def note(self) -> str:
         """What its latencies are, in a sentence."""
-        return (f'Latency of a batch on {self}: the prediction of a device file plus the 95th percentile of its error, '
-                f'{self.error["p95"]:.1%}.')
+        return (f'Latency of a batch on {self}, as a device file predicts it, with a margin for the 95th percentile of '
+                f'its error, {self.error["p95"]:.1%}.')
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + '\n'
@@ -120,7 +121,7 @@ class Device:
                 'this one: timm-shiftnas measure DIR')
 
     def resource(self, space: SearchSpace) -> Resource:
-        """Latency on this device, in seconds per batch: what at most 5% of the subnets exceed.
+        """Latency on this device, in seconds per batch: what 95% of the held-out subnets did not exceed.
 
         Raises:
             ValueError: If the file is of another space.
@@ -130,11 +131,12 @@ class Device:
         return replace(LATENCY, label=f'latency on {self.name}', measure=self.at_most, device=self, source=source)
 
     def at_most(self, space: SearchSpace, one_hots: OneHots) -> Tensor:
-        """Seconds, [...], that archs given as one-hots stay below: `predict` plus the 95th percentile of its error.
+        """Seconds, [...], of archs given as one-hots, which 95% of the held-out subnets did not exceed.
 
-        A prediction itself is right in the median. As a budget it would be missed by half of the subnets.
+        A prediction itself is right in the median. As a budget it would be missed by half of the subnets. The error is
+        relative to the measured time: `measured <= predicted / (1 - error)`.
         """
-        return (1 + self.error['p95']) * self.predict(space, one_hots)
+        return self.predict(space, one_hots) / (1 - self.error['p95'])
 
     def predict(self, space: SearchSpace, one_hots: OneHots) -> Tensor:
         """Predicted seconds, [...], of archs given as one-hots [..., number of values]."""

@@ -43,9 +43,11 @@ class Interrupts:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Stop at once in this block, which changes no weights and writes no files."""
+        """Stop at once in this block, whose work a resumed run repeats."""
         self._immediate = True
-        if self.received:
-            raise Terminated
-        yield
-        self._immediate = False
+        try:
+            if self.received:
+                raise Terminated
+            yield
+        finally:
+            self._immediate = False
