@@ -88,6 +88,15 @@ def test_several_budgets_on_the_command_line(capsys, net, saved, tmp_path):
         assert code == 2 and named in err and len(err.splitlines()) == 1
 
 
+def test_the_device_of_the_generator_is_refused_before_it_is_measured(capsys, tmp_path):
+    net = tiny_supernet()
+    latency = device_of(net.space).resource(net.space)
+    save_pretrained(tmp_path / 'model', net, ArchitectureGenerator(net.space, resource=latency).fit(2, progress=False))
+    code, _, err = run(capsys, 'measure', tmp_path / 'model', '--name', 'toy', '--overwrite')
+    assert code == 2 and 'another --name' in err and len(err.splitlines()) == 1
+    assert not list((tmp_path / 'model').glob('*.partial'))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_int8_files_with_accuracy_before_and_after(capsys, saved, tmp_path):

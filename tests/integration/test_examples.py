@@ -57,7 +57,8 @@ def test_own_loop(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize('name, picture', [('segmentation', 'masks.png'), ('detection', 'boxes.png')])
+@pytest.mark.parametrize('name, picture', [
+    ('segmentation', 'masks.png'), pytest.param('detection', 'boxes.png', marks=pytest.mark.exhaustive)])
 def test_tasks(name, picture, tmp_path):
     """The loaded network has the accuracy of the extracted one of its budget."""
     lines = run(f'{name}.py', '--images', '32', '--epochs', '1', '--size', '32', '--fit-steps', '10', '--output',

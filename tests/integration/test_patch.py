@@ -144,6 +144,7 @@ def alone(script, tmp_path_factory):
     return load(folder / 'rank-0.pt'), lines
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(alone, tmp_path):
@@ -182,6 +183,7 @@ def test_a_compiled_supernet_trains_the_same(script, tmp_path):
     assert compiled['task_state']['update'] == 4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_cnn_trains_with_a_scaler_that_skips_steps(script, tmp_path):
@@ -595,6 +597,7 @@ def test_a_deleted_task_removes_its_hook(patch):
     optimizer.step()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
 def test_a_copy_trains_independently(patch, duplicate):

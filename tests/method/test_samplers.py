@@ -133,6 +133,7 @@ def test_focusformer_steps_along_the_policy_gradient():
         torch.testing.assert_close(a, b.float() * min(1, 1 / (norm + 1e-6)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_focusformer_learns_which_archs_are_best_at_their_budget():
     net = Toy()

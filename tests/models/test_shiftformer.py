@@ -744,6 +744,7 @@ def test_plain_attention_gives_the_same_network():
         torch.testing.assert_close(plain(x, arch), net(x, arch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_training():
     net = noise(create()).train()

@@ -227,6 +227,7 @@ def test_two_processes_agree_about_the_order_of_the_layers(weights, tmp_path):
     assert sorted(net.space.to_dict()['layer_order']) == list(range(6))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_curriculum_reaches_smaller_budgets_over_its_epochs():
     """Budgets follow P, restricted to what is reachable; the first archs are the largest."""

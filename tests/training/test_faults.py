@@ -115,6 +115,7 @@ def test_sigterm_while_the_generator_is_fitted(tmp_path, capsys, caplog, delay):
     assert 'train.py: terminated; continue with --resume auto' in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_resume_before_the_last_batch(tmp_path):
     """No batch is left that could set the random state by the way."""
     flags = [*FAST, '--epochs', '1', '--val-interval', '9', '--drop-path', '.3', '--reprob', '.5',

@@ -143,6 +143,7 @@ def test_the_model_directory_holds_the_evaluated_weights(finished):
     assert all(torch.equal(value, ema[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(tmp_path):
@@ -640,6 +641,7 @@ def test_resume_with_another_optimizer(capsys, finished, tmp_path):
     assert load(tmp_path / 'run' / 'last.pth.tar')['epoch'] == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_mixup_switched_off_without_prefetcher(tmp_path):
     flags = ['--shift', 'none', '--epochs', '2', '--no-prefetcher', '--mixup', '0.8', '--mixup-off-epoch', '1']

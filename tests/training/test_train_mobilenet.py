@@ -179,6 +179,7 @@ def test_broken_statistics_are_refused(finished, tmp_path):
         tsn.from_pretrained(folder, arch=SavedModel(folder).info['bn_archs'][0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_resume(finished, tmp_path):
     """An interrupted run and its continuation give the weights of an uninterrupted one, bit for bit."""

@@ -36,6 +36,9 @@ def run_measure(args: argparse.Namespace) -> None:
     output = args.output or args.directory / device_file(name)
     if output.exists() and not args.overwrite:
         raise ValueError(f'{output} exists already; give another --name, or --overwrite')
+    if saved.record.device == name and not args.output:  # `add_device` refuses it, but after measuring
+        raise ValueError(
+            f'the generator of {saved} was trained with the device file {output.name}; give another --name')
     facts: dict[str, Any] = {}
     partial = output.with_name(f'{output.name}.partial')
     if args.import_csv:

@@ -22,7 +22,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import Tensor, nn
 
-from ..hub.format import build_network, check_tensors, fits
+from ..hub.format import build_network, check_tensors
 from ..method.generator import ArchitectureGenerator
 from ..method.network import NetworkTask
 from ..method.task import ShiftNASTask, check_same_space, resource_state, resume_task_checkpoint
@@ -32,6 +32,7 @@ from ..space.latency import Device
 from ..space.resources import MACS, RESOURCES, Resource
 from ..utils.distributed import Ranks
 from ..utils.files import atomic_write, name_disk_errors, zip_is_intact
+from ..utils.json_types import fits
 from ..utils.paths import expand_home
 from ..utils.text import one_line
 from .folder import RunFolder

@@ -22,7 +22,7 @@ from .checkpoints import read_checkpoint, report_head
 from .data import Data, create_calibration_loader
 from .timm_flags import BASE
 
-__all__ = ['Base', 'elastic_network', 'open_base', 'sort_units']
+__all__ = ['elastic_network', 'open_base']
 
 _logger = logging.getLogger('train')
 

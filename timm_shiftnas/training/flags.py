@@ -21,7 +21,7 @@ from ..utils.yaml_files import read_yaml
 from .timm_flags import BASE, FLAGS, TIMM_ONLY, Keywords, OnlyDefault, convert, path
 
 __all__ = [
-    'as_flag', 'build_parser', 'dest_of', 'parse_args', 'reset_supernet_flags', 'settings_table', 'training_facts']
+    'build_parser', 'dest_of', 'parse_args', 'reset_supernet_flags', 'settings_table', 'training_facts']
 
 _logger = logging.getLogger('train')
 

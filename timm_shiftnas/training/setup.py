@@ -47,7 +47,7 @@ from .flags import dest_of, reset_supernet_flags
 from .schedule import Schedule
 from .timm_flags import BACKBONE, NO_TEACHER, names_subnet, saved_at
 
-__all__ = ['LossScaler', 'Run', 'create_network', 'create_run', 'scaled_lr']
+__all__ = ['Run', 'create_network', 'create_run', 'scaled_lr']
 
 _logger = logging.getLogger('train')
 
