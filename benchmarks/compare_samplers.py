@@ -45,14 +45,10 @@ def alone(args: argparse.Namespace, trained: list[Run]) -> list[dict]:
     """Train every group's subnet alone, from scratch and from inherited weights; returns the rows of both."""
     jobs, outputs = [], []
     for run in trained:
-        source = run.folder(args.output).resolve()
         for method, epochs, options in (('from scratch', run.epochs, ['--from-scratch']),
                                         ('fine-tuned', max(run.epochs // 5, 2), FINE_TUNING)):
-            folder = source / method.replace(' ', '-')
-            argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
-                    '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), *options]
-            jobs.append((f'{run.task} {method} seed {run.seed}', folder, argv))
-            outputs.append((run, method, epochs, folder / 'subnets.json'))
+            jobs.append(runs.subnets_job(run, args.output, method.replace(' ', '-'), epochs, options))
+            outputs.append((run, method, epochs, jobs[-1][1] / 'subnets.json'))
     runs.execute(jobs, args.jobs)
     return [dict(task=run.task, match='images', seed=run.seed, epochs=epochs, method=method,
                  **{name: row[name] for name in ('group', 'budget', 'macs', 'top1')})
@@ -83,11 +79,7 @@ def plot_curves(path: Path, rows: list[dict], match: str, title: str) -> None:
             errors = [stdev(column) for column in tops]
             ax.fill_between(macs, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)],
                             color=COLOURS[method], alpha=0.10, linewidth=0)
-    ax.set_xlabel('MMACs per image')
-    ax.set_ylabel('top-1 accuracy (%), mean ± standard deviation over seeds')
-    ax.set_title(title, loc='left', fontweight='bold')
-    ax.grid(color='#e4e6ea')
-    ax.spines[['top', 'right']].set_visible(False)
+    runs.label(ax, title, 'MMACs per image', 'top-1 accuracy (%), mean ± standard deviation over seeds')
     ax.legend(loc='lower right', frameon=False, ncols=2)
     runs.write(path, lambda file: figure.savefig(file, format='png'))
 

@@ -6,8 +6,7 @@ For budgets over the range of a device file of `timm-shiftnas measure`, three su
 evaluated if there are images:
 
 * by the prediction alone, which is right in the median;
-* as served: the one that `from_pretrained(latency=...)` loads, whose prediction plus the 95th percentile of its error
-  fits;
+* as served: the one that `from_pretrained(latency=...)` loads, whose prediction fits with a margin for its error;
 * by MACs: the one of most MACs whose latency is predicted to fit, among the proposals for budgets of MACs. They come
   from the generator of --by-macs, or from that of the model if it is for MACs, or else from one that saw no images.
 
@@ -76,7 +75,7 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
     net, generator = timm_shiftnas.load_supernet(args.directory)
     space, served = net.space, device.resource(net.space)
     latency = replace(served, measure=device.predict)
-    low, high = served.range(space)
+    low, high = served.range(space)[0], latency.range(space)[1]  # from where both have a subnet that fits
     budgets = [low + (high - low) * (k + .5) / args.budgets for k in range(args.budgets)]
     other = timm_shiftnas.load_supernet(args.by_macs)[1] if args.by_macs else generator
     chosen = list(zip(

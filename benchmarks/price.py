@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import math
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -54,13 +54,9 @@ def train_alone(args: argparse.Namespace, lengths: list[int], trained: list[Run]
     """Rows of the networks that are trained alone, and the least seconds of the largest at the greatest length."""
     jobs, found = [], []
     for run in trained:
-        source = run.folder(args.output).resolve()
         for epochs in lengths:
-            folder = source / f'alone-{epochs}epochs'
-            argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
-                    '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), '--from-scratch']
-            jobs.append((f'{run.task} alone, {epochs} epochs, seed {run.seed}', folder, argv))
-            found.append((run.seed, epochs, folder / 'subnets.json'))
+            jobs.append(runs.subnets_job(run, args.output, f'alone-{epochs}epochs', epochs, ['--from-scratch']))
+            found.append((run.seed, epochs, jobs[-1][1] / 'subnets.json'))
     runs.execute(jobs, args.jobs)
     rows, largest = [], []
     for seed, epochs, path in found:
@@ -73,8 +69,11 @@ def train_alone(args: argparse.Namespace, lengths: list[int], trained: list[Run]
 
 def priced(rows: list[dict], unit: float) -> list[dict]:
     """Rows with the price of their method and length: the least seconds of the seeds, divided by the unit."""
-    return [dict(row, price=min(each['seconds'] for each in rows if (each['method'], each['epochs']) == (
-        row['method'], row['epochs'])) / unit) for row in rows]
+    least: dict[tuple[str, int], float] = {}
+    for row in rows:
+        kind = row['method'], row['epochs']
+        least[kind] = min(row['seconds'], least.get(kind, math.inf))
+    return [dict(row, price=least[row['method'], row['epochs']] / unit) for row in rows]
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -82,13 +81,14 @@ def summary(rows: list[dict]) -> list[dict]:
     groups: dict = {}
     for row in rows:
         groups.setdefault((row['method'], row['epochs'], row['price']), []).append(row)
-    return [dict(method=method, epochs=epochs, price=price, seeds=len(each), deviation=deviation(each, 'top1'),
+    return [dict(method=method, epochs=epochs, price=price, seeds=len(each),
+                 deviation=deviation([row['top1'] for row in each]),
                  **{name: mean(row[name] for row in each) for name in ('smallest', 'largest', 'top1')})
             for (method, epochs, price), each in sorted(groups.items(), key=lambda item: item[0][2])]
 
 
-def deviation(rows: list[dict], name: str) -> float:
-    return stdev(row[name] for row in rows) if len(rows) > 1 else 0.
+def deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.
 
 
 def plot(path: Path, points: list[dict], title: str) -> None:
@@ -104,11 +104,8 @@ def plot(path: Path, points: list[dict], title: str) -> None:
                     linewidth=1.6, label=method)
     ax.set_xscale('log', base=2)
     ax.xaxis.set_major_formatter('{x:g}')
-    ax.set_xlabel('training time, in trainings of the largest network alone')
-    ax.set_ylabel('top-1 accuracy (%), mean over eight budgets')
-    ax.set_title(title, loc='left', fontweight='bold')
-    ax.grid(color='#e4e6ea')
-    ax.spines[['top', 'right']].set_visible(False)
+    runs.label(ax, title, 'training time, in trainings of the largest network alone',
+               'top-1 accuracy (%), mean over eight budgets')
     ax.legend(loc='lower right', frameon=False)
     runs.write(path, lambda file: figure.savefig(file, format='png'))
 

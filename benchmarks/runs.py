@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -185,6 +186,16 @@ def train(runs: Iterable[Run], output: Path, processes: int) -> None:
     execute(jobs, processes)
 
 
+def subnets_job(
+        run: Run, output: Path, name: str, epochs: int, options: Sequence[str]) -> tuple[str, Path, list[str]]:
+    """A job for `execute`: every group's subnet of a finished training, trained alone. It writes `subnets.json`."""
+    source = run.folder(output).resolve()
+    folder = source / name
+    argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
+            '--results-file', str(folder / 'subnets.json'), '--epochs', str(epochs), *options]
+    return f'{run.task} {name} seed {run.seed}', folder, argv
+
+
 # -- reading what was trained ------------------------------------------------------------------------------------------
 
 
@@ -288,6 +299,18 @@ class Trained:
 def seconds_per_epoch(folder: Path) -> float:
     """Median training time of an epoch, without evaluation."""
     return median(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def label(ax: Any, title: str, x: str, y: str) -> None:
+    """Title and axes of a picture."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, loc='left', fontweight='bold')
+    ax.grid(color='#e4e6ea')
+    ax.spines[['top', 'right']].set_visible(False)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     elastic.add_argument(
         '--model-kwargs', metavar='NAME=VALUE', type=_keyword, nargs='+', default=[], help='further arguments of BASE')
     elastic.add_argument(
-        '--generator-fit-steps', metavar='N', type=_count, default=1000,
-        help='steps in which the generator learns to meet budgets (default: %(default)s)')
+        '--generator-fit-steps', metavar='N', type=partial(_count, least=0), default=1000,
+        help='steps in which the generator learns to meet budgets (default: 1000)')
     _add_images(elastic, 'To sort units by the loss; without images they are sorted by their weights.')
 
     info = commands.add_parser('info', help='show what a model directory holds')

@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ class Images(list):
         if self.reads == self.fails_at:
             raise KeyboardInterrupt
         return super().__iter__()
+
+
+@contextmanager
+def counted(net):
+    """A list that grows by one with every forward pass."""
+    forwards = []
+    handle = net.register_forward_hook(lambda *_: forwards.append(None))
+    yield forwards
+    handle.remove()
 
 
 def points(result, cost='macs'):
@@ -76,8 +86,10 @@ def test_a_search_is_a_function_of_its_seed_and_archs_are_measured_once(net, gen
     first = search(net, numbered_images(), generator=generator, evaluations=30, population=8, seed=3)
     torch.manual_seed(2)
     loader = Images(numbered_images())
-    again = search(net, loader, generator=generator, evaluations=30, population=8, seed=3)
+    with counted(net) as forwards:
+        again = search(net, loader, generator=generator, evaluations=30, population=8, seed=3)
     assert first.rows == again.rows and len(again.rows) == 30 and loader.reads == 4  # once for each generation
+    assert len(forwards) == 30 * len(loader)
     assert first.rows != search(net, loader, generator=generator, evaluations=30, population=8, seed=4).rows
     for row in first.rows:
         arch = net.space.from_dict(row['arch'])
@@ -128,15 +140,18 @@ def test_an_interrupted_search_continues_and_measures_no_arch_twice(net, generat
     with open(tmp_path / 'a.jsonl', 'a') as file:
         file.write(lines[-1][:20])  # a kill may come in the middle of a line
     second = Images(numbered_images())
-    resumed = search(net, second, file=tmp_path / 'a.jsonl', **settings)
-    assert resumed.rows == whole.rows and second.reads == 1 + 2
+    with counted(net) as forwards:
+        resumed = search(net, second, file=tmp_path / 'a.jsonl', **settings)
+    assert resumed.rows == whole.rows and second.reads == 1 + 2 and len(forwards) == (30 - 16) * len(second)
     assert [json.loads(line)['arch'] for line in (tmp_path / 'a.jsonl').read_text().splitlines()[1:]] == [
         row['arch'] for row in whole.rows]
     # another strategy takes what it needs from the same file
-    other = search(net, numbered_images(), file=tmp_path / 'a.jsonl', strategy='random', evaluations=30)
+    with counted(net) as forwards:
+        other = search(net, numbered_images(), file=tmp_path / 'a.jsonl', strategy='random', evaluations=30)
     archs = [json.loads(line)['arch'] for line in (tmp_path / 'a.jsonl').read_text().splitlines()[1:]]
     assert archs == [row['arch'] for row in whole.rows] + [
         row['arch'] for row in other.rows if row['arch'] not in archs[:30]]
+    assert len(forwards) == (len(archs) - 30) * len(second)
 
 
 def test_a_file_of_other_weights_or_images_is_refused(tmp_path):

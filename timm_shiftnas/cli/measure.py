@@ -36,14 +36,14 @@ def run_measure(args: argparse.Namespace) -> None:
     output = args.output or args.directory / device_file(name)
     if output.exists() and not args.overwrite:
         raise ValueError(f'{output} exists already; give another --name, or --overwrite')
-    if saved.record.device == name and not args.output:  # `add_device` refuses it, but after measuring
-        raise ValueError(
-            f'the generator of {saved} was trained with the device file {output.name}; give another --name')
     facts: dict[str, Any] = {}
     partial = output.with_name(f'{output.name}.partial')
     if args.import_csv:
         archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
     else:
+        if saved.record.device == name and not args.output:  # `add_device` refuses it, but after measuring
+            raise ValueError(
+                f'the generator of {saved} was trained with the device file {output.name}; give another --name')
         timings = measure_archs(net, archs, setup, partial, args.max_spread)
         reference = median(timing.reference for timing in timings)
         seconds = [timing.ratio * reference for timing in timings]

@@ -14,7 +14,7 @@ __all__ = ['ArchFile']
 
 
 class ArchFile:
-    """Numbers by arch in a file of JSON lines, each written as soon as it is known.
+    """Numbers by arch in a file of JSON lines, each written when it is known.
 
     The first line says what they were measured with. A kill may cut off the last line, which is then ignored.
 

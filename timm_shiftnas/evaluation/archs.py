@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class ArchAccuracy:
         calibration: Computes the BatchNorm statistics of archs, if there is BatchNorm.
         ranks: The processes that split the archs.
         file: Where accuracies are kept, by `NAMES`; for a single process.
-        seen: Called with a number of archs when these are known, for a progress bar.
         **kwargs: As for `evaluate`.
     """
 
@@ -43,23 +42,20 @@ class ArchAccuracy:
             calibration: BatchNormCalibration | None = None,
             ranks: Ranks = Ranks(),
             file: ArchFile | None = None,
-            seen: Callable[[int], Any] = lambda count: None,
             **kwargs: Any,
     ) -> None:
         self.net, self.loader, self.device, self.calibration = net, loader, device, calibration
-        self.ranks, self.file, self.seen, self.kwargs = ranks, file, seen, kwargs
+        self.ranks, self.file, self.kwargs = ranks, file, kwargs
         self.known: dict[Arch, Accuracy] = {} if file is None else file.read(net.space)
 
     def __call__(self, archs: Sequence[Arch]) -> list[Accuracy]:
         """The accuracies of some archs, in their order."""
         missing = [arch for arch in dict.fromkeys(archs) if arch not in self.known]
         mine: dict[Arch, Accuracy] = {}
-        self.seen(len(archs) - len(missing))
         own = self.ranks.shard(missing)
         measured = evaluate_archs(self.net, own, self.loader, self.device, self.calibration, **self.kwargs)
         for arch, values in zip(own, measured):
             mine[arch] = values
-            self.seen(1)
             if self.file is not None:
                 self.file.append(arch, values)
         for of_process in self.ranks.gather(mine):

@@ -55,7 +55,8 @@ def plot_accuracy(
     """
     if not _has_matplotlib():
         return False
-    panels = list(dict.fromkeys([resource, *(each for each in beside if _counted(rows, each, space))]))
+    counted = {each: _counted(rows, each, space) for each in (resource, *beside)}
+    panels = [each for each, found in counted.items() if found or each == resource]
     columns, lines = min(len(panels), 2), -(-len(panels) // 2)
     figure = _figure(SIZE if len(panels) == 1 else (SIZE[0], 4.4 * lines))
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
@@ -63,7 +64,7 @@ def plot_accuracy(
     for number, (ax, each) in enumerate(zip(axes, panels)):
         title = '' if number else 'One supernet, a subnet for every budget'
         drawn.append(_draw_panel(
-            ax, title, _counted(rows, each, space),
+            ax, title, counted[each],
             {name: _counted(other, each, space) for name, other in (others or {}).items()}, each, score, metric))
         ax.set_ylabel('' if number % columns else ax.get_ylabel())
     for ax in axes[len(panels):]:

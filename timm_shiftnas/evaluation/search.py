@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..method.generator import ArchitectureGenerator
 from ..method.groups import BudgetGroups
-from ..models.calibration import BatchNormCalibration, has_batch_norm
+from ..models.calibration import BatchNormCalibration, has_batch_norm, parts
 from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, PARAMS
 from ..utils.distributed import Ranks
@@ -113,6 +113,8 @@ def search(
     accuracies = None if file is None else ArchFile(
         file, fingerprint(net, loader, None if calibration is None else train_loader, bn_images, autocast), NAMES,
         'give another place')
+    accuracy = ArchAccuracy(
+        net, loader, next(net.parameters()).device, calibration, file=accuracies, autocast=autocast)
     found: dict[Arch, tuple[float, float]] = {}
 
     def score(arch: Arch) -> tuple[list[float], list[float]]:
@@ -123,16 +125,14 @@ def search(
     archs = _candidates(strategy, generator, groups, limits, evaluations, population, score, seed)
     stale = 0
     with tqdm(total=evaluations, desc='searching', unit='arch', disable=None if progress else True) as bar:
-        accuracy = ArchAccuracy(
-            net, loader, next(net.parameters()).device, calibration, file=accuracies, seen=bar.update,
-            autocast=autocast)
         while len(found) < evaluations and stale < STALE and (generation := next(archs, None)) is not None:
             new = [arch for arch in dict.fromkeys(generation) if arch not in found and limits.hold(arch)]
             stale = 0 if new else stale + 1
-            new = new[:evaluations - len(found)]
-            found |= zip(new, accuracy(new))
-            if calibration is not None:
-                calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
+            for part in parts(net, new[:evaluations - len(found)]):
+                found |= zip(part, accuracy(part))
+                bar.update(len(part))
+                if calibration is not None:
+                    calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]
     chosen = pareto_front([(row[COSTS[cost].name], row['top1']) for row in rows])
     front = [dict(rows[index], name=f'front {number}') for number, index in enumerate(chosen, 1)]
