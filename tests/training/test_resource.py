@@ -1,4 +1,7 @@
 """Training with budgets of another resource than MACs."""
+import io
+from contextlib import redirect_stdout
+
 import pytest
 from PIL import Image
 from support.devices import device_of
@@ -18,19 +21,27 @@ def device():
     return device_of(tiny_supernet(img_size=16).space)
 
 
+@pytest.fixture(scope='module')
+def finished(device, tmp_path_factory):
+    """The folder of a run for latencies, with pictures, and what it prints."""
+    path = tmp_path_factory.mktemp('latency')
+    device.write(path / 'toy.json')
+    flags = [*FAST, '--resource', 'latency', '--resource-file', str(path / 'toy.json'), '--epochs', '1',
+             '--output', str(path), '--experiment', 'run']
+    with redirect_stdout(io.StringIO()) as out:
+        assert run_script(flags) == 0
+    return path / 'run', out.getvalue()
+
+
 @pytest.mark.slow
-def test_a_run_for_latencies(device, tmp_path, capsys):
-    device.write(tmp_path / 'toy.json')
-    flags = [*FAST, '--resource', 'latency', '--resource-file', str(tmp_path / 'toy.json'), '--epochs', '1',
-             '--output', str(tmp_path), '--experiment', 'run']
-    assert run_script(flags) == 0
-    folder = tmp_path / 'run'
+def test_a_run_for_latencies(device, finished, tmp_path, capsys):
+    folder, printed = finished
     saved = SavedModel(folder / 'model')
     latency = device.resource(saved.skeleton().space)
     assert saved.devices() == {'toy': device} and saved.info['groups'][-1] == latency.range(saved.skeleton().space)[1]
     rows = read_budgets_csv(folder / 'budgets.csv')
     assert all(row['latency'] <= row['budget'] for row in rows if row['budget'])
-    assert 'latency' in capsys.readouterr().out
+    assert 'latency' in printed
     assert (folder / 'shift.png').exists()
     with Image.open(folder / 'accuracy.png') as image:
         assert image.size == (900, 440)  # a panel of latency, and one of MACs

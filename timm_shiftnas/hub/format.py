@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..data.modes import MODES, default_mode
+from ..models._meta import create_on_meta
 from ..space import families, is_supernet
 from ..space.core import Arch, SearchSpace
 from ..space.resources import LATENCY, MACS, NAMES, PARAMS
@@ -264,7 +265,7 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
     try:
         with _few_modules():
-            net = create_model(config['architecture'], pretrained_cfg=cfg, device='meta', **config['model_args'])
+            net = create_on_meta(config['architecture'], pretrained_cfg=cfg, **config['model_args'])
         problem = next(_contents_problems(net, config), None)
     except Exception as error:  # timm raises many types; the config is always the cause
         problem = f'does not describe a network ({type(error).__name__}: {one_line(error)})'

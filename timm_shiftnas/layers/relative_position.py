@@ -83,8 +83,7 @@ class RelativePosition2d(nn.Module):
 
     def init_weights(self) -> None:
         for table in self.parameters():
-            if not table.is_meta:  # where it would take most of the time of creating a network to load weights into
-                trunc_normal_(table, std=.02)
+            trunc_normal_(table, std=.02)
 
     reset_parameters = init_weights  # the name that timm's weight_init='reset' calls
 

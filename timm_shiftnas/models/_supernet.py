@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..space import SearchSpace, Supernet, family_of
 from ..space.core import Arch
+from ._meta import SkipRandomInit
 from .subnet import LABELS
 
 __all__ = ['TimmSupernet', 'plain_state_dict']
@@ -52,9 +53,10 @@ class TimmSupernet(Supernet):
     def build_subnet(self, arch: Arch, **kwargs: Any) -> nn.Module:
         """The static network of an arch, with its own weights; users call `timm_shiftnas.extract`."""
         self.unbound_space.validate(arch)
-        return create_model(
-            family_of(self.unbound_space).subnet, arch=arch.to_dict(), pretrained_cfg=self.subnet_cfg(arch),
-            **{**self.subnet_args(arch), **kwargs})
+        with SkipRandomInit():  # of `device='meta'`, by which weights are sliced
+            return create_model(
+                family_of(self.unbound_space).subnet, arch=arch.to_dict(), pretrained_cfg=self.subnet_cfg(arch),
+                **{**self.subnet_args(arch), **kwargs})
 
     def subnet_args(self, arch: Arch) -> dict[str, Any]:
         """Arguments of the static network, `arch` aside."""

@@ -26,6 +26,7 @@ from ..space.core import Arch, SearchSpace
 from ..space.families import space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
+from ._meta import create_on_meta
 from .backbone import ElasticBackbone
 from .elastic_cnn import ELASTIC_CNNS, make_cnn_static
 from .elastic_vit import ELASTIC_VITS, make_vit_static
@@ -68,7 +69,7 @@ def elastic(
     if isinstance(base, str) and ':' not in base:
         return create_model('elastic_supernet', pretrained=pretrained, base=base, space=space, **kwargs)
     if isinstance(base, str):  # a repository or a folder says itself which network it is
-        family, size = _family_of(create_model(base, device='meta')), {}
+        family, size = _family_of(create_on_meta(base)), {}
         if family is not None and family.sized and 'img_size' in kwargs:
             size['img_size'] = kwargs.pop('img_size')
         return elastic(create_model(base, pretrained=pretrained, **kwargs), space=space, **size)
@@ -94,7 +95,7 @@ def elastic(
 
 def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
     """Raise a `ValueError` unless these arguments, which will be saved, create a network of the same weights."""
-    expected = create_model(name, device='meta', **args).state_dict()
+    expected = create_on_meta(name, **args).state_dict()
     shapes, others = (
         {key: list(weight.shape) for key, weight in each.items()} for each in (net.state_dict(), expected))
     for key in [*others, *shapes]:
@@ -201,7 +202,7 @@ def _elastic_names_near(base: str) -> list[str]:
     known = [other for module in modules for other in list_models(module=module)]
     near: list[str] = []
     for other in difflib.get_close_matches(name, known, n=12, cutoff=.5):
-        if len(near) < 3 and why_not_elastic(create_model(other, device='meta')) is None:
+        if len(near) < 3 and why_not_elastic(create_on_meta(other)) is None:
             near.append(other)
     return near or ['vit_small_patch16_224', 'efficientnet_b0', 'mobilenetv3_large_100']
 
@@ -270,7 +271,7 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
         ValueError: If it is not elastic, or its weights cannot be had.
     """
     if pretrained:  # before anything is downloaded
-        _elastic_family_of(create_model(base, **dict(args, device='meta')), base)
+        _elastic_family_of(create_on_meta(base, **args), base)
     try:
         return create_model(base, pretrained=pretrained, **args)
     except OSError as error:

@@ -126,8 +126,7 @@ class ShiftFormer(VisionTransformer):
         self.arch, self.static_space = arch, static_space
         if weight_init != 'skip':
             self.weight_init_mode = weight_init
-            if not self.patch_embed.proj.weight.is_meta:  # no values to set, and this takes most of the time
-                self.init_weights(needs_reset=False)
+            self.init_weights(needs_reset=False)
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         super().init_weights(mode, needs_reset)

@@ -14,6 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..models import elastic, sort_by_importance
+from ..models._meta import create_on_meta
 from ..models.elastic import NoWeights
 from ..space.families import space_from_dict
 from ..utils.distributed import Ranks
@@ -106,7 +107,7 @@ def count_classes(file: str, base: str) -> int:
     except Exception as error:  # a file may hold anything
         raise ValueError(f'{file} holds no weights ({type(error).__name__}: {one_line(error, 200)})') from error
     if ':' in base:  # a repository or a folder says itself which network it is
-        cfg = timm.create_model(base, device='meta').pretrained_cfg
+        cfg = create_on_meta(base).pretrained_cfg
     else:
         cfg = timm.get_pretrained_cfg(base).to_dict() if timm.is_model(base) else {}
     return len(weights.get(f'{cfg.get("classifier") or "head"}.bias', ()))
