@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.networks import tiny_supernet
+from support.pictures import without_matplotlib
 from support.tables import read_csv
 
 from timm_shiftnas.evaluation import format_table, plot_accuracy, plot_shift, plots, write_budgets_csv
@@ -244,14 +245,9 @@ def test_pictures_do_not_change_the_global_state_of_matplotlib(tmp_path, monkeyp
     assert dict(matplotlib.rcParams.copy()) == before and 'matplotlib.pyplot' not in sys.modules
 
 
-def test_without_matplotlib_one_warning_is_logged(tmp_path, monkeypatch, caplog):
-    plots._has_matplotlib.cache_clear()
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # makes the import fail
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not plot_accuracy(tmp_path / 'a.png', ROWS)
-            assert not plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [])
-    finally:
-        plots._has_matplotlib.cache_clear()
+def test_without_matplotlib_one_warning_is_logged(tmp_path, caplog):
+    with without_matplotlib(), caplog.at_level(logging.WARNING):
+        assert not plot_accuracy(tmp_path / 'a.png', ROWS)
+        assert not plot_shift(tmp_path / 's.png', [(0, [0.5, 0.5])], edges(2), [])
     assert len(caplog.records) == 1 and "pip install 'timm_shiftnas[quickstart]'" in caplog.text
     assert not list(tmp_path.iterdir())

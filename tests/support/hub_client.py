@@ -75,7 +75,9 @@ def _serve(connection, environment):
     import torch
 
     import timm_shiftnas as tsn
-    names = dict(timm=timm, torch=torch, tsn=tsn, os=os, waits=waits)
+
+    from .pictures import without_matplotlib
+    names = dict(timm=timm, torch=torch, tsn=tsn, os=os, waits=waits, without_matplotlib=without_matplotlib)
     while True:
         try:
             code, given = connection.recv()

@@ -2,17 +2,11 @@
 
 Those that a module's own fixtures start still do: they run before the fixture below.
 """
-import sys
-
 import pytest
-
-from timm_shiftnas.evaluation import plots
+from support.pictures import without_matplotlib
 
 
 @pytest.fixture(autouse=True)
-def without_matplotlib(monkeypatch):
-    """An environment in which matplotlib is not installed."""
-    plots._has_matplotlib.cache_clear()
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    yield
-    plots._has_matplotlib.cache_clear()
+def no_pictures():
+    with without_matplotlib():
+        yield
