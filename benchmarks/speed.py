@@ -195,7 +195,7 @@ def step(bench: Bench) -> None:
     every = {'uniform step': 1, 'generator update': config.generator_interval,
              'drawing archs': config.generator_interval}
     if config.shift != 'none':
-        every['shift update'] = config.shift_interval
+        every['shift update'] = task.sampler.shift_interval
     times = bench.interleave(parts)
     base = median(times['uniform step'])
     print(f'{bench.args.model}, batch {size}, {len(task.groups)} groups, generator on '

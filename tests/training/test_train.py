@@ -252,6 +252,24 @@ def test_a_streamed_dataset_is_evaluated(shards, tmp_path, capsys):
     assert out.startswith('30 images: top-1 ') and err == ''
 
 
+@pytest.mark.parametrize('flags, signal', [
+    ([], 'hypergradient'), (['--shift', 'none'], 'none'), (['--sampler', 'uniform'], 'none'),
+    (['--group-weights', '1', '2'], 'none'), (['--elastic', 'test_vit'], 'hypergradient')])
+def test_the_shift_is_on_unless_p_is_fixed(flags, signal):
+    args = train.parse_args([*ONE, *flags])
+    data = open_data(args)
+    assert args.shift == signal and (data.held_out is None) == (signal == 'none' and '--sampler' not in flags)
+
+
+def test_the_shift_is_off_where_no_images_can_be_held_out(shards, caplog):
+    caplog.set_level('INFO')
+    args = train.parse_args(['--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split',
+                             'train-{0000..0001}.tar', '--val-split', 'validation-{0000..0001}.tar', '-b', '16',
+                             '--train-num-samples', '96', '--val-num-samples', '30'])
+    assert open_data(args).held_out is None and args.shift == 'none'
+    assert 'no images of a stream can be held out' in caplog.text
+
+
 @pytest.mark.slow
 def test_held_out_images_of_a_stream_are_refused(capsys, shards):
     line = one_line_error(

@@ -200,12 +200,14 @@ class ShiftNASConfig:
         flag=None)
     total_updates: int = setting(1, 'length of training, over which the temperature tau falls', least=1, flag=None)
     shift: str = setting(
-        'none', 'signal of the probability shift; none keeps P uniform over the groups',
+        'none', 'signal of the probability shift; none keeps P uniform over the groups (default of train.py: '
+        'hypergradient, where it can hold images out)',
         choices=('hypergradient', 'grad_norm', 'variation', 'none'))
     group_weights: tuple[float, ...] | None = setting(
         None, 'with shift none: P is proportional to these weights, one for each group (default: uniform)', least=0,
         metavar='W')
-    shift_interval: int = setting(100, 'updates between two shifts of P', least=1)
+    shift_interval: int | None = setting(
+        None, 'updates between two shifts of P (default: ten for each group, 100 or more)', least=1)
     shift_lr: float = setting(0.01, 'share of the way to its target that theta moves in a shift', above=0, most=1)
     shift_momentum: float = setting(0.8, 'decay of the moving averages of the signal', least=0, below=1)
     shift_floor: float = setting(0.2, 'share of P that is spread evenly over the groups', least=0, most=1)

@@ -86,6 +86,8 @@ def open_data(args: argparse.Namespace) -> Data:
     if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
+    if args.shift is None:
+        args.shift = default_shift(args, train)
     if args.held_out is not None or SAMPLERS[args.sampler].searches or args.shift != 'none':
         share = default_share(train) if args.held_out is None else args.held_out
         train, held_out = split_held_out(train, share, args.seed)
@@ -100,6 +102,16 @@ def open_data(args: argparse.Namespace) -> Data:
         raise ValueError(
             f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
     return Data(train, held_out, validation, calibration, num_classes, names)
+
+
+def default_shift(args: argparse.Namespace, train: Dataset) -> str:
+    """The signal of the probability shift where no flag gives it: 'none' where P is fixed or nothing can be held out."""
+    if args.sampler != 'shiftnas' or args.group_weights is not None:
+        return 'none'
+    if isinstance(train, IterableDataset):
+        _logger.info('the probability shift is off: no images of a stream can be held out for it')
+        return 'none'
+    return 'hypergradient'
 
 
 def image_mode(args: argparse.Namespace) -> str:

@@ -27,11 +27,12 @@ _logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
-# What these flags are with --elastic, where neither the command line nor its YAML file gives them. Subnets of a trained
-# network differ in what they still need, so the shift pays (docs/results.md).
+# What these flags are with --elastic, where neither the command line nor its YAML file gives them.
 ELASTIC_DEFAULTS: dict[str, Any] = dict(
-    model='elastic_supernet', shift='hypergradient', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0.,
-    generator_interval=0)
+    model='elastic_supernet', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0., generator_interval=0)
+# The default of --shift is decided when the data is open. It is on where images can be held out: after training from
+# scratch it is as good as an even P, and after training from a pretrained network better (docs/results.md).
+UNDECIDED: dict[str, Any] = dict(shift=None)
 NOT_TYPED = object()  # stands for a flag that is not on the command line
 # What a model card leaves out: files and names of this machine, and what the command on the card does not need.
 PRIVATE = {
@@ -70,6 +71,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     for name, only in TIMM_ONLY.items():
         flag = name if name == 'local_rank' else name.replace('_', '-')  # as torch's launchers spell it
         parser.add_argument(f'--{flag}', action=OnlyDefault, only=only)
+    parser.set_defaults(**UNDECIDED)
     return parser
 
 
@@ -174,6 +176,7 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             yield f'--{name.replace("_", "-")}: there is no file {getattr(args, name)!r}'
     settings = {each.name: getattr(args, dest_of(each), each.default) for each in SETTINGS}
+    settings['shift'] = args.shift or 'none'  # the default never conflicts
     if conflict := find_conflict(settings, as_flag):
         yield conflict
     try:
@@ -189,6 +192,7 @@ def reset_supernet_flags(args: argparse.Namespace) -> None:
                 if each.flag is not None and each.name not in OF_A_TEACHER}
     defaults.update({names.lstrip('-').replace('-', '_'): default for names, _, default, _ in FLAGS['ShiftNAS']})
     defaults.update(eval_metric='top1')
+    args.shift = args.shift or 'none'
     ignored = []
     for name, default in defaults.items():
         default = list(default) if isinstance(default, tuple) else default

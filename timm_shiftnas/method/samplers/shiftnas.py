@@ -30,6 +30,8 @@ class ShiftNASSampler(Sampler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.archs: deque[Arch] = deque()  # drawn ahead
+        # a shift measures every group, so its share of the work does not grow with their number
+        self.shift_interval = self.config.shift_interval or max(100, 10 * len(self.groups))
 
     @property
     def shift_signal(self) -> str:
@@ -66,7 +68,7 @@ class ShiftNASSampler(Sampler):
             self.archs.clear()
 
     def shift_is_due(self, update: int) -> bool:
-        return self.shift.signal != 'none' and update > 0 and update % self.config.shift_interval == 0
+        return self.shift.signal != 'none' and update > 0 and update % self.shift_interval == 0
 
     def update_generator(self, step: Step) -> None:
         """One step on `generator_loss`, with gradients of the generator alone."""
@@ -103,7 +105,7 @@ class ShiftNASSampler(Sampler):
     def shift_scores(self, step: Step) -> Tensor:
         """The signal of every group, [K]: at the proposed arch for its upper edge, on the batches of this shift."""
         archs = self.generator.propose_many(self.groups.budgets)
-        train, held_out = cast(ShiftBatches, self.shift_batches)(step.update // self.config.shift_interval)
+        train, held_out = cast(ShiftBatches, self.shift_batches)(step.update // self.shift_interval)
 
         def loss(arch: Arch, batch: Batch) -> Tensor:
             images, targets = (tensor.to(step.device, non_blocking=True) for tensor in batch)
