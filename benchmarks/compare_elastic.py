@@ -187,8 +187,8 @@ def alone(epochs: int) -> str:
 
 
 def write_tables(args: argparse.Namespace) -> None:
-    """Write elastic_NETWORK_EPOCHS.csv and .md: the finished trainings, and those that the CSV had before."""
-    path = args.results / f'elastic_{args.network}_{args.epochs}.csv'
+    """Write elastic_NETWORK_EPOCHS_RATE.csv and .md: the finished trainings, and those that the CSV had before."""
+    path = args.results / f'elastic_{args.network}_{args.epochs}_{args.lr:g}.csv'
     found = written(path) | trained(args)
     by_method: dict[str, dict[int, dict[int, float]]] = {}
     for (name, seed), groups in sorted(found.items(), key=lambda item: item[0][1]):

@@ -28,10 +28,12 @@ SUPERNETS = {
     'uniform': SAMPLERS['uniform'],
     'sandwich': SAMPLERS['sandwich'],
     'sandwich, distilled': [*SAMPLERS['sandwich'], '--inplace-distillation'],
+    **{name: SAMPLERS[name] for name in ('focusformer', 'prenas', 'best-up', 'worst-up')},
 }
 ARCHS = 'generator'  # its archs are those that are trained alone
 ALONE = f'{GROUPS} networks alone'
-COLOURS = dict(zip((*SUPERNETS, ALONE), ('#1f5fa8', '#c23b3b', '#6f7680', '#b07d2b', '#3f9a5f', '#222222')))
+COLOURS = dict(zip((*SUPERNETS, ALONE), (
+    '#1f5fa8', '#c23b3b', '#6f7680', '#b07d2b', '#3f9a5f', '#7a52a3', '#c2639b', '#4aa3b5', '#8a5a44', '#222222')))
 
 
 def supernet_row(run: Run, folder: Path, method: str) -> dict:

@@ -34,33 +34,33 @@ def draw(model_directory: Path, count: int) -> list[dict]:
     return [arch.to_dict() for arch in archs]
 
 
-def correlations(rows: list[dict]) -> str:
-    from scipy.stats import kendalltau, spearmanr
+PAIRS = (('inherited', 'fine_tuned'), ('inherited', 'from_scratch'), ('macs', 'fine_tuned'), ('macs', 'from_scratch'))
 
-    def measured(x: list[float], y: list[float]) -> str:
-        return f'{kendalltau(x, y).statistic:.2f} / {spearmanr(x, y).statistic:.2f}'
+
+def correlations(rows: list[dict]) -> str:
+    """A table with a line for each sampler: means over seeds of tau and rho, with their 95% intervals."""
+    from scipy.stats import kendalltau, spearmanr
 
     lines = []
     for sampler in dict.fromkeys(row['sampler'] for row in rows):
-        for seed in sorted({row['seed'] for row in rows}):
-            chosen = [row for row in rows if (row['sampler'], row['seed']) == (sampler, seed)]
-            names = 'macs', 'inherited', 'fine_tuned', 'from_scratch'
-            column = {name: [row[name] for row in chosen] for name in names}
-            lines.append([
-                sampler, str(seed), str(len(chosen)), measured(column['inherited'], column['fine_tuned']),
-                measured(column['inherited'], column['from_scratch']),
-                measured(column['macs'], column['fine_tuned']), measured(column['macs'], column['from_scratch'])])
+        seeds = [[row for row in rows if (row['sampler'], row['seed']) == (sampler, seed)]
+                 for seed in sorted({row['seed'] for row in rows if row['sampler'] == sampler})]
+        cells = []
+        for x, y in PAIRS:
+            for statistic in (kendalltau, spearmanr):
+                values = [statistic([row[x] for row in each], [row[y] for row in each]).statistic for each in seeds]
+                cells.append('{:.2f} ± {:.2f}'.format(*runs.interval(values)))
+        lines.append([sampler, str(len(seeds)), str(len(seeds[0])), *map(' / '.join, zip(cells[::2], cells[1::2]))])
     return runs.markdown_table(
-        ['sampler', 'seed', 'archs', 'inherited, fine-tuned', 'inherited, from scratch', 'MACs, fine-tuned',
+        ['sampler', 'seeds', 'archs', 'inherited, fine-tuned', 'inherited, from scratch', 'MACs, fine-tuned',
          'MACs, from scratch'], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    runs.add_arguments(parser, seeds=1)
-    parser.add_argument('--samplers', nargs='+', default=['generator', 'uniform', 'hypergradient'], metavar='NAME',
-                        choices=list(SAMPLERS))
-    parser.add_argument('--archs', type=runs.positive, default=24, metavar='N')
+    runs.add_arguments(parser, seeds=5)
+    parser.add_argument('--samplers', nargs='+', default=list(SAMPLERS), metavar='NAME', choices=list(SAMPLERS))
+    parser.add_argument('--archs', type=runs.positive, default=30, metavar='N')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     trained = [Run(name, args.task, (*SAMPLERS[name], *args.train_flags), seed, epochs)
@@ -93,7 +93,7 @@ def main() -> None:
                       from_scratch=round(alone[json.dumps(row['arch'])], 3), arch=json.dumps(row['arch']))
                  for row in results[run.name, run.seed, 'fine_tuned']]
     runs.write_csv(args.results / f'ranking_{args.task}.csv', rows)
-    text = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho:\n\n{correlations(rows)}\n"
+    text = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho, means over seeds and their 95% intervals:\n\n{correlations(rows)}\n"
     runs.write(args.results / f'ranking_{args.task}.md', text)
     print(text)
 

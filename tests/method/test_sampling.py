@@ -274,6 +274,23 @@ def test_signals_restore_everything(name):
     assert (np.random.get_state()[1] == states[2]).all()
 
 
+@pytest.mark.parametrize('images, groups, parts', [
+    (6, 2, [[0, 2, 4], [1, 3, 5]]), (5, 3, [[0, 3], [1, 4], [2, 0]]), (2, 3, [[0, 1], [1, 0], [0, 1]])])
+def test_every_group_sees_its_part_of_the_held_out_images(images, groups, parts):
+    """At least two of them: BatchNorm has no statistics of one value."""
+    net, seen = nn.Linear(1, 2), []
+
+    def loss(arch, batch):
+        if batch[0].flatten().tolist() != [9.]:
+            seen.append(batch[0].flatten().tolist())
+        return F.cross_entropy(net(batch[0]), batch[1])
+
+    train = torch.tensor([[9.]]), torch.tensor([0])
+    held_out = torch.arange(float(images))[:, None], torch.ones(images, dtype=torch.long)
+    create_signal('hypergradient')(net, loss, list(range(groups)), train, held_out)
+    assert seen == parts
+
+
 def test_variation_resumes_with_its_losses_and_images():
     net = nn.Linear(1, 1)
     first, resumed = create_signal('variation'), create_signal('variation')

@@ -85,6 +85,8 @@ def test_settings_of_the_road(adapted):
     """The shift is on, and the head is that of the base; flags that are given win."""
     _, folder = adapted
     saved = yaml.safe_load((folder / 'args.yaml').read_text())
+    args = [train.parse_args([*BASE, *DATA, *more]) for more in ([], ['--group-width', '1M'], ['--num-groups', '4'])]
+    assert [each.num_groups for each in args] == [8, None, 4]
     assert (saved['shift'], saved['generator_interval'], saved['shift_interval']) == ('hypergradient', 0, 4)
     history = load(folder / 'last.pth.tar')['task_state']['history']
     assert history[2][1] != history[0][1]  # there is no warm-up; the first shift only measures the noise
@@ -186,6 +188,40 @@ def test_a_network_that_was_changed_is_refused():
         tsn.elastic('elastic_supernet')
 
 
+@pytest.mark.parametrize('name, args, size', [
+    ('elastic_vit_subnet', dict(base='test_vit', **SIZE), 16),
+    ('elastic_cnn_subnet', dict(base='test_efficientnet', img_size=32), 32)])
+def test_a_network_that_was_trained_as_a_subnet_first(name, args, size, tmp_path):
+    """What docs/elastic.md recommends. It is its own base, as an object and as a folder."""
+    base = timm.create_model(name, num_classes=7, **args).eval()
+    tsn.save_pretrained(tmp_path / 'base', base)
+    for net in (tsn.elastic(base), tsn.elastic(f'local-dir:{tmp_path / "base"}', pretrained=True)):
+        assert net.model_args['base'] == args['base'] and not hasattr(net, 'arch')
+        tsn.save_pretrained(tmp_path / 'supernet', net)
+        again = timm.create_model(f'local-dir:{tmp_path / "supernet"}', pretrained=True).eval()
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            for other in (again, tsn.extract(net, net.space.largest).eval()):
+                torch.testing.assert_close(other(x), base(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=f'smaller subnet of {args["base"]}'):
+        tsn.elastic(tsn.extract(net, net.space.smallest))
+
+
+@pytest.mark.parametrize('name, pool', [('test_vit', 'avg'), ('test_efficientnet', 'max')])
+def test_another_pooling_is_that_of_the_subnets(name, pool):
+    base = timm.create_model(name)
+    base.reset_classifier(5, pool)
+    net, x = tsn.elastic(base).eval(), torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(tsn.extract(net, net.space.largest).eval()(x), base.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+def test_another_size_of_patches_is_that_of_the_subnets():
+    net = tsn.elastic('test_vit', **SIZE)
+    net.set_input_size(32, patch_size=8)
+    assert tsn.extract(net, net.space.smallest).patch_embed.patch_size == (8, 8)
+
+
 def test_the_size_of_the_images_is_part_of_what_is_saved(tmp_path):
     net = tsn.elastic('test_vit', in_chans=1, **SIZE)
     tsn.save_pretrained(tmp_path, net, tsn.ArchitectureGenerator(net.space))
@@ -274,7 +310,8 @@ def test_the_command_saves_an_untrained_one(weights, tmp_path, capsys):
 
 @pytest.mark.parametrize('argv, words', [
     (['train', '--elastic', 'vit_smal_patch16_224', *DATA], ['vit_smal_patch16_224', 'did you mean']),
-    (['train', '--elastic', 'resnet18', *DATA], ['resnet18', 'not elastic']),
+    (['train', '--elastic', 'resnet18', '--img-size', '64', *DATA], ['resnet18', 'not elastic']),
+    (['train', *BASE, *DATA, '--pretrained-cfg-overlay', 'crop_pct=.9'], ['--pretrained-cfg-overlay', '--crop-pct']),
     (['train', '--elastic', 'test_vit', *DATA], ['test_vit', '--pretrained-path']),
     (['train', *BASE, *DATA, '--pretrained-path', 'FILE7', '--kd-model', 'base'], ['7 classes', '--kd-model base']),
     (['train', *BASE, *DATA, '--pretrained-path', __file__], ['holds no weights']),

@@ -261,6 +261,25 @@ def test_the_shift_is_on_unless_p_is_fixed(flags, signal):
     assert args.shift == signal and (data.held_out is None) == (signal == 'none' and '--sampler' not in flags)
 
 
+def test_the_shift_is_off_where_p_would_hardly_move(caplog):
+    caplog.set_level('INFO')
+    args = train.parse_args([*ONE, '--epochs', '20'])
+    assert open_data(args).held_out is None and args.shift == 'none' and 'in 213 updates' in caplog.text
+    args = train.parse_args([*ONE, '--epochs', '20', '--shift-interval', '71'])
+    assert open_data(args).held_out is not None and args.shift == 'hypergradient'
+
+
+@pytest.mark.slow
+def test_a_run_without_a_shift_resumes_without_one(tmp_path):
+    """Whatever the default is: versions before had another."""
+    flags = [*TINY, '--dataset', 'sklearn/digits', '--shift', 'none', '--val-interval', '9', '--output', str(tmp_path),
+             '--experiment', 'run']
+    assert train.main([*flags, '--epochs', '1']) == 0
+    flags = [flag for flag in flags if flag not in ('--shift', 'none', 'hypergradient')]
+    assert train.main([*flags, '--epochs', '40', '--resume', 'auto', '--start-epoch', '39']) == 0
+    assert load(tmp_path / 'run' / 'last.pth.tar')['args'].shift == 'none'
+
+
 def test_the_shift_is_off_where_no_images_can_be_held_out(shards, caplog):
     caplog.set_level('INFO')
     args = train.parse_args(['--dataset', 'wds/digits', '--data-dir', str(shards), '--train-split',

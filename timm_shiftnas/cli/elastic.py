@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from typing import Any
 
 from timm.data import resolve_data_config
 
@@ -28,12 +26,9 @@ def run_elastic(args: argparse.Namespace) -> None:
         args.base, {name: value for name, value in model_args.items() if value is not None},
         num_classes=args.num_classes, file=args.pretrained_path)
     expected = Expected(base.net.subnet_cfg(base.net.space.largest))
-    loader: Iterable[Any] | None = None
-    if args.dataset or args.data_dir:
-        loader = training_batches(expected, args)
-        if not base.knows_classes:
-            loader = images_of(loader)
-    sort_by_importance(base.net, loader)
+    # the predictions of the base stand for the labels: a folder of images may have others, or none
+    images = images_of(training_batches(expected, args)) if args.dataset or args.data_dir else None
+    sort_by_importance(base.net, images)
     net = base.replace_head()
     generator = ArchitectureGenerator(net.space)
     generator.fit(args.generator_fit_steps)

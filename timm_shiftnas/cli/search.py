@@ -82,7 +82,8 @@ def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace)
     if args.held_out is not None:
         share = args.held_out
     train_images, held_out = split_held_out(images, share, seed)
-    if not known or share > known['share']:
+    same = known and known.get('images', len(images)) == len(images)  # else the same seed holds out other images
+    if not same or len(held_out) > round(known['share'] * len(images)):
         warn('the supernet was trained on images that archs are compared on, which favours large ones; give --split '
              'NAME of images that were not trained on and are not the test images')
     return (held_out, first_images(train_images, args.bn_images),

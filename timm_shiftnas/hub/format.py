@@ -104,10 +104,15 @@ class Score(TypedDict):
     arch: Any
 
 
-class HeldOut(TypedDict):
-    """The part of the training images that was not trained on: arguments of `split_held_out`."""
+class Split(TypedDict):
+    """Arguments of `split_held_out`."""
     share: float
     seed: int
+
+
+class HeldOut(Split, total=False):
+    """The part of the training images that was not trained on, and the number of all of them."""
+    images: int
 
 
 class Training(TypedDict, total=False):

@@ -213,7 +213,9 @@ class HypergradientSignal(Signal):
     def __call__(self, net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any,
                  ranks: Ranks = ALONE) -> Tensor:
         groups, count = len(archs), len(held_out[1])
-        parts = [tuple(tensor[k % count::groups] for tensor in held_out) for k in range(groups)]
+        # two images at least: BatchNorm after pooling has no statistics of one
+        images = [torch.arange(k, max(count, k + groups + 1), groups) % count for k in range(groups)]
+        parts = [tuple(tensor[part] for tensor in held_out) for part in images]
         return hypergradient(net, loss, archs, train, parts, self.epsilon, ranks)
 
 

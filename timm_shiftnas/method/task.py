@@ -206,7 +206,7 @@ class ShiftNASTask(ClassificationTask):
         logits = None if self._teacher is None else self._teacher(input)
         losses: list[Tensor] = []
         for output in outputs:
-            if losses and config.inplace_distillation:
+            if losses and config.inplace_distillation and self.update >= config.warmup_updates:
                 losses.append(divergence(output, outputs[0]))
                 continue
             loss = self.criterion(output, target)

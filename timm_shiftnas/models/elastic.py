@@ -13,6 +13,7 @@ from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
     create_model,
+    get_model_args,
     get_pretrained_cfg,
     is_model,
     is_model_in_modules,
@@ -79,18 +80,45 @@ def elastic(
         raise ValueError(
             f'this {type(net).__name__} was not created by timm; give a network of timm.create_model, or its name')
     family = _elastic_family_of(net, cfg['architecture'])
-    size = _square(kwargs.pop('img_size', None)) if family.sized else None
+    size = _square(kwargs.pop('img_size', getattr(getattr(net, 'arch', None), 'resolution', None))) if (
+        family.sized) else None
     if pretrained or kwargs:
         names = ', '.join([*kwargs, *(['pretrained'] if pretrained else [])])
         raise ValueError(f'{names}: only the name of a base takes these; create the network with them')
-    args = dict(getattr(net, '_model_args', {}), num_classes=net.num_classes)
-    _check_unchanged(net, cfg['architecture'], args)
-    args['base'] = cfg['architecture']
+    name, args = _created_by(net, cfg['architecture'])
+    _check_unchanged(net, name, args)
+    args['base'] = name
     if size is not None:
         args['img_size'] = size
-    net = make_elastic(space, copy.deepcopy(net), args)
+    net = copy.deepcopy(net)
+    for attribute in ('arch', 'static_space'):  # of a subnet of the largest arch
+        vars(net).pop(attribute, None)
+    net._model_args = dict(args)  # which timm saves
+    net = make_elastic(space, net, args)
     net.pretrained_cfg = net.default_cfg = _config_of(_without_source(cfg), 'elastic_supernet', args)
     return net
+
+
+def _created_by(net: nn.Module, architecture: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments that create a network of timm as it is now; of a subnet of ours, those of its base.
+
+    Raises:
+        ValueError: If it is a subnet that has no base.
+    """
+    if hasattr(net, 'static_space'):
+        args = {key: value for key, value in net.model_args.items() if key not in ('arch', 'layer_order')}
+        if 'base' not in args:
+            raise ValueError(f'this {architecture} is a subnet of another supernet; give a network of timm itself')
+        name = args.pop('base')
+    else:
+        name, args = architecture, dict(getattr(net, '_model_args', {}))
+    return name, {**args, **_present_head(net)}
+
+
+def _present_head(net: nn.Module) -> dict[str, Any]:
+    """The classes and the pooling of a network, which `reset_classifier` may have changed."""
+    present = get_model_args(net)
+    return {key: present[key] for key in ('num_classes', 'global_pool') if key in present}
 
 
 def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
@@ -100,6 +128,9 @@ def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
         {key: list(weight.shape) for key, weight in each.items()} for each in (net.state_dict(), expected))
     for key in [*others, *shapes]:
         if shapes.get(key) != others.get(key):
+            if hasattr(net, 'static_space'):
+                raise ValueError(
+                    f'this network is a smaller subnet of {name}; give {name}, or the subnet of its largest arch')
             raise ValueError(
                 f'this {name} was changed after timm had created it: {key} has the shape {shapes.get(key)}, and '
                 f'{others.get(key)} as created; change classes by reset_classifier(N), and the rest by arguments')
@@ -245,6 +276,8 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         known = list_models(published, pretrained=True) or ['pretrained=False']
         raise NoWeights(f'timm has no weights of base={base!r}; type {", ".join(known)}')
     family = _family_of_name(base)
+    if family is None:  # says why, before an argument that the base does not have fails
+        _elastic_family_of(create_on_meta(base), base)
     cfg = pretrained_cfg or _without_source(base_cfg.to_dict())
     if isinstance(cfg, Mapping) and 'input_size' in cfg:
         cfg = _config_of(cfg, variant, kwargs)

@@ -107,6 +107,8 @@ class ElasticVisionTransformer(SortableSupernet, ElasticViT, VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         super().set_input_size(img_size, patch_size)
         self.model_args['img_size'] = self.patch_embed.img_size
+        if patch_size is not None:
+            self.model_args['patch_size'] = self.patch_embed.patch_size
 
     # -- sorting -------------------------------------------------------------------------------------------------------
 

@@ -105,11 +105,20 @@ def open_data(args: argparse.Namespace) -> Data:
 
 
 def default_shift(args: argparse.Namespace, train: Dataset) -> str:
-    """The signal of the probability shift where no flag gives it: 'none' where P is fixed or nothing can be held out."""
+    """The signal of the probability shift where no flag gives it.
+
+    'none' where P is fixed, where nothing can be held out, and where P would hardly move: the first shift measures the
+    noise only.
+    """
     if args.sampler != 'shiftnas' or args.group_weights is not None:
         return 'none'
     if isinstance(train, IterableDataset):
         _logger.info('the probability shift is off: no images of a stream can be held out for it')
+        return 'none'
+    images = len(train) * (1 - (default_share(train) if args.held_out is None else args.held_out))
+    updates = args.epochs * images / (args.batch_size * args.grad_accum_steps * Ranks.current().size)
+    if updates < 3 * (args.shift_interval or 100):
+        _logger.info(f'the probability shift is off: P would hardly move in {updates:.0f} updates')
         return 'none'
     return 'hypergradient'
 
@@ -163,7 +172,7 @@ class Loaders:
         calibration: Training images for BatchNorm statistics.
         mixup: Mixes the images of a training batch.
         shift: Batches for a learned shift.
-        split: How images were held out, if they were: the arguments of `split_held_out`.
+        split: How images were held out, if they were: the `HeldOut` of a saved model.
     """
     train: TrainLoader
     validation: DataLoader | PrefetchLoader
@@ -220,7 +229,8 @@ def create_loaders(
         mixup=mixup,
         shift=ShiftBatches(args, data, config) if args.sampler == 'shiftnas' and args.shift != 'none' else None,
         split=None if data.held_out is None else dict(
-            share=len(data.held_out) / (len(data.train) + len(data.held_out)), seed=args.seed))
+            share=len(data.held_out) / (len(data.train) + len(data.held_out)), seed=args.seed,
+            images=len(data.train) + len(data.held_out)))
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:

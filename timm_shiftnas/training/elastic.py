@@ -128,8 +128,12 @@ def sort_units(
         loader = loader if base.knows_classes else images_of(loader)
     _logger.info(f'sorting the units of {args.elastic} by their importance for training images')
     sort_by_importance(base.net, loader, progress=ranks.primary)
-    # weights are those of the first process in any case; machines may round differently and disagree about the layers
+    # machines may round differently and disagree about the order: that of the first process counts
     base.net.unbound_space = space_from_dict(ranks.gather(base.net.unbound_space.to_dict())[0])
+    weights = [weight for weight in base.net.state_dict().values() if weight.is_floating_point()]
+    if not ranks.primary:
+        torch._foreach_zero_(weights)
+    ranks.sum_(weights)
 
 
 def images_of(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

@@ -27,9 +27,11 @@ _logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
-# What these flags are with --elastic, where neither the command line nor its YAML file gives them.
+# What these flags are with --elastic, where neither the command line nor its YAML file gives them. Groups are few: a
+# shift measures all of them.
 ELASTIC_DEFAULTS: dict[str, Any] = dict(
-    model='elastic_supernet', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0., generator_interval=0)
+    model='elastic_supernet', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0., generator_interval=0,
+    num_groups=8)
 # The default of --shift is decided when the data is open. It is on where images can be held out: after training from
 # scratch it is as good as an even P, and after training from a pretrained network better (docs/results.md).
 UNDECIDED: dict[str, Any] = dict(shift=None)
@@ -137,6 +139,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         if args.model not in (parser.get_default('model'), ELASTIC_DEFAULTS['model']):
             parser.error(f'--elastic {args.elastic} and --model {args.model} are two networks; leave one of them out')
         parser.set_defaults(**ELASTIC_DEFAULTS)
+        if args.group_width is not None:  # says how many groups there are
+            parser.set_defaults(num_groups=None)
         args = parser.parse_args(argv)
     no_folder = args.dataset.startswith('sklearn/')
     if args.data and (typed.data_dir is not NOT_TYPED or no_folder):  # one value too many for the flag before it
@@ -166,6 +170,9 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f'--elastic-warmup {args.elastic_warmup:g} narrows the budgets; --sampler {args.sampler} draws none'
     if args.pretrained_path and args.initial_checkpoint and args.elastic is not None:
         yield '--pretrained-path and --initial-checkpoint both give the weights of --elastic; leave one of them out'
+    if args.pretrained_cfg_overlay and args.elastic is not None:
+        yield ('--pretrained-cfg-overlay changes the configuration of --model; with --elastic give --pretrained-path '
+               'FILE, --crop-pct, --mean or another flag of its own')
     if args.clip_mode != 'norm' and args.clip_grad is None:
         yield f'--clip-mode {args.clip_mode} needs --clip-grad X, such as 0.01 for agc'
     if args.sched == 'plateau' and args.sched_on_updates:

@@ -40,7 +40,7 @@ from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
 from ..utils.text import one_line
 from ..utils.units import format_count
-from .checkpoints import Position, find_checkpoint, report_head, resume
+from .checkpoints import Position, find_checkpoint, read_checkpoint, report_head, resume
 from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
 from .elastic import elastic_network
 from .flags import dest_of, reset_supernet_flags
@@ -114,6 +114,8 @@ def create_run(flags: argparse.Namespace) -> Run:
     supernet = not names_subnet(args.model) if saved is None else saved.kind == 'supernet'
     if not supernet:
         reset_supernet_flags(args)
+    elif args.shift is None and args.resume:  # runs of earlier versions had another default
+        args.shift = read_checkpoint(args.resume)['task_state']['shift']['signal']
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     if args.elastic is None:
