@@ -93,7 +93,8 @@ def main() -> None:
                       from_scratch=round(alone[json.dumps(row['arch'])], 3), arch=json.dumps(row['arch']))
                  for row in results[run.name, run.seed, 'fine_tuned']]
     runs.write_csv(args.results / f'ranking_{args.task}.csv', rows)
-    text = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho, means over seeds and their 95% intervals:\n\n{correlations(rows)}\n"
+    title = f"{args.task}, {epochs} epochs, Kendall's tau / Spearman's rho, means over seeds and their 95% intervals"
+    text = f'{title}:\n\n{correlations(rows)}\n'
     runs.write(args.results / f'ranking_{args.task}.md', text)
     print(text)
 

@@ -11,10 +11,11 @@ from support.networks import tiny_supernet
 
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
 from timm_shiftnas.hub.push import published_files
-from timm_shiftnas.hub.save import add_device, save_pretrained
+from timm_shiftnas.hub.save import save_pretrained
+from timm_shiftnas.hub.update import add_device
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.method.proposals import BudgetWarning
-from timm_shiftnas.models import static_counts
+from timm_shiftnas.models import extract, static_counts
 from timm_shiftnas.space import MEMORY, SIZES
 
 
@@ -48,6 +49,31 @@ def test_a_subnet_within_several_budgets(net, saved, device):
         from_pretrained(saved, latency='1s', arch=net.space.smallest)
     with pytest.warns(BudgetWarning):
         assert from_pretrained(saved, latency='1s', device_file=path).arch == net.space.largest
+
+
+@pytest.mark.slow
+def test_budgets_of_int8_weights_are_published_with_their_precision(net, tmp_path):
+    """What card and report say to type gives the subnet of the table."""
+    size = SIZES['int8']
+    low, high = size.range(net.space)
+    generator, budget = ArchitectureGenerator(net.space, resource=size).fit(20, progress=False), (low + high) / 2
+    arch = generator.propose(budget)
+    save_pretrained(tmp_path, net, generator, groups=[low, budget, high], results=[
+        dict(name=name, budget=limit, macs=net.macs(arch), params=net.params(arch), top1=50., top5=90.,
+             arch=arch.to_dict()) for name, limit in (('group 1', budget), ('odd', 1.))])
+    saved = SavedModel(tmp_path)
+    files = published_files(saved, 'org/int8', None, None)
+    code = re.search(r"from_pretrained\('org/int8', (.*)\)  #", files['README.md'].decode())[1]
+    assert code.endswith("precision='int8'")
+    assert from_pretrained(tmp_path, size=size.format(budget), precision='int8').arch == arch
+    report = files['report.html'].decode()
+    assert f"size={budget:g}, precision=&#x27;int8&#x27;" in report or f"size={budget:g}, precision='int8'" in report
+
+
+def test_a_saved_subnet_takes_no_device_file(net, device, tmp_path):
+    save_pretrained(tmp_path, extract(net, net.space.smallest))
+    with pytest.raises(ValueError, match='holds a subnet'):
+        add_device(tmp_path, device)
 
 
 @pytest.mark.slow

@@ -334,7 +334,8 @@ def test_other_number_of_classes(saved, net, generator):
     (dict(size='8M'), '5MB'),
     (dict(latency='8M'), '8ms'),
     (dict(latency='8ms'), 'device_file'),
-    (dict(size='1MB', precision='int4'), 'int4'),
+    (dict(size='1MB', precision='int4'), 'int4'), (dict(flops='2M', precision='int8'), 'no size is given'),
+    (dict(flops='2M', device_file='x.json'), 'no latency is given'),
     (dict(flops=0), 'flops=0'),
     (dict(flops='abc'), "flops='abc'"),
     (dict(params='-1'), "params='-1'"),
@@ -615,6 +616,7 @@ HASH = '0' * 64
     ('training', [[], {'command': 1}, {'versions': 'x'}]),
     ('searched', ['x', {}]),
     ('bn_archs', [[], 'x']),  # there is no file of statistics
+    ('device', ['toy', '/tmp/device.json']),  # nor a device file
     ('colour', ['red']),
 ])
 def test_unusable_entry(folder, entry, values):

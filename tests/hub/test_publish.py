@@ -360,7 +360,7 @@ def test_the_card(hub, directory, published):
     metrics = [metric for result in metadata['model-index'][0]['results'] for metric in result['metrics']]
     assert [metric['value'] for metric in metrics] == [60., 61., 62.]
     saved = SavedModel(directory / 'model')
-    for row in saved.info['results']:
+    for row in saved.record.results:
         assert f'| {row["name"]} |' in body and f'| {row["top1"]:.2f} |' in body
     assert '![top-1 against MACs](accuracy.png)' in body and '](shift.png)' in body
     assert f"from_pretrained('{published}', flops=" in body

@@ -236,8 +236,8 @@ def test_convert(capsys, checkpoint, tmp_path, flags, key):
         sub = from_pretrained(tmp_path / 'model', flops=flops)
         assert sub.arch == generator.propose(flops)
         torch.testing.assert_close(sub(x), net(x, sub.arch), rtol=0, atol=1e-5)
-    saved = SavedModel(tmp_path / 'model').info
-    assert saved['probabilities'] == [.5, .5] and saved['groups'] == [low, (low + high) / 2, high]
+    saved = SavedModel(tmp_path / 'model').record
+    assert saved.probabilities == [.5, .5] and saved.groups == [low, (low + high) / 2, high]
 
     refused(capsys, f'OUT {tmp_path}/model holds a model already; add --overwrite', 'convert', checkpoint,
             tmp_path / 'model')

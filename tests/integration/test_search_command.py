@@ -13,7 +13,7 @@ from support.networks import tiny_supernet
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.hub.load import SavedModel
-from timm_shiftnas.hub.searched import save_searched
+from timm_shiftnas.hub.update import save_searched
 from timm_shiftnas.layers.conv import resize
 from timm_shiftnas.models import static_counts
 from timm_shiftnas.models.calibration import bn_statistics
@@ -125,8 +125,8 @@ def test_an_interrupted_write_leaves_the_directory_as_it_was(tmp_path, monkeypat
                 save_searched(saved, found, stats)
         assert failed and content(tmp_path / 'model') == before
     save_searched(saved, found[1:], {found[1]: stats[found[1]]})
-    info = SavedModel(tmp_path / 'model').info  # the statistics of archs that only the earlier search found are gone
-    assert info['searched'] == info['bn_archs'] == [net.space.largest.to_dict()]
+    record = SavedModel(tmp_path / 'model').record  # the statistics of archs of the earlier search alone are gone
+    assert record.searched == record.bn_archs == [net.space.largest.to_dict()]
     tsn.save_pretrained(tmp_path / 'model', tiny_supernet('test_shiftmobilenet_supernet', seed=1))
     with pytest.raises(ValueError, match='other weights'):
         save_searched(saved, found, stats)

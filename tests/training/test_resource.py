@@ -38,7 +38,7 @@ def test_a_run_for_latencies(device, finished, tmp_path, capsys):
     folder, printed = finished
     saved = SavedModel(folder / 'model')
     latency = device.resource(saved.skeleton().space)
-    assert saved.devices() == {'toy': device} and saved.info['groups'][-1] == latency.range(saved.skeleton().space)[1]
+    assert saved.devices() == {'toy': device} and saved.record.groups[-1] == latency.range(saved.skeleton().space)[1]
     rows = read_budgets_csv(folder / 'budgets.csv')
     assert all(row['latency'] <= row['budget'] for row in rows if row['budget'])
     assert 'latency' in printed

@@ -84,7 +84,7 @@ def test_uniform_sampling_learns(tmp_path):
     rows = table(tmp_path / 'run')
     # chance is 10; seven seeds reached 77 to 91, and 58 to 75
     assert float(rows[-1]['top1']) > 50 and float(rows[0]['top1']) > 35
-    assert SavedModel(tmp_path / 'run' / 'model').info['searched']
+    assert SavedModel(tmp_path / 'run' / 'model').record.searched
 
 
 @pytest.mark.slow
@@ -173,10 +173,10 @@ def test_broken_statistics_are_refused(finished, tmp_path):
     data = (folder / 'bn_stats.safetensors').read_bytes()
     (folder / 'bn_stats.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match='bn_stats.safetensors is not the file that was saved: its sha256 differs'):
-        tsn.from_pretrained(folder, arch=SavedModel(folder).info['bn_archs'][0])
+        tsn.from_pretrained(folder, arch=SavedModel(folder).record.bn_archs[0])
     (folder / 'bn_stats.safetensors').unlink()
     with pytest.raises(ValueError, match='bn_stats.safetensors is missing'):
-        tsn.from_pretrained(folder, arch=SavedModel(folder).info['bn_archs'][0])
+        tsn.from_pretrained(folder, arch=SavedModel(folder).record.bn_archs[0])
 
 
 @pytest.mark.exhaustive

@@ -28,7 +28,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     Raises:
         ValueError: If a file has changed since it was saved, or the config does not describe a network.
     """
-    for name in saved.info['files']:
+    ours = saved.record.to_dict()
+    for name in ours['files']:
         saved.read(name)
     net, space, counts = saved.skeleton(), saved.space, dict(macs=complexity.macs, params=complexity.params)
     data = dict(
@@ -44,7 +45,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     else:
         data.update(arch=net.arch.to_dict(), **{name: count(space, net.arch) for name, count in counts.items()})
     names = ('groups', 'resource', 'device', 'probabilities', 'results')
-    optional = {name: saved.info[name] for name in names if name in saved.info}
+    optional = {name: ours[name] for name in names if name in ours}
     if around := saved.record.backbone:
         optional['backbone'] = {name: around[name] for name in ('network', 'out_indices')}
     if devices := saved.devices():
@@ -52,7 +53,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
         for name, device in devices.items():
             low, high = map(LATENCY.format, device.resource(space).range(space))
             optional['devices'][name] = f'{device}: {low} to {high}'
-    return dict(data, **optional, files=saved.info['files'])
+    return dict(data, **optional, files=ours['files'])
 
 
 def info_text(data: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..evaluation.foreign_devices import export_subnets, read_latencies
 from ..evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
 from ..hub.format import device_file
 from ..hub.load import SavedModel
-from ..hub.save import add_device
+from ..hub.update import add_device
 from ..space.latency import operator_features
 from ..utils.units import format_quantity
 
@@ -32,7 +33,8 @@ def run_measure(args: argparse.Namespace) -> None:
         print(f'{export_subnets(net, archs, args.export, args.batch_size)}: run these {len(archs)} files, and fill in '
               f'the column milliseconds; then give --import, with --name, --backend and --threads')
         return
-    name = args.name or f'{setup.backend}_{setup.device}_{setup.threads}_threads_batch_{setup.batch_size}'
+    words = f'{setup.backend}_{setup.device}_{setup.threads}_threads_batch_{setup.batch_size}'
+    name = args.name or re.sub(r'[^\w.-]', '_', words)  # such as cuda:0
     output = args.output or args.directory / device_file(name)
     if output.exists() and not args.overwrite:
         raise ValueError(f'{output} exists already; give another --name, or --overwrite')

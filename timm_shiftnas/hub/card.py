@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.tables import score_columns
-from ..space.resources import MACS, PARAMS
+from ..space.resources import MACS, PARAMS, Resource
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
@@ -136,17 +136,18 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
     """Code that loads a model; if it is a classifier, timm loads it too."""
     arguments, build, network = [f"'{repo_id}'"], [], (saved.record.backbone or {}).get('network')
     if saved.kind == 'supernet':
-        space, resource, device = saved.space, saved.resource, saved.record.device
+        space, resource = saved.space, saved.resource
         budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [
             sum(resource.range(space)) / 2]
-        budget = f"{resource.keyword}='{resource.format(budgets[len(budgets) // 2])}'"
+        budget = _arguments(resource, budgets[len(budgets) // 2])
         arguments.append(budget if saved.has_generator else f'arch={space.smallest.to_dict()}')
-        arguments += [f"device_file='{device}'"] if saved.has_generator and device else []
     if network:
         arguments.append('network=build')
         build = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
     lines = [*build, f'net = timm_shiftnas.from_pretrained({", ".join(arguments)})  # a plain, static network']
-    lines += [f"net = timm_shiftnas.from_pretrained('{repo_id}', {each})" for each in _latency_budgets(saved)]
+    # and an example for every device, but the one whose latency all budgets bound
+    lines += [f"net = timm_shiftnas.from_pretrained('{repo_id}', {_arguments(each, sum(each.range(saved.space)) / 2)})"
+              for each in (saved.latencies(saved.space) if saved.has_generator else ()) if each != saved.resource]
     if saved.record.backbone is None:
         name = 'supernet' if saved.kind == 'supernet' else 'the_same'
         lines.append(f"{name} = timm.create_model('hf-hub:{repo_id}', pretrained=True)")
@@ -155,15 +156,9 @@ def _usage(saved: SavedModel, repo_id: str) -> str:
     return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
 
 
-def _latency_budgets(saved: SavedModel) -> list[str]:
-    """An example of a budget for every device, but the one whose latency all budgets bound."""
-    budgets = []
-    for name, device in saved.devices().items() if saved.has_generator else ():
-        latency = device.resource(saved.space)
-        if latency != saved.resource:
-            budgets.append(
-                f"latency='{latency.format(sum(latency.range(saved.space)) / 2)}', device_file='{name}'")
-    return budgets
+def _arguments(resource: Resource, budget: float) -> str:
+    """A budget as the arguments of a call."""
+    return ', '.join(f'{name}={value!r}' for name, value in resource.arguments(resource.format(budget)).items())
 
 
 def _training(training: Training) -> str:

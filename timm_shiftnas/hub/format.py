@@ -209,7 +209,8 @@ def _contradictions(files: Files, groups=None, probabilities=None, generator=Non
     wrong = dict(
         probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
         generator=GENERATOR in files and generator is None,
-        device=(resource == LATENCY.name) != (device is not None and f'device_{device}.json' in files),
+        device=(device is not None) != (resource == LATENCY.name) or (
+            device is not None and f'device_{device}.json' not in files),
         bn_archs=(BN_STATS in files) != (bn_archs is not None))
     return [name for name in wrong if wrong[name]]
 

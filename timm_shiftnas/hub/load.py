@@ -108,6 +108,10 @@ def from_pretrained(
         raise ValueError(f'give budgets or an arch, not {" and ".join(budgets)} and arch')
     if precision not in SIZES:
         raise ValueError(f'precision={precision!r} is unknown; choose one of {", ".join(SIZES)}')
+    for name, given, budget in (
+            ('precision', precision != 'fp32', 'size'), ('device_file', device_file is not None, 'latency')):
+        if given and budget not in budgets:
+            raise ValueError(f'{name} says how {budget} is counted, and no {budget} is given; leave it out')
     resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY, latency=LATENCY)
     for name, value in budgets.items():
         resources[name].parse(value)  # before anything is downloaded
@@ -178,7 +182,7 @@ class SavedModel:
 
     Attributes:
         config: The content of `config.json`.
-        record: Our entry in it; `info` is the same as a dict, without what was not saved.
+        record: Our entry in it.
         kind: 'supernet' or 'subnet'.
 
     Raises:
@@ -193,7 +197,7 @@ class SavedModel:
         self._retry = Retry(self.name)
         self.config = self._read_config()
         self.record = ModelRecord.of_config(self.config, self.where(CONFIG))
-        self.info, self.kind = self.record.to_dict(), self.record.kind
+        self.kind = self.record.kind
 
     def __str__(self) -> str:
         return self.name
@@ -306,7 +310,7 @@ class SavedModel:
 
     def _resource(self, space: SearchSpace) -> Resource:
         if self.record.device is not None:
-            return self.find_device(self.record.device).resource(space)  # refuses a space of other classes
+            return self.devices()[self.record.device].resource(space)  # refuses a space of other classes
         return RESOURCES[self.record.resource or 'macs']
 
     def devices(self) -> dict[str, Device]:

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -55,8 +56,8 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
     subnets = []
     for row, series in rows:
         arch = space.from_dict(row['arch'])
-        lines = _lines(saved, *_choice(saved, space, arch, row, resource, generator), repo_id)
-        subnets.append(EvaluatedSubnet(row, arch, lines, series))
+        choice = _choice(saved, arch, row, generator) if saved.kind == 'supernet' else {}
+        subnets.append(EvaluatedSubnet(row, arch, _lines(saved, choice, repo_id), series))
     return report_html(
         saved.config['architecture'], _subtitle(saved, net, space), space, subnets, _resources(saved, space),
         resource=resource, edges=saved.record.groups, probabilities=saved.record.probabilities,
@@ -92,28 +93,31 @@ def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:
     return f'{what}: {macs} MACs, images of {size}{classes}.'
 
 
-def _choice(saved: SavedModel, space: SearchSpace, arch: Arch, row: Mapping[str, Any], resource: Resource,
-            generator: ArchitectureGenerator | None) -> tuple[str, str]:
-    """What chooses a subnet in Python and in a shell: its budget if that gives exactly this subnet, else its arch."""
-    budget = row['budget'] if row['budget'] is not None else resource.count(space, arch)
-    text = resource.least(budget) if resource.kind == 'seconds' else f'{budget:.12g}'
-    if generator is None or arch_for_budgets(saved, space, {resource: text}, generator) != arch:
-        fields = arch.to_dict()
-        return f'arch={fields}', f'--arch {shlex.quote(json.dumps(fields))}'
-    keyword, value, device = resource.keyword, repr(text) if resource.kind == 'seconds' else text, saved.record.device
-    if device is None:
-        return f'{keyword}={value}', f'--{keyword} {text}'
-    return (f'{keyword}={value}, device_file={device!r}',
-            f'--{keyword} {text} --device-file {shlex.quote(device)}')
+def _choice(saved: SavedModel, arch: Arch, row: Mapping[str, Any], generator: ArchitectureGenerator | None,
+            ) -> dict[str, Any]:
+    """The arguments that choose a subnet: its budget if that gives exactly this subnet, else its arch."""
+    space, resource, budget = saved.space, saved.resource, row['budget']
+    budget = resource.count(space, arch) if budget is None else budget
+    value = resource.least(budget) if resource.kind == 'seconds' else float(f'{budget:.12g}')
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    with suppress(ValueError):  # a table may hold budgets that no arch meets
+        if generator is not None and arch_for_budgets(saved, space, {resource: value}, generator) == arch:
+            return resource.arguments(value)
+    return dict(arch=arch.to_dict())
 
 
-def _lines(saved: SavedModel, python: str, shell: str, repo_id: str | None) -> list[str]:
-    """What to type for a subnet of this choice."""
+def _lines(saved: SavedModel, choice: Mapping[str, Any], repo_id: str | None) -> list[str]:
+    """What to type for a subnet, in Python and in a shell."""
     name, around = repo_id or saved.name, (saved.record.backbone or {}).get('network')
     build = ', network=build' if around else ''  # the function that builds the network around a backbone
     if saved.kind == 'subnet':
         return [f'net = tsn.from_pretrained({name!r}{build})']
+    python = ', '.join(f'{key}={value!r}' for key, value in choice.items())
     lines = [f'net = tsn.from_pretrained({name!r}, {python}{build})']
     if repo_id is None and not around:  # `extract` reads directories, and runs no code of the user
+        shell = ' '.join(
+            f'--{key.replace("_", "-")} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}'
+            for key, value in choice.items())
         lines.append(f'timm-shiftnas extract {shlex.quote(name)} {shell} --output subnet')
     return lines

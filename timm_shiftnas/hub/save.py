@@ -46,7 +46,7 @@ from .format import (
     saved_class_names,
 )
 
-__all__ = ['add_device', 'save_pretrained']
+__all__ = ['save_pretrained']
 
 
 def save_pretrained(
@@ -223,28 +223,6 @@ def config_content(config: Mapping[str, Any]) -> bytes:
     return content
 
 
-def add_device(directory: str | os.PathLike, device: Device) -> Path:
-    """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
-
-    Raises:
-        ValueError: If no supernet is saved there, or the device file is of another one.
-    """
-    directory = Path(expand_home(directory))
-    content = (directory / CONFIG).read_bytes()
-    config = json.loads(content)
-    record = ModelRecord.of_config(config, str(directory / CONFIG))
-    device.check_space(build_network(config, str(directory / CONFIG)).space)
-    name, data = device_file(device.name), device.to_json().encode()
-    if record.device == device.name and (directory / name).read_bytes() != data:
-        raise ValueError(
-            f'the generator of {directory} was trained with the device file {name}; give another name, with --name')
-    config[KEY]['files'][name] = describe_file(data)
-    for path, new in ((directory / name, data), (directory / CONFIG, config_content(config))):
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(new)
-    return directory / name
-
-
 def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU: safetensors refuses tensors that share memory or are not contiguous."""
     if any(tensor.is_meta for tensor in state.values()):
@@ -283,9 +261,9 @@ def _json_data(value: Any) -> Any:
 def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:
     """Write the files of a model, `config.json` first.
 
-    All are written under temporary names, which the stack renames in reverse order. If there is more than one, the old
-    `config.json` is removed before the first rename and the new one is renamed last: a `config.json` is always beside
-    its own files.
+    All are written under temporary names, which the stack renames in reverse order. If other files are replaced, the
+    old `config.json` is removed before the first rename and the new one is renamed last: a `config.json` is always
+    beside its own files.
 
     Args:
         directory: The directory of the model.
@@ -303,5 +281,6 @@ def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collectio
                 file.flush()
                 os.fsync(file.fileno())
         stale = {*replaced} - {*files}  # of the model that was here
-        for name in {CONFIG, *stale} if len(files) > 1 or stale else ():
-            (directory / name).unlink(missing_ok=True)
+        if any((directory / name).exists() for name in {*files, *replaced} - {CONFIG}):
+            for name in {CONFIG, *stale}:
+                (directory / name).unlink(missing_ok=True)

@@ -181,8 +181,8 @@ class ShiftNASConfig:
     sandwich: bool = setting(
         False, 'each step trains the largest and the smallest arch among its archs (Yu & Huang, ICCV 2019)')
     inplace_distillation: bool = setting(
-        False, 'with sandwich: after the warm-up the other archs learn from the predictions of the largest instead of the '
-        'targets')
+        False, 'with sandwich: after the warm-up the other archs learn from the predictions of the largest, and not '
+        'from the targets')
     arch_per_rank: bool = setting(False, 'each process of a distributed run trains different archs')
     task_loss_weight: float | None = setting(
         None, 'with a teacher: weight of the loss on the targets (default: 1)', least=0)

@@ -91,6 +91,11 @@ class Resource:
         """A value to type for a budget that is not below it."""
         return str(value) if self.kind != 'seconds' else f'{math.ceil(value * 1e6) / 1e3:.12g}ms'
 
+    def arguments(self, value: Any) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that bound it by a value; with dashes, the flags of `timm-shiftnas`."""
+        more = dict(precision=self.name.removeprefix('size_')) if self.name.startswith('size_') else {}
+        return {self.keyword: value, **more, **({} if self.device is None else dict(device_file=self.device.name))}
+
     def format(self, value: float) -> str:
         """A value with its unit, for people."""
         return format_quantity(value, self.kind)

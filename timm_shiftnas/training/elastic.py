@@ -84,7 +84,7 @@ def open_base(
         ValueError: If it is not elastic, or its weights are not to be had or do not fit.
     """
     if file:
-        classes = count_classes(file, name)
+        classes = classes_of_weights(file, name)
         model_args = dict(
             model_args, num_classes=classes,
             pretrained_cfg_overlay=dict(file=file, source='', num_classes=classes))
@@ -96,7 +96,7 @@ def open_base(
     return Base(net.to(device), num_classes)
 
 
-def count_classes(file: str, base: str) -> int:
+def classes_of_weights(file: str, base: str) -> int:
     """Number of classes of the head in a file of weights; 0 without a head.
 
     Raises:

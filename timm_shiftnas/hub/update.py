@@ -1,19 +1,22 @@
-"""Storing the archs that a search found in the directory of a saved supernet."""
+"""What is added to the directory of a saved supernet later: the archs of a search, and device files."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..models.calibration import bn_statistics
 from ..space.core import Arch, SearchSpace
-from .format import BN_STATS, CONFIG, KEY, WEIGHTS, ModelRecord, check_tensors
+from ..space.latency import Device
+from .format import BN_STATS, CONFIG, KEY, WEIGHTS, ModelRecord, check_tensors, device_file
 from .load import SavedModel
 from .save import as_file, config_content, describe_file, number_statistics, write_files
 
-__all__ = ['save_searched']
+__all__ = ['add_device', 'save_searched']
 
 
 def save_searched(
@@ -24,8 +27,7 @@ def save_searched(
 ) -> None:
     """Store the archs of a search in the directory of its supernet, so that `from_pretrained` loads them.
 
-    They replace those of an earlier search. Everything is written under temporary names first; then `config.json`, and
-    with BatchNorm the file of statistics, are renamed. After an error or Ctrl-C the directory is as it was.
+    They replace those of an earlier search. After an error or Ctrl-C the directory is as it was.
 
     Args:
         saved: The supernet that was searched, opened before the search.
@@ -46,11 +48,33 @@ def save_searched(
         for arch, stats in statistics.items():
             check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, BN_STATS)
         files[BN_STATS] = as_file(number_statistics(statistics))
-    record = dataclasses.replace(
-        now.record, searched=[arch.to_dict() for arch in archs], searched_limits=dict(limits or {}) or None,
-        bn_archs=[arch.to_dict() for arch in statistics] or None,
-        files=now.record.files | {name: describe_file(content) for name, content in files.items()})
-    config = {**now.config, KEY: record.to_dict()}
+    _update(
+        now, files, searched=[arch.to_dict() for arch in archs], searched_limits=dict(limits or {}) or None,
+        bn_archs=[arch.to_dict() for arch in statistics] or None)
+
+
+def add_device(directory: str | os.PathLike, device: Device) -> Path:
+    """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
+
+    Raises:
+        ValueError: If no supernet is saved there, or the device file is of another one.
+    """
+    saved, name, content = SavedModel(directory), device_file(device.name), device.to_json().encode()
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; device files are of supernets')
+    device.check_space(saved.space)
+    if saved.record.device == device.name and saved.read(name) != content:
+        raise ValueError(
+            f'the generator of {saved} was trained with the device file {name}; give another name, with --name')
+    _update(saved, {name: content})
+    return Path(saved.name, name)
+
+
+def _update(saved: SavedModel, files: Mapping[str, bytes], **entries: Any) -> None:
+    """Replace files and entries of a saved model; after an error or Ctrl-C, the directory is as it was."""
+    described = {name: describe_file(content) for name, content in files.items()}
+    record = dataclasses.replace(saved.record, **entries, files={**saved.record.files, **described})
+    config = {**saved.config, KEY: record.to_dict()}
     ModelRecord.of_config(config, CONFIG)  # refuses what could not be loaded
     directory, content = Path(saved.name), config_content(config)
     before = {name: (directory / name).read_bytes() for name in (CONFIG, *files) if (directory / name).exists()}
