@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..evaluation.latency import Setup, archs_to_measure, create_device, machine
 from ..hub.format import device_file
 from ..hub.load import SavedModel
 from ..hub.update import add_device
-from ..space.latency import operator_features
+from ..space.latency import Device, operator_features
 from ..utils.units import format_quantity
 
 __all__ = ['run_measure']
@@ -28,8 +29,8 @@ def run_measure(args: argparse.Namespace) -> None:
     net = saved.network()
     operator_features(net.space, net.space.one_hot(net.space.smallest))  # refused here, not after hours of measuring
     setup = Setup(args.backend, args.device or 'cpu', args.threads or torch.get_num_threads(), args.batch_size)
-    archs = archs_to_measure(net.space, args.archs, args.seed)
     if args.export:
+        archs = archs_to_measure(net.space, args.archs, args.seed)
         print(f'{export_subnets(net, archs, args.export, args.batch_size)}: run these {len(archs)} files, and fill in '
               f'the column milliseconds; then give --import, with --name, --backend and --threads')
         return
@@ -38,26 +39,32 @@ def run_measure(args: argparse.Namespace) -> None:
     output = args.output or args.directory / device_file(name)
     if output.exists() and not args.overwrite:
         raise ValueError(f'{output} exists already; give another --name, or --overwrite')
-    facts: dict[str, Any] = {}
+    if saved.record.device == name and not args.output:  # `add_device` refuses it, but after measuring
+        raise ValueError(
+            f'the generator of {saved} was trained with the device file {output.name}; give another --name')
     partial = output.with_name(f'{output.name}.partial')
     if args.import_csv:
         archs, seconds = read_latencies(args.import_csv, net.space, args.batch_size)
+        device = create_device(net.space, archs, seconds, name, setup)
     else:
-        if saved.record.device == name and not args.output:  # `add_device` refuses it, but after measuring
-            raise ValueError(
-                f'the generator of {saved} was trained with the device file {output.name}; give another --name')
-        timings = measure_archs(net, archs, setup, partial, args.max_spread)
-        reference = median(timing.reference for timing in timings)
-        seconds = [timing.ratio * reference for timing in timings]
-        facts = dict(machine=machine(), versions=versions_of(setup.backend),
-                     spread=median(timing.spread for timing in timings))
-    device = create_device(net.space, archs, seconds, name, setup, **facts)
+        device = measured_device(net, setup, name, partial, args)
     if args.output:
         device.write(output)
     else:
         add_device(args.directory, device)
-    partial.unlink(missing_ok=True)
+    if not args.import_csv:
+        partial.unlink(missing_ok=True)
     low, high = (format_quantity(each, 'seconds') for each in device.resource(net.space).range(net.space))
     error = device.error
-    print(f'{output}: at most {low} to {high}, predicted from {len(archs)} subnets; held-out error: median '
+    print(f'{output}: at most {low} to {high}, predicted from {device.archs} subnets; held-out error: median '
           f'{error["median"]:.1%}, 95th percentile {error["p95"]:.1%}, rank correlation {error["spearman"]:.3f}')
+
+
+def measured_device(net: Any, setup: Setup, name: str, partial: Path, args: argparse.Namespace) -> Device:
+    """Measure subnets on this machine; what is measured is kept in `partial`, so that a killed command goes on."""
+    archs = archs_to_measure(net.space, args.archs, args.seed)
+    timings = measure_archs(net, archs, setup, partial, args.max_spread)
+    reference = median(timing.reference for timing in timings)
+    return create_device(
+        net.space, archs, [timing.ratio * reference for timing in timings], name, setup, machine=machine(),
+        versions=versions_of(setup.backend), spread=median(timing.spread for timing in timings))

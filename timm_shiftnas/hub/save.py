@@ -102,7 +102,12 @@ def save_pretrained(
     _check_parts(net, timm_net, generator, bn_stats)
     space = net.space if kind == 'supernet' else static_space(net)
     stored = net.network if isinstance(net, ElasticModel) else net
-    tensors = _tensors_of(stored, generator, bn_stats, bn_stats.get(space.largest, {}))
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        WEIGHTS: {**plain_state_dict(stored), **bn_stats.get(space.largest, {})}}
+    if generator is not None:
+        tensors[GENERATOR] = generator.state_dict()
+    if bn_stats:
+        tensors[BN_STATS] = number_statistics(bn_stats)
     files = {name: as_file(state) for name, state in tensors.items()}
     resource = MACS if generator is None else generator.resource
     for device in (*devices, *([] if resource.device is None else [resource.device])):
@@ -159,27 +164,6 @@ def _check_parts(
         check_tensors(expected, stats, f'bn_stats[{arch}]')
 
 
-def _tensors_of(
-        stored: nn.Module,
-        generator: ArchitectureGenerator | None,
-        bn_stats: Mapping[Arch, Mapping[str, Tensor]],
-        own_stats: Mapping[str, Tensor],
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file.
-
-    Args:
-        stored: The network, or the part of it that is stored.
-        generator, bn_stats: As for `save_pretrained`.
-        own_stats: BatchNorm statistics that replace those of the network.
-    """
-    tensors = {WEIGHTS: _cpu_copies({**plain_state_dict(stored), **own_stats})}
-    if generator is not None:
-        tensors[GENERATOR] = _cpu_copies(generator.state_dict())
-    if bn_stats:
-        tensors[BN_STATS] = number_statistics(bn_stats)
-    return tensors
-
-
 def _refuse_unloadable(
         config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], space: SearchSpace) -> None:
     """Raise the `ValueError` that loading these files would raise."""
@@ -200,13 +184,15 @@ def _refuse_unloadable(
 
 def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """BatchNorm statistics of several archs as one dict of tensors, whose names start with the arch's number."""
-    return _cpu_copies({
-        f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
+    return {f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()}
 
 
 def as_file(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as the content of a safetensors file."""
-    return safetensors.torch.save(dict(tensors), metadata={'format': 'pt'})
+    """Tensors as the content of a safetensors file, which refuses those that share memory or are not contiguous."""
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError('the network has no weights (it is on the meta device); load them before saving')
+    copies = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, metadata={'format': 'pt'})
 
 
 def describe_file(content: bytes) -> dict[str, Any]:
@@ -221,13 +207,6 @@ def config_content(config: Mapping[str, Any]) -> bytes:
         raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
                          'give shorter results, training or model_config')
     return content
-
-
-def _cpu_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: safetensors refuses tensors that share memory or are not contiguous."""
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ValueError('the network has no weights (it is on the meta device); load them before saving')
-    return {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
 
 
 def _timm_config(
