@@ -113,6 +113,13 @@ def test_errors_are_those_of_archs_that_were_not_fitted(net):
     assert error['median'] > .1 and abs(error['spearman']) < .5
 
 
+def test_latencies_that_say_nothing_are_refused(net):
+    archs = archs_to_measure(net.space, 20)
+    seconds = [10. ** (k % 4 - 3) for k in range(len(archs))]  # whatever the arch
+    with pytest.raises(ValueError, match='measure more archs, while nothing else runs'):
+        create_device(net.space, archs, seconds, 'toy', Setup())
+
+
 def test_too_few_archs_are_refused(net):
     with pytest.raises(ValueError, match='3 archs'):
         create_device(net.space, archs_to_measure(net.space, 3), [1., 2., 3.], 'toy', Setup())

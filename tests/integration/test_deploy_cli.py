@@ -38,7 +38,9 @@ def saved(net, tmp_path):
 @pytest.mark.slow
 def test_measure_writes_a_device_file_into_the_directory(capsys, saved):
     flags = ('measure', saved, '--threads', '1', '--archs', '20', '--max-spread', '100', '--name', 'here')
-    code, out, _ = run(capsys, *flags)
+    code, out, err = run(capsys, *flags)
+    if code == 2 and 'while nothing else runs' in err:  # a busy machine, on which a twentieth of the archs says nothing
+        pytest.skip(err)
     device = SavedModel(saved).devices()['here']
     assert code == 0 and 'held-out error: median' in out and device.archs == 20 and device.versions['torch']
     assert [each.name for each in saved.iterdir() if each.name.endswith('partial')] == []

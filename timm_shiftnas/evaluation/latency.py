@@ -209,11 +209,15 @@ def create_device(
         **facts: `machine` and `versions`, as for `Device`.
 
     Raises:
-        ValueError: If there are too few archs, or scipy is not installed.
+        ValueError: If there are too few archs, if they do not tell a latency, or if scipy is not installed.
     """
     if len(archs) < FEWEST:
         raise ValueError(f'{len(archs)} archs are too few for a predictor; measure {FEWEST} or more, and better 200')
     prices, error = fit_predictor(space, archs, seconds)
+    if not error['p95'] < 1:  # no budget would bound anything
+        raise ValueError(
+            f'latencies are predicted with an error of {error["p95"]:.0%} (95th percentile); measure more archs, while '
+            'nothing else runs')
     return Device(
         name=name, space=fingerprint(space), **asdict(setup), prices=prices, error=error, archs=len(archs),
         spread=spread, **facts)
