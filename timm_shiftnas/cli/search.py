@@ -16,6 +16,7 @@ from ..hub.update import save_searched
 from ..method import BudgetGroups
 from ..models.calibration import has_batch_norm
 from ..utils.files import FolderLock
+from ..utils.run_files import FRONT, SEARCH
 from .evaluate import refuse_backbone
 from .images import Expected, batches, first_images, labelled_images, open_images
 from .shared import autocast_of, check_images, open_device, warn
@@ -34,7 +35,7 @@ def run_search(args: argparse.Namespace) -> None:
     generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)
     expected = Expected.by(saved)
-    output = args.output or args.directory / 'search'
+    output = args.output or args.directory / SEARCH
     output.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(output)
     try:
@@ -46,7 +47,7 @@ def run_search(args: argparse.Namespace) -> None:
             train_loader=batches(expected, train_images, args) if has_batch_norm(net) else None,
             bn_images=args.bn_images, seed=args.seed, autocast=autocast_of(args, device),
             file=output / 'evaluations.jsonl')
-        write_budgets_csv(output / 'front.csv', found.front)
+        write_budgets_csv(output / FRONT, found.front)
         plot_front(output / 'front.png', found.front, found.rows, COSTS[args.cost])
         save_searched(saved, found.archs, found.bn_stats, found.limits)
     finally:

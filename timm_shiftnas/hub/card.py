@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.tables import score_columns
 from ..space.resources import MACS, PARAMS, Resource
+from ..utils.run_files import ACCURACY, REPORT, SHIFT
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
@@ -17,7 +18,7 @@ from .load import SavedModel
 
 __all__ = ['MARK', 'model_card']
 
-CARD, TABLE, ACCURACY, SHIFT, REPORT = 'README.md', 'budgets.csv', 'accuracy.png', 'shift.png', 'report.html'
+CARD = 'README.md'
 MARK = f'<!-- written by {KEY}: replaced when the model is published again -->'
 CITATION = '''```bibtex
 @inproceedings{zhang2023shiftnas,

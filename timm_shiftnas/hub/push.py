@@ -23,7 +23,8 @@ from ..evaluation.tables import write_budgets_csv
 from ..method.generator import ArchitectureGenerator
 from ..space.resources import MACS
 from ..utils.paths import expand_home
-from .card import ACCURACY, CARD, MARK, REPORT, SHIFT, TABLE, metric_of, model_card
+from ..utils.run_files import ACCURACY, MODEL, REPORT, SHIFT, TABLE, run_of
+from .card import CARD, MARK, metric_of, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
@@ -54,7 +55,7 @@ def push_to_hub(
     `push_directory`.
     """
     with TemporaryDirectory() as folder:
-        save_pretrained(Path(folder, 'model'), net, generator, **saved)
+        save_pretrained(Path(folder, MODEL), net, generator, **saved)
         return push_directory(
             folder, repo_id, private=private, revision=revision, token=token, create_pr=create_pr,
             commit_message=commit_message, license=license)
@@ -102,10 +103,9 @@ def push_directory(
     directory = Path(expand_home(directory)).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
-    model = directory if (directory / CONFIG).exists() else directory / 'model'
-    trained = model.name == 'model' and (model.parent / 'summary.csv').exists()
+    model = directory if (directory / CONFIG).exists() else directory / MODEL
     saved = SavedModel(model)
-    files = published_files(saved, repo_id, model.parent if trained else None, license)
+    files = published_files(saved, repo_id, run_of(model), license)
     api, retry = HfApi(token=token, library_name=KEY), Retry(repo_id)
     parent: str | None = None
     created: list[str] = []

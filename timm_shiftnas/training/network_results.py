@@ -9,6 +9,7 @@ from ..evaluation.accuracy import evaluate
 from ..evaluation.tables import write_budgets_csv
 from ..models import static_counts
 from ..space.resources import MACS
+from ..utils.run_files import TABLE
 from .results import Results
 
 __all__ = ['NetworkResults']
@@ -33,5 +34,5 @@ class NetworkResults(Results):
         return {}
 
     def write(self, net: nn.Module, rows: list[dict[str, Any]]) -> None:
-        write_budgets_csv(self.output / 'budgets.csv', rows)
+        write_budgets_csv(self.output / TABLE, rows)
         self.save(net, rows)

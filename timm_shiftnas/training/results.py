@@ -17,7 +17,6 @@ from ..evaluation.accuracy import evaluate_budgets
 from ..evaluation.plots import plot_accuracy, plot_shift
 from ..evaluation.search import search_archs
 from ..evaluation.tables import format_table, read_budgets_csv, write_budgets_csv, write_shift_csv
-from ..hub.card import REPORT
 from ..hub.load import SavedModel
 from ..hub.push import push_directory
 from ..hub.report import write_report
@@ -27,6 +26,7 @@ from ..space.core import Arch, SearchSpace
 from ..space.latency import Device, fingerprint
 from ..space.resources import MACS, Resource
 from ..utils.files import atomic_write, name_disk_errors
+from ..utils.run_files import ACCURACY, BEFORE, MODEL, REPORT, SHIFT, SHIFT_TABLE, SUMMARY, TABLE
 from ..utils.streams import stream
 from .flags import training_facts
 from .folder import RunFolder
@@ -36,8 +36,6 @@ from .setup import Run
 __all__ = ['Results']
 
 _logger = logging.getLogger('train')
-
-BEFORE = 'before.csv'
 
 
 class Results:
@@ -149,14 +147,14 @@ class Results:
             calibration: BatchNorm statistics of the evaluated subnets.
         """
         task, space, resource = self.task, net.space, self.resource
-        write_budgets_csv(self.output / 'budgets.csv', rows)
+        write_budgets_csv(self.output / TABLE, rows)
         before = self.output / BEFORE
         others = {'before training': read_budgets_csv(before)} if before.exists() else None
-        plot_accuracy(self.output / 'accuracy.png', rows, others, resource, beside=[MACS], space=space)
-        write_shift_csv(self.output / 'shift.csv', task.history)
+        plot_accuracy(self.output / ACCURACY, rows, others, resource, beside=[MACS], space=space)
+        write_shift_csv(self.output / SHIFT_TABLE, task.history)
         noise = stream(self.args.seed, 'histogram', 0)
         uniform = resource.count(space, [space.sample(noise) for _ in range(2000)]).tolist()
-        plot_shift(self.output / 'shift.png', task.history, task.groups.edges, uniform, resource)
+        plot_shift(self.output / SHIFT, task.history, task.groups.edges, uniform, resource)
         in_table = dict.fromkeys(space.from_dict(row['arch']) for row in rows)
         statistics = None if calibration is None else {arch: calibration.statistics[arch] for arch in in_table}
         self.save(
@@ -166,7 +164,7 @@ class Results:
 
     def measured(self, space: SearchSpace) -> list[Device]:
         """The devices that the model directory of an earlier epoch was measured on meanwhile."""
-        directory = self.output / 'model'
+        directory = self.output / MODEL
         if not directory.exists():
             return []
         with suppress(ValueError):  # something else is saved there
@@ -180,9 +178,9 @@ class Results:
         if self.loaders.split is not None:
             facts['held_out'] = self.loaders.split
         save_pretrained(
-            self.output / 'model', net, results=rows, training=facts, data_config=self.run.data_config, **more)
+            self.output / MODEL, net, results=rows, training=facts, data_config=self.run.data_config, **more)
         with self.tolerate_errors('the report'):
-            write_report(self.output / REPORT, SavedModel(self.output / 'model'))
+            write_report(self.output / REPORT, SavedModel(self.output / MODEL))
 
     def write_summary(self, epoch: int, metrics: dict[str, float], results: dict[str, float], lr: float) -> None:
         """Append an epoch to summary.csv.
@@ -195,8 +193,8 @@ class Results:
         """
         row = {'epoch': epoch, **{f'train_{name}': value for name, value in metrics.items()}}
         row |= {f'eval_{name}': results.get(name, '') for name in self.metrics}
-        with self.tolerate_errors('summary.csv'):
-            append_epoch(self.output / 'summary.csv', {**row, 'lr': lr})
+        with self.tolerate_errors(SUMMARY):
+            append_epoch(self.output / SUMMARY, {**row, 'lr': lr})
 
     def save_images(self, images: Tensor, epoch: int, batch: int) -> None:
         """Save the images of a batch as a picture."""

@@ -38,6 +38,7 @@ from ..models.subnet import describe_images
 from ..space import is_supernet
 from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
+from ..utils.run_files import MODEL
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .checkpoints import Position, find_checkpoint, read_checkpoint, report_head, resume
@@ -167,7 +168,7 @@ def output_dir(args: argparse.Namespace) -> str:
     if args.resume not in ('', 'auto') and not args.experiment:
         return str(Path(args.resume).resolve().parent)
     model = Path(args.elastic or saved_at(args.model) or args.model).resolve()
-    model = model.parent if model.name == 'model' else model  # which train.py has written in the folder of a run
+    model = model.parent if model.name == MODEL else model  # which train.py has written in the folder of a run
     name = args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{model.name}'
     return str(Path(args.output, name))
 
