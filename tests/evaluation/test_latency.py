@@ -116,7 +116,7 @@ def test_errors_are_those_of_archs_that_were_not_fitted(net):
 def test_latencies_that_say_nothing_are_refused(net):
     archs = archs_to_measure(net.space, 20)
     seconds = [10. ** (k % 4 - 3) for k in range(len(archs))]  # whatever the arch
-    with pytest.raises(ValueError, match='measure more archs, while nothing else runs'):
+    with pytest.raises(ValueError, match='measure again, while nothing else runs'):
         create_device(net.space, archs, seconds, 'toy', Setup())
 
 

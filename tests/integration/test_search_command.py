@@ -11,13 +11,14 @@ import torch
 from support.networks import tiny_supernet
 
 import timm_shiftnas as tsn
+from timm_shiftnas.cli.search import search_images
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.update import save_searched
 from timm_shiftnas.layers.conv import resize
 from timm_shiftnas.models import static_counts
 from timm_shiftnas.models.calibration import bn_statistics
-from timm_shiftnas_cli import main
+from timm_shiftnas_cli import build_parser, main
 
 DIGITS = ['--dataset', 'sklearn/digits', '--bn-images', 64, '--held-out', .05]
 
@@ -75,6 +76,18 @@ def test_search_stores_the_front_which_from_pretrained_serves(tmp_path, capsys):
     code, again, _ = run(capsys, 'search', model, *flags)
     assert code == 0 and again == out and content(model) == after
     assert all(net.macs(net.space.from_dict(json.loads(row['arch']))) <= 4e6 for row in rows)
+
+
+@pytest.mark.parametrize('held_out, share, warned', [
+    (dict(share=57 / 1437, seed=3), None, False), (dict(share=57 / 1437, seed=3), .04, False),
+    (dict(share=57 / 1437, seed=3, images=1437), .05, True), (dict(share=57 / 1437, seed=3, images=1436), None, True)])
+def test_images_that_were_trained_on_are_told(tmp_path, held_out, share, warned, capsys):
+    """Those of another share, or held out of other images."""
+    save(tmp_path / 'model', generator=False, training=dict(held_out=held_out))
+    flags = ['search', str(tmp_path / 'model'), '--dataset', 'sklearn/digits']
+    args = build_parser().parse_args(flags if share is None else [*flags, '--held-out', str(share)])
+    search_images(SavedModel(tmp_path / 'model'), 10, args)
+    assert ('was trained on' in capsys.readouterr().err) == warned
 
 
 @pytest.mark.slow

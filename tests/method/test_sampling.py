@@ -275,7 +275,8 @@ def test_signals_restore_everything(name):
 
 
 @pytest.mark.parametrize('images, groups, parts', [
-    (6, 2, [[0, 2, 4], [1, 3, 5]]), (5, 3, [[0, 3], [1, 4], [2, 0]]), (2, 3, [[0, 1], [1, 0], [0, 1]])])
+    (6, 2, [[0, 2, 4], [1, 3, 5]]), (5, 3, [[0, 3], [1, 4], [2, 3]]), (3, 3, [[0, 1], [1, 2], [2, 0]]),
+    (2, 3, [[0, 1], [1, 0], [0, 1]])])
 def test_every_group_sees_its_part_of_the_held_out_images(images, groups, parts):
     """At least two of them: BatchNorm has no statistics of one value."""
     net, seen = nn.Linear(1, 2), []

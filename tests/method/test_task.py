@@ -213,6 +213,25 @@ def kl(student, teacher, temperature=1.):
     return (p * (p.log() - q.log())).sum(-1).mean() * temperature ** 2
 
 
+def test_inplace_distillation_begins_after_the_warmup(fitted, shift_batches):
+    task = make_task(fitted, None, sampler='uniform', shift='none', archs_per_step=3, sandwich=True,
+                     inplace_distillation=True, warmup_updates=1)
+    images, targets = shift_batches(0)[0]
+    for distilled in (False, True):
+        result = task(images, targets)
+        outputs = [task.get_trainable_module()(images, arch) for arch in result['archs']]
+        losses = [F.cross_entropy(output, targets) for output in outputs]
+        if distilled:
+            losses[1:] = [kl(output, outputs[0], 1.) for output in outputs[1:]]
+        assert result['loss'].item() == pytest.approx(sum(losses).item() / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize('groups, interval', [(3, 100), (12, 120)])
+def test_the_interval_of_shifts_grows_with_the_groups(fitted, shift_batches, groups, interval):
+    sampler = make_task(fitted, shift_batches, groups, shift_interval=None).sampler
+    assert [update for update in range(300) if sampler.shift_is_due(update)] == [*range(interval, 300, interval)]
+
+
 @pytest.mark.parametrize('with_teacher', [False, True])
 def test_inplace_distillation_and_a_teacher(fitted, shift_batches, with_teacher):
     """The largest arch learns from targets and teacher; the others learn from the largest, which gets no gradient."""

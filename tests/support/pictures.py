@@ -14,7 +14,7 @@ def without_matplotlib():
     try:
         yield
     finally:
-        del sys.modules['matplotlib.figure']
+        sys.modules.pop('matplotlib.figure', None)
         if kept is not None:
             sys.modules['matplotlib.figure'] = kept
         plots._has_matplotlib.cache_clear()

@@ -87,8 +87,10 @@ def test_settings_of_the_road(adapted):
     saved = yaml.safe_load((folder / 'args.yaml').read_text())
     args = [train.parse_args([*BASE, *DATA, *more]) for more in ([], ['--group-width', '1M'], ['--num-groups', '4'])]
     assert [each.num_groups for each in args] == [8, None, 4]
-    assert (saved['shift'], saved['generator_interval'], saved['shift_interval']) == ('hypergradient', 0, 4)
-    history = load(folder / 'last.pth.tar')['task_state']['history']
+    assert (saved['shift'], saved['generator_interval'], saved['shift_interval']) == (None, 0, 4)
+    state = load(folder / 'last.pth.tar')['task_state']
+    history = state['history']
+    assert state['shift']['signal'] == 'hypergradient'
     assert history[2][1] != history[0][1]  # there is no warm-up; the first shift only measures the noise
 
 

@@ -65,6 +65,10 @@ def measured_device(net: Any, setup: Setup, name: str, partial: Path, args: argp
     archs = archs_to_measure(net.space, args.archs, args.seed)
     timings = measure_archs(net, archs, setup, partial, args.max_spread)
     reference = median(timing.reference for timing in timings)
-    return create_device(
-        net.space, archs, [timing.ratio * reference for timing in timings], name, setup, machine=machine(),
-        versions=versions_of(setup.backend), spread=median(timing.spread for timing in timings))
+    try:
+        return create_device(
+            net.space, archs, [timing.ratio * reference for timing in timings], name, setup, machine=machine(),
+            versions=versions_of(setup.backend), spread=median(timing.spread for timing in timings))
+    except ValueError as error:  # these timings are of no use
+        partial.unlink(missing_ok=True)
+        raise ValueError(str(error)) from None

@@ -216,8 +216,8 @@ def create_device(
     prices, error = fit_predictor(space, archs, seconds)
     if not error['p95'] < 1:  # no budget would bound anything
         raise ValueError(
-            f'latencies are predicted with an error of {error["p95"]:.0%} (95th percentile); measure more archs, while '
-            'nothing else runs')
+            f'latencies are predicted with an error of {error["p95"]:.0%} (95th percentile), so that no budget would '
+            'bound them; measure again, while nothing else runs, or more archs')
     return Device(
         name=name, space=fingerprint(space), **asdict(setup), prices=prices, error=error, archs=len(archs),
         spread=spread, **facts)

@@ -108,10 +108,9 @@ def from_pretrained(
         raise ValueError(f'give budgets or an arch, not {" and ".join(budgets)} and arch')
     if precision not in SIZES:
         raise ValueError(f'precision={precision!r} is unknown; choose one of {", ".join(SIZES)}')
-    for name, given, budget in (
-            ('precision', precision != 'fp32', 'size'), ('device_file', device_file is not None, 'latency')):
-        if given and budget not in budgets:
-            raise ValueError(f'{name} says how {budget} is counted, and no {budget} is given; leave it out')
+    for name, value, budget in (('precision', precision, 'size'), ('device_file', device_file, 'latency')):
+        if value not in (None, 'fp32') and budget not in budgets:
+            raise ValueError(f'{name}={str(value)!r} says how {budget} is counted: give {budget}=, or leave {name} out')
     resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY, latency=LATENCY)
     for name, value in budgets.items():
         resources[name].parse(value)  # before anything is downloaded

@@ -260,6 +260,6 @@ def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collectio
                 file.flush()
                 os.fsync(file.fileno())
         stale = {*replaced} - {*files}  # of the model that was here
-        if any((directory / name).exists() for name in {*files, *replaced} - {CONFIG}):
+        if WEIGHTS in files or any((directory / name).exists() for name in {*files, *replaced} - {CONFIG}):
             for name in {CONFIG, *stale}:
                 (directory / name).unlink(missing_ok=True)

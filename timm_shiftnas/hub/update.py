@@ -12,6 +12,7 @@ from torch import Tensor
 from ..models.calibration import bn_statistics
 from ..space.core import Arch, SearchSpace
 from ..space.latency import Device
+from ..utils.paths import expand_home
 from .format import BN_STATS, CONFIG, KEY, WEIGHTS, ModelRecord, check_tensors, device_file
 from .load import SavedModel
 from .save import as_file, config_content, describe_file, number_statistics, write_files
@@ -57,8 +58,11 @@ def add_device(directory: str | os.PathLike, device: Device) -> Path:
     """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
 
     Raises:
-        ValueError: If no supernet is saved there, or the device file is of another one.
+        ValueError: If no supernet is saved there, or the device file is of another one, or would replace that which
+            the generator was trained with.
     """
+    if not Path(expand_home(directory)).is_dir():
+        raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
     saved, name, content = SavedModel(directory), device_file(device.name), device.to_json().encode()
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; device files are of supernets')

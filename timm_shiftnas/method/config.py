@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..space.resources import NAMES
 from ..utils.units import KINDS, parse_quantity
 
-__all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'find_conflict', 'settings_of']
+__all__ = ['RunConfig', 'Setting', 'ShiftNASConfig', 'default_interval', 'find_conflict', 'settings_of']
 
 Spell = Callable[[str, Any], str]  # how a message names a setting with its value: shift='none', or --shift none
 
@@ -245,6 +245,11 @@ class ShiftNASConfig:
         A part of the batch, because a masked network costs as much as the full one.
         """
         return self.generator_images or min(images // 8, 32)
+
+
+def default_interval(groups: int) -> int:
+    """Updates between two shifts of so many groups. A shift measures them all, so its share of the work is bounded."""
+    return max(100, 10 * groups)
 
 
 @dataclass(frozen=True)

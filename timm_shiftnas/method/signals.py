@@ -201,7 +201,7 @@ class Signal:
 
 
 class HypergradientSignal(Signal):
-    """See `hypergradient`. Each group sees one K-th of the held-out images.
+    """See `hypergradient`. Each group sees one K-th of the held-out images, but two at least.
 
     Args:
         epsilon: Length of the finite difference.
@@ -213,8 +213,9 @@ class HypergradientSignal(Signal):
     def __call__(self, net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any,
                  ranks: Ranks = ALONE) -> Tensor:
         groups, count = len(archs), len(held_out[1])
-        # two images at least: BatchNorm after pooling has no statistics of one
-        images = [torch.arange(k, max(count, k + groups + 1), groups) % count for k in range(groups)]
+        images = [[*range(k % count, count, groups)] for k in range(groups)]
+        # BatchNorm after pooling has no statistics of one image
+        images = [part if len(part) > 1 else [part[0], (part[0] + 1) % count] for part in images]
         parts = [tuple(tensor[part] for tensor in held_out) for part in images]
         return hypergradient(net, loss, archs, train, parts, self.epsilon, ranks)
 

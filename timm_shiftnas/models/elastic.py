@@ -110,6 +110,8 @@ def _created_by(net: nn.Module, architecture: str) -> tuple[str, dict[str, Any]]
         if 'base' not in args:
             raise ValueError(f'this {architecture} is a subnet of another supernet; give a network of timm itself')
         name = args.pop('base')
+        if 'fc_norm' in net._model_args:  # timm's reset_classifier keeps it so, whatever the pooling
+            args['fc_norm'] = net._model_args['fc_norm']
     else:
         name, args = architecture, dict(getattr(net, '_model_args', {}))
     return name, {**args, **_present_head(net)}
@@ -130,7 +132,8 @@ def _check_unchanged(net: nn.Module, name: str, args: dict[str, Any]) -> None:
         if shapes.get(key) != others.get(key):
             if hasattr(net, 'static_space'):
                 raise ValueError(
-                    f'this network is a smaller subnet of {name}; give {name}, or the subnet of its largest arch')
+                    f'this network is a smaller subnet of {name}, or was changed; give {name}, or the subnet of its '
+                    'largest arch as it was created')
             raise ValueError(
                 f'this {name} was changed after timm had created it: {key} has the shape {shapes.get(key)}, and '
                 f'{others.get(key)} as created; change classes by reset_classifier(N), and the rest by arguments')

@@ -25,6 +25,7 @@ from ..data.loader import TrainLoader
 from ..data.modes import choose_mode
 from ..data.shift_batches import StepBatches, preprocessing
 from ..data.views import DatasetView, default_share, split_held_out
+from ..method.config import default_interval
 from ..method.samplers import SAMPLERS
 from ..utils.distributed import Ranks
 from ..utils.streams import seed_process, stream
@@ -116,9 +117,10 @@ def default_shift(args: argparse.Namespace, train: Dataset) -> str:
         _logger.info('the probability shift is off: no images of a stream can be held out for it')
         return 'none'
     images = len(train) * (1 - (default_share(train) if args.held_out is None else args.held_out))
-    updates = args.epochs * images / (args.batch_size * args.grad_accum_steps * Ranks.current().size)
-    if updates < 3 * (args.shift_interval or 100):
-        _logger.info(f'the probability shift is off: P would hardly move in {updates:.0f} updates')
+    batches = int(images) // (args.batch_size * Ranks.current().size)
+    updates = args.epochs * -(-batches // args.grad_accum_steps)
+    if updates < 3 * (args.shift_interval or default_interval(args.num_groups or 0)):
+        _logger.info(f'the probability shift is off: P would hardly move in {updates:,} updates')
         return 'none'
     return 'hypergradient'
 

@@ -172,7 +172,7 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield '--pretrained-path and --initial-checkpoint both give the weights of --elastic; leave one of them out'
     if args.pretrained_cfg_overlay and args.elastic is not None:
         yield ('--pretrained-cfg-overlay changes the configuration of --model; with --elastic give --pretrained-path '
-               'FILE, --crop-pct, --mean or another flag of its own')
+               'FILE for weights, and the flag of any other entry, such as --crop-pct')
     if args.clip_mode != 'norm' and args.clip_grad is None:
         yield f'--clip-mode {args.clip_mode} needs --clip-grad X, such as 0.01 for agc'
     if args.sched == 'plateau' and args.sched_on_updates:

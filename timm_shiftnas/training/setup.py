@@ -116,7 +116,7 @@ def create_run(flags: argparse.Namespace) -> Run:
     if not supernet:
         reset_supernet_flags(args)
     elif args.shift is None and args.resume:  # runs of earlier versions had another default
-        args.shift = read_checkpoint(args.resume)['task_state']['shift']['signal']
+        args.shift = read_checkpoint(args.resume)['task_state'].get('shift', {}).get('signal')
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     if args.elastic is None:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -72,7 +73,7 @@ class Trainer:
         self.checkpoints: Checkpoints | None = None
         self.tracker: Tracker | None = None
         if self.ranks.primary:
-            self.open_output(given_lr=args.lr)
+            self.open_output(given=dict(lr=args.lr, shift=args.shift))
         self.update = Update(self.run, self.interrupts, self.checkpoints)
         self.results = (Results if self.run.supernet else NetworkResults)(self.run, self.interrupts, self.folder)
 
@@ -207,18 +208,19 @@ class Trainer:
 
     # -- the folder of the run -----------------------------------------------------------------------------------------
 
-    def open_output(self, given_lr: float | None) -> None:
+    def open_output(self, given: dict[str, Any]) -> None:
         """Create the folder, its checkpoints and trackers, and write the flags to args.yaml.
 
         Args:
-            given_lr: --lr as it was given; a resumed run may scale --lr-base to another number of processes.
+            given: Flags as they were given. For a resumed run, --lr-base may be scaled to another number of processes;
+                for a longer one, the default of --shift may be another.
 
         Raises:
             OSError: If the folder cannot be created, or if another run writes to it.
         """
         run, args, output = self.run, self.args, self.run.output
         try:
-            self.folder = RunFolder(output, yaml.safe_dump(dict(vars(args), lr=given_lr), sort_keys=False))
+            self.folder = RunFolder(output, yaml.safe_dump(dict(vars(args), **given), sort_keys=False))
         except BlockingIOError as error:
             raise BlockingIOError(f'{error}; give another --experiment, or wait until it ends') from None
         except OSError as error:

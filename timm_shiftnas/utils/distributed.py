@@ -56,7 +56,7 @@ class Ranks:
         """Replace each tensor by its sum over all processes; the sum is equal in all of them, bit for bit."""
         if self.size == 1:
             return
-        # one message in one precision: the tensors are few or small
+        # one message in one precision; it copies the tensors, once all weights of a network
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
         dist.all_reduce(flat)
         with torch.no_grad():

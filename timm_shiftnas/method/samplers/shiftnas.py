@@ -14,6 +14,7 @@ from torch import Tensor
 from ...space.core import Arch
 from ...space.matrix_mapping import arch_masks
 from ...utils.streams import stream
+from ..config import default_interval
 from ..generator import generator_loss
 from ..signals import frozen, full_precision
 from .base import Batch, Sampler, ShiftBatches, Step
@@ -30,8 +31,7 @@ class ShiftNASSampler(Sampler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.archs: deque[Arch] = deque()  # drawn ahead
-        # a shift measures every group, so its share of the work does not grow with their number
-        self.shift_interval = self.config.shift_interval or max(100, 10 * len(self.groups))
+        self.shift_interval = self.config.shift_interval or default_interval(len(self.groups))
 
     @property
     def shift_signal(self) -> str:
