@@ -264,8 +264,8 @@ def test_the_shift_is_on_unless_p_is_fixed(flags, signal):
 def test_the_shift_is_off_where_p_would_hardly_move(caplog):
     caplog.set_level('INFO')
     args = train.parse_args([*ONE, '--epochs', '20'])
-    assert open_data(args).held_out is None and args.shift == 'none' and 'in 213 updates' in caplog.text
-    args = train.parse_args([*ONE, '--epochs', '20', '--shift-interval', '71'])
+    assert open_data(args).held_out is None and args.shift == 'none' and 'in 200 updates' in caplog.text
+    args = train.parse_args([*ONE, '--epochs', '20', '--shift-interval', '66'])
     assert open_data(args).held_out is not None and args.shift == 'hypergradient'
 
 
