@@ -116,7 +116,7 @@ def test_validation_images_have_the_range_of_training_images(tmp_path):
     for split, white in (('train', 60_000), ('validation', 4000)):
         for label in 'ab':
             write(tmp_path / split / label / 'x.png', Image.fromarray(np.full((8, 8), white, np.uint16)))
-    data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1']))
+    data = open_data(parse_args(['--shift', 'none', '--data-dir', str(tmp_path), '-b', '1']))
     assert levels(data.train)[0, 0, 0] == 233 and levels(data.validation)[0, 0, 0] == 16
 
 
@@ -270,7 +270,7 @@ def test_two_tars(tmp_path):
     assert len(create_dataset('', folder / 'val.tar', 'validation')) == 2  # its name says which split it is
     refused(folder / 'val.tar', 'train', "'train'", 'a, b', 'train.tar')
     refused(folder, 'nonsense', "'nonsense'", 'train.tar, val.tar')
-    data = open_data(parse_args(['--data-dir', str(folder), '-b', '1']))
+    data = open_data(parse_args(['--shift', 'none', '--data-dir', str(folder), '-b', '1']))
     assert (len(data.train), len(data.validation)) == (2, 2)
 
 
@@ -313,9 +313,9 @@ def test_splits_of_folders(tmp_path):
 
 def test_training_on_the_validation_images_is_said(tmp_path, caplog):
     flags = ['--data-dir', str(make(tmp_path, *FILES)), '-b', '1', '--held-out', '0.5', '--val-split']
-    open_data(parse_args([*flags, 'val']))
+    open_data(parse_args(['--shift', 'none', *flags, 'val']))
     assert not caplog.messages
-    open_data(parse_args([*flags, 'train']))
+    open_data(parse_args(['--shift', 'none', *flags, 'train']))
     assert 'the same images' in caplog.text
 
 
@@ -367,7 +367,7 @@ def test_litter_is_skipped_at_every_level(tmp_path, caplog):
          'train/__MACOSX/a/0.png', 'train/@eaDir/0.png', '.ipynb_checkpoints/a/0.png', '__MACOSX/train/a/0.png')
     for name in ('.DS_Store', 'train/.DS_Store', 'train/a/.DS_Store', 'train/b/Thumbs.db', 'train/b/desktop.ini'):
         (tmp_path / name).write_bytes(b'?')
-    data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1']))
+    data = open_data(parse_args(['--shift', 'none', '--data-dir', str(tmp_path), '-b', '1']))
     assert data.num_classes == 2 and (len(data.train), len(data.validation)) == (2, 2)
     assert not caplog.messages
     refused(tmp_path, 'nonsense', 'but: train, validation;')
@@ -445,7 +445,7 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
     save_pretrained(tmp_path / 'model', timm.create_model('test_shiftformer_supernet', num_classes=2))
     saved = SavedModel(tmp_path / 'model')
     for flag, size in (([], (16, 12)), (['--ignore-exif-orientation'], (12, 16))):
-        data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
+        data = open_data(parse_args(['--shift', 'none', '--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
         sizes = {part[0][0].size for part in (data.train, data.held_out, data.validation, data.calibration)}
         args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), '--data-dir', str(tmp_path), *flag])
         sizes.add(open_images(Expected.by(saved), args, 'validation')[0][0].size)

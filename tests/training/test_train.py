@@ -267,6 +267,8 @@ def test_the_shift_is_off_where_p_would_hardly_move(caplog):
     assert open_data(args).held_out is None and args.shift == 'none' and 'in 200 updates' in caplog.text
     args = train.parse_args([*ONE, '--epochs', '20', '--shift-interval', '66'])
     assert open_data(args).held_out is not None and args.shift == 'hypergradient'
+    args = train.parse_args([*ONE, '--shift-batch-size', '73'])
+    assert open_data(args).held_out is None and args.shift == 'none' and '72 images would be held out' in caplog.text
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..utils.text import one_line
 from .config import ShiftNASConfig
 
-__all__ = ['Teacher', 'distilled', 'divergence']
+__all__ = ['Teacher', 'check_logits', 'distilled', 'divergence']
 
 
 class Teacher:
@@ -49,6 +49,14 @@ class Teacher:
         return self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
 
 
+def check_logits(output: Any) -> None:
+    """Raise a `ValueError` unless an output is logits of images, [B, classes]."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise ValueError(
+            f'distillation needs logits of shape [batch, classes], not {getattr(output, "shape", type(output))}; leave '
+            'out inplace_distillation and the teacher, or distil in a loss of your own')
+
+
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tensor:
     """Distillation loss of Hinton et al. (2015): `T**2 * KL(softmax(teacher / T) || softmax(logits / T))`.
 
@@ -62,10 +70,7 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tens
     Raises:
         ValueError: If these are not logits of images, [B, classes].
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(
-            f'distillation needs logits of shape [batch, classes], not {getattr(logits, "shape", type(logits))}; leave '
-            'out inplace_distillation and the teacher, or distil in a loss of your own')
+    check_logits(logits)
     loss = F.kl_div(
         (logits.float() / temperature).log_softmax(-1), (teacher.detach().float() / temperature).log_softmax(-1),
         reduction='batchmean', log_target=True)

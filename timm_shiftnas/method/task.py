@@ -27,7 +27,7 @@ from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, Resource
 from ..utils.distributed import Ranks
 from .config import ShiftNASConfig
-from .distillation import distilled, divergence
+from .distillation import check_logits, distilled, divergence
 from .generator import ArchitectureGenerator
 from .groups import BudgetGroups
 from .samplers import SAMPLERS, Step
@@ -205,6 +205,8 @@ class ShiftNASTask(ClassificationTask):
         config = self.config
         logits = None if self._teacher is None else self._teacher(input)
         losses: list[Tensor] = []
+        if config.inplace_distillation:  # before the warm-up, not after it
+            check_logits(outputs[0])
         for output in outputs:
             if losses and config.inplace_distillation and self.update >= config.warmup_updates:
                 losses.append(divergence(output, outputs[0]))

@@ -279,8 +279,6 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         known = list_models(published, pretrained=True) or ['pretrained=False']
         raise NoWeights(f'timm has no weights of base={base!r}; type {", ".join(known)}')
     family = _family_of_name(base)
-    if family is None:  # says why, before an argument that the base does not have fails
-        _elastic_family_of(create_on_meta(base), base)
     cfg = pretrained_cfg or _without_source(base_cfg.to_dict())
     if isinstance(cfg, Mapping) and 'input_size' in cfg:
         cfg = _config_of(cfg, variant, kwargs)
@@ -306,10 +304,14 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
     Raises:
         ValueError: If it is not elastic, or its weights cannot be had.
     """
-    if pretrained:  # before anything is downloaded
-        _elastic_family_of(create_on_meta(base, **args), base)
     try:
+        if pretrained:  # before anything is downloaded
+            _elastic_family_of(create_on_meta(base, **args), base)
         return create_model(base, pretrained=pretrained, **args)
+    except TypeError:  # an argument that it does not have; perhaps it is not elastic anyway
+        if _family_of_name(base) is None:
+            _elastic_family_of(create_on_meta(base), base)
+        raise
     except OSError as error:
         raise NoWeights(
             f'the weights of base={base!r} cannot be loaded: {one_line(error)}; connect to the internet, or create the '

@@ -108,16 +108,20 @@ def open_data(args: argparse.Namespace) -> Data:
 def default_shift(args: argparse.Namespace, train: Dataset) -> str:
     """The signal of the probability shift where no flag gives it.
 
-    'none' where P is fixed, where nothing can be held out, and where P would hardly move: the first shift measures the
-    noise only.
+    'none' where P is fixed, where nothing or too little can be held out, and where P would hardly move: the first shift
+    measures the noise only.
     """
     if args.sampler != 'shiftnas' or args.group_weights is not None:
         return 'none'
     if isinstance(train, IterableDataset):
         _logger.info('the probability shift is off: no images of a stream can be held out for it')
         return 'none'
-    images = len(train) * (1 - (default_share(train) if args.held_out is None else args.held_out))
-    batches = int(images) // (args.batch_size * Ranks.current().size)
+    held_out = round(len(train) * (default_share(train) if args.held_out is None else args.held_out))
+    if held_out < args.shift_batch_size:
+        _logger.info(f'the probability shift is off: {held_out} images would be held out, and it needs '
+                     f'{args.shift_batch_size} (--held-out, --shift-batch-size)')
+        return 'none'
+    batches = (len(train) - held_out) // (args.batch_size * Ranks.current().size)
     updates = args.epochs * -(-batches // args.grad_accum_steps)
     if updates < 3 * (args.shift_interval or default_interval(args.num_groups or 0)):
         _logger.info(f'the probability shift is off: P would hardly move in {updates:,} updates')
