@@ -445,7 +445,7 @@ def test_photographs_are_left_as_stored_if_asked_for(tmp_path):
     save_pretrained(tmp_path / 'model', timm.create_model('test_shiftformer_supernet', num_classes=2))
     saved = SavedModel(tmp_path / 'model')
     for flag, size in (([], (16, 12)), (['--ignore-exif-orientation'], (12, 16))):
-        data = open_data(parse_args(['--shift', 'none', '--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
+        data = open_data(parse_args(['--data-dir', str(tmp_path), '-b', '1', '--held-out', '.5', *flag]))
         sizes = {part[0][0].size for part in (data.train, data.held_out, data.validation, data.calibration)}
         args = build_parser().parse_args(['evaluate', str(tmp_path / 'model'), '--data-dir', str(tmp_path), *flag])
         sizes.add(open_images(Expected.by(saved), args, 'validation')[0][0].size)
