@@ -133,7 +133,7 @@ def test_all_of_several_budgets_hold_and_none_leaves_room(tiny, generator):
     latency = device_of(tiny).resource(tiny)
     resources = [MACS, PARAMS, SIZES['int8'], MEMORY, latency]
     noise = rng(2)
-    for pair in [*itertools.combinations(resources, 2)][1::4]:
+    for pair in [*itertools.combinations(resources, 2)][2::5]:
         limits = {}
         for resource in pair:
             low, high = resource.range(tiny)

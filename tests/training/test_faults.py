@@ -31,7 +31,7 @@ from timm_shiftnas.utils.files import atomic_write, name_disk_errors
 pytestmark = pytest.mark.slow
 
 # everything that is random or has a state
-RICH = [*FAST, '--epochs', '2', '--val-interval', '9', '-j', '2', '--mixup', '0.8', '--cutmix', '1.0',
+RICH = [*FAST, '--epochs', '2', '--val-interval', '9', '-j', '1', '--mixup', '0.8', '--cutmix', '1.0',
         '--drop-path', '0.2', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.25',
         '--aa', 'rand-m5-n1', '--grad-accum-steps', '2', '--recovery-interval', '1', '--experiment', 'run',
         '--sched-on-updates']
