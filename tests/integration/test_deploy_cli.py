@@ -38,9 +38,11 @@ def saved(net, tmp_path):
 @pytest.mark.slow
 def test_measure_writes_a_device_file_into_the_directory(capsys, saved):
     flags = ('measure', saved, '--threads', '1', '--archs', '20', '--max-spread', '100', '--name', 'here')
-    code, out, err = run(capsys, *flags)
-    if code == 2 and 'while nothing else runs' in err:  # a busy machine, on which a twentieth of the archs says nothing
-        pytest.skip(err)
+    for _ in range(5):  # other tests run beside this one, and a predictor of 20 archs may find nothing but them
+        code, out, err = run(capsys, *flags)
+        if code == 0:
+            break
+        assert 'while nothing else runs' in err and not list(saved.glob('device_*'))
     device = SavedModel(saved).devices()['here']
     assert code == 0 and 'held-out error: median' in out and device.archs == 20 and device.versions['torch']
     assert [each.name for each in saved.iterdir() if each.name.endswith('partial')] == []

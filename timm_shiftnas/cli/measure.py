@@ -11,7 +11,14 @@ import torch
 
 from ..evaluation.backends import versions_of
 from ..evaluation.foreign_devices import export_subnets, read_latencies
-from ..evaluation.latency import Setup, archs_to_measure, create_device, machine, measure_archs
+from ..evaluation.latency import (
+    Setup,
+    UnpredictableError,
+    archs_to_measure,
+    create_device,
+    machine,
+    measure_archs,
+)
 from ..hub.format import device_file
 from ..hub.load import SavedModel
 from ..hub.update import add_device
@@ -69,6 +76,6 @@ def measured_device(net: Any, setup: Setup, name: str, partial: Path, args: argp
         return create_device(
             net.space, archs, [timing.ratio * reference for timing in timings], name, setup, machine=machine(),
             versions=versions_of(setup.backend), spread=median(timing.spread for timing in timings))
-    except ValueError as error:  # these timings are of no use
+    except UnpredictableError:  # the same command would read these timings again
         partial.unlink(missing_ok=True)
-        raise ValueError(str(error)) from None
+        raise

@@ -193,6 +193,10 @@ def machine() -> str:
 # -- the device file ---------------------------------------------------------------------------------------------------
 
 
+class UnpredictableError(ValueError):
+    """Measured latencies that a predictor cannot tell from noise."""
+
+
 def create_device(
         space: SearchSpace, archs: Sequence[Arch], seconds: Sequence[float], name: str, setup: Setup,
         spread: float = 0., **facts: Any,
@@ -209,13 +213,14 @@ def create_device(
         **facts: `machine` and `versions`, as for `Device`.
 
     Raises:
-        ValueError: If there are too few archs, if they do not tell a latency, or if scipy is not installed.
+        UnpredictableError: If the predictor is wrong by more than the latency itself.
+        ValueError: If there are too few archs, or scipy is not installed.
     """
     if len(archs) < FEWEST:
         raise ValueError(f'{len(archs)} archs are too few for a predictor; measure {FEWEST} or more, and better 200')
     prices, error = fit_predictor(space, archs, seconds)
     if not error['p95'] < 1:  # no budget would bound anything
-        raise ValueError(
+        raise UnpredictableError(
             f'latencies are predicted with an error of {error["p95"]:.0%} (95th percentile), so that no budget would '
             'bound them; measure again, while nothing else runs, or more archs')
     return Device(

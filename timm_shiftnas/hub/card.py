@@ -136,19 +136,21 @@ def _plain(text: Any) -> str:
 def _usage(saved: SavedModel, repo_id: str) -> str:
     """Code that loads a model; if it is a classifier, timm loads it too."""
     arguments, build, network = [f"'{repo_id}'"], [], (saved.record.backbone or {}).get('network')
+    examples: list[str] = []
     if saved.kind == 'supernet':
         space, resource = saved.space, saved.resource
         budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [
             sum(resource.range(space)) / 2]
         budget = _arguments(resource, budgets[len(budgets) // 2])
         arguments.append(budget if saved.has_generator else f'arch={space.smallest.to_dict()}')
+        if saved.has_generator:  # of every device, but the one whose latency all budgets bound
+            examples = [_arguments(each, sum(each.range(space)) / 2)
+                        for each in saved.latencies(space) if each != resource]
     if network:
         arguments.append('network=build')
         build = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
     lines = [*build, f'net = timm_shiftnas.from_pretrained({", ".join(arguments)})  # a plain, static network']
-    # and an example for every device, but the one whose latency all budgets bound
-    lines += [f"net = timm_shiftnas.from_pretrained('{repo_id}', {_arguments(each, sum(each.range(saved.space)) / 2)})"
-              for each in (saved.latencies(saved.space) if saved.has_generator else ()) if each != saved.resource]
+    lines += [f"net = timm_shiftnas.from_pretrained('{repo_id}', {each})" for each in examples]
     if saved.record.backbone is None:
         name = 'supernet' if saved.kind == 'supernet' else 'the_same'
         lines.append(f"{name} = timm.create_model('hf-hub:{repo_id}', pretrained=True)")

@@ -56,7 +56,7 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
     subnets = []
     for row, series in rows:
         arch = space.from_dict(row['arch'])
-        choice = _choice(saved, arch, row, generator) if saved.kind == 'supernet' else {}
+        choice = _choice(saved, arch, row, resource, generator) if saved.kind == 'supernet' else {}
         subnets.append(EvaluatedSubnet(row, arch, _lines(saved, choice, repo_id), series))
     return report_html(
         saved.config['architecture'], _subtitle(saved, net, space), space, subnets, _resources(saved, space),
@@ -93,16 +93,14 @@ def _subtitle(saved: SavedModel, net: nn.Module, space: SearchSpace) -> str:
     return f'{what}: {macs} MACs, images of {size}{classes}.'
 
 
-def _choice(saved: SavedModel, arch: Arch, row: Mapping[str, Any], generator: ArchitectureGenerator | None,
-            ) -> dict[str, Any]:
+def _choice(saved: SavedModel, arch: Arch, row: Mapping[str, Any], resource: Resource,
+            generator: ArchitectureGenerator | None) -> dict[str, Any]:
     """The arguments that choose a subnet: its budget if that gives exactly this subnet, else its arch."""
-    space, resource, budget = saved.space, saved.resource, row['budget']
-    budget = resource.count(space, arch) if budget is None else budget
-    value = resource.least(budget) if resource.kind == 'seconds' else float(f'{budget:.12g}')
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    budget = resource.count(saved.space, arch) if row['budget'] is None else row['budget']
+    rounded = float(f'{budget:.12g}')
+    value = resource.least(budget) if resource.kind == 'seconds' else int(rounded) if rounded.is_integer() else rounded
     with suppress(ValueError):  # a table may hold budgets that no arch meets
-        if generator is not None and arch_for_budgets(saved, space, {resource: value}, generator) == arch:
+        if generator is not None and arch_for_budgets(saved, saved.space, {resource: value}, generator) == arch:
             return resource.arguments(value)
     return dict(arch=arch.to_dict())
 

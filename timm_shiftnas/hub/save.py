@@ -188,7 +188,7 @@ def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str
 
 
 def as_file(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as the content of a safetensors file, which refuses those that share memory or are not contiguous."""
+    """Tensors as a safetensors file: copies, for the format takes none that share memory or are not contiguous."""
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError('the network has no weights (it is on the meta device); load them before saving')
     copies = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in tensors.items()}

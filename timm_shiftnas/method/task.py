@@ -205,7 +205,7 @@ class ShiftNASTask(ClassificationTask):
         config = self.config
         logits = None if self._teacher is None else self._teacher(input)
         losses: list[Tensor] = []
-        if config.inplace_distillation:  # before the warm-up, not after it
+        if config.inplace_distillation:  # at the first step, and not after the warm-up
             check_logits(outputs[0])
         for output in outputs:
             if losses and config.inplace_distillation and self.update >= config.warmup_updates:

@@ -8,6 +8,7 @@ from timm.models import create_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+# clamp_ and erfinv_ are steps of timm's trunc_normal_
 _RANDOM = frozenset([
     nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_,
     nn.init.xavier_normal_, nn.init.xavier_uniform_, torch.Tensor.clamp_, torch.Tensor.erfinv_, torch.Tensor.normal_,

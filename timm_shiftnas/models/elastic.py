@@ -80,14 +80,15 @@ def elastic(
         raise ValueError(
             f'this {type(net).__name__} was not created by timm; give a network of timm.create_model, or its name')
     family = _elastic_family_of(net, cfg['architecture'])
-    size = _square(kwargs.pop('img_size', getattr(getattr(net, 'arch', None), 'resolution', None))) if (
-        family.sized) else None
+    size = _square(kwargs.pop('img_size', None)) if family.sized else None
     if pretrained or kwargs:
         names = ', '.join([*kwargs, *(['pretrained'] if pretrained else [])])
         raise ValueError(f'{names}: only the name of a base takes these; create the network with them')
     name, args = _created_by(net, cfg['architecture'])
     _check_unchanged(net, name, args)
     args['base'] = name
+    if size is None and hasattr(net, 'arch'):
+        size = getattr(net.arch, 'resolution', None)
     if size is not None:
         args['img_size'] = size
     net = copy.deepcopy(net)

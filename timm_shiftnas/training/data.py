@@ -90,8 +90,7 @@ def open_data(args: argparse.Namespace) -> Data:
     if args.shift is None:
         args.shift = default_shift(args, train)
     if args.held_out is not None or SAMPLERS[args.sampler].searches or args.shift != 'none':
-        share = default_share(train) if args.held_out is None else args.held_out
-        train, held_out = split_held_out(train, share, args.seed)
+        train, held_out = split_held_out(train, share_to_hold_out(args, train), args.seed)
     if isinstance(train, IterableDataset):
         calibration = open_split(split=args.train_split, is_training=False, num_samples=args.train_num_samples)
     else:  # views of one dataset have their own transforms
@@ -105,6 +104,10 @@ def open_data(args: argparse.Namespace) -> Data:
     return Data(train, held_out, validation, calibration, num_classes, names)
 
 
+def share_to_hold_out(args: argparse.Namespace, train: Dataset) -> float:
+    return default_share(train) if args.held_out is None else args.held_out
+
+
 def default_shift(args: argparse.Namespace, train: Dataset) -> str:
     """The signal of the probability shift where no flag gives it.
 
@@ -116,7 +119,7 @@ def default_shift(args: argparse.Namespace, train: Dataset) -> str:
     if isinstance(train, IterableDataset):
         _logger.info('the probability shift is off: no images of a stream can be held out for it')
         return 'none'
-    held_out = round(len(train) * (default_share(train) if args.held_out is None else args.held_out))
+    held_out = round(len(train) * share_to_hold_out(args, train))
     if held_out < args.shift_batch_size:
         _logger.info(f'the probability shift is off: {held_out} images would be held out, and it needs '
                      f'{args.shift_batch_size} (--held-out, --shift-batch-size)')

@@ -32,9 +32,6 @@ OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # tim
 ELASTIC_DEFAULTS: dict[str, Any] = dict(
     model='elastic_supernet', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0., generator_interval=0,
     num_groups=8)
-# The default of --shift is decided when the data is open. It is on where images can be held out: after training from
-# scratch it is as good as an even P, and after training from a pretrained network better (docs/results.md).
-UNDECIDED: dict[str, Any] = dict(shift=None)
 NOT_TYPED = object()  # stands for a flag that is not on the command line
 # What a model card leaves out: files and names of this machine, and what the command on the card does not need.
 PRIVATE = {
@@ -73,7 +70,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     for name, only in TIMM_ONLY.items():
         flag = name if name == 'local_rank' else name.replace('_', '-')  # as torch's launchers spell it
         parser.add_argument(f'--{flag}', action=OnlyDefault, only=only)
-    parser.set_defaults(**UNDECIDED)
+    # decided when the data is open: on where images can be held out, for from scratch it is as good as an even P, and
+    # from a pretrained network better (docs/results.md)
+    parser.set_defaults(shift=None)
     return parser
 
 
