@@ -286,6 +286,13 @@ class Trained:
         return [dict(group=k, budget=row['budget'], macs=row['macs'], top1=row['top1'])
                 for k, row in enumerate(rows) if row['budget'] is not None]
 
+    def top1(self, archs: Sequence) -> list[float]:
+        """Top-1 of archs on the validation images."""
+        from timm_shiftnas.evaluation.accuracy import evaluate_archs
+
+        return [top1 for top1, _ in evaluate_archs(
+            self.net, archs, self.validation, self.device, self.calibration)]
+
     def searched(self) -> list[dict]:
         """As `rows`, at the best arch of each group by held-out images, as a training with uniform sampling ends."""
         from timm_shiftnas.evaluation.search import search_archs
@@ -331,6 +338,12 @@ def spread(values: Sequence[float]) -> str:
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [header, ['---'] * len(header), *lines])
+
+
+def mean_interval(values: Sequence[float]) -> str:
+    """Mean and the half width of its interval, without one for a single value."""
+    mean_, half = interval(values)
+    return f'{mean_:.2f}' if math.isnan(half) else f'{mean_:.2f} ± {half:.2f}'
 
 
 def difference(values: Sequence[float]) -> str:

@@ -51,12 +51,20 @@ def test_boosted_group_weights_have_the_same_sum():
 
 
 def test_rank_correlations():
-    rows = [dict(sampler='a', seed=0, macs=m, inherited=i, fine_tuned=f, from_scratch=s)
-            for m, i, f, s in ((1, 1, 1, 4), (2, 2, 3, 3), (3, 3, 2, 2), (4, 4, 4, 1))]
-    rows += [dict(row, seed=1, fine_tuned=row['inherited']) for row in rows]
-    cells = ranking.correlations(rows).splitlines()[-1].split(' | ')
+    def rows(method, *seeds):
+        return [dict(method=method, seed=seed, macs=number, top1=top1)
+                for seed, tops in enumerate(seeds) for number, top1 in enumerate(tops)]
+
+    # the mean of the networks alone is 1, 2, 3, 4
+    text = ranking.correlations(
+        [*rows('alone', (1, 2, 4, 5), (1, 2, 2, 3)), *rows('a', (0, 1, 2, 3), (0, 2, 1, 3)), *rows('b', (4, 3, 2, 1))])
+    a, b, macs, noise = (line.strip('| ').split(' | ') for line in text.splitlines()[2:])
     # of one seed one of six pairs is swapped, so that tau is 4 / 6; the interval is 12.706 standard errors of 1 / 6
-    assert cells[3] == '0.83 ± 2.12 / 0.90 ± 1.27' and cells[4] == '-1.00 ± 0.00 / -1.00 ± 0.00'
+    assert a == ['a', '2', '0.83 ± 2.12', '0.90 ± 1.27', '1.00']
+    assert b == ['b', '1', '-1.00', '-1.00', '0.00']
+    assert macs[:4] == ['MACs', '1', '1.00', '1.00']
+    # five pairs agree, one is a tie of one seed: 5 / sqrt(6 * 5)
+    assert noise[:3] == ['one training alone, with another seed', '1', '0.91']
 
 
 @pytest.mark.slow
