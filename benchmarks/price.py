@@ -7,7 +7,8 @@ alone. Prices are in units of one training of the largest network alone, of the 
 training: the median epoch times their number, of the seed that other programs disturbed least. The fit of a generator,
 evaluation and search are not included. Only times of one machine compare, so give a series its own --output.
 Supernets with uniform sampling, the sandwich rule included, are evaluated at the best of 25 archs per budget on
-held-out images, the others at the archs of the generator.
+held-out images, the others at the archs of the generator. In-place distillation begins after half of the training:
+before that, the largest arch has nothing to teach.
 
 Writes `price_TASK.csv`, a table `.md` and a picture `.png`.
 """
@@ -22,12 +23,13 @@ from statistics import mean, stdev
 import runs
 from runs import FITTED, GROUPS, SAMPLERS, Run, folder_name
 
+DISTILLED = 'sandwich, distilled'
 SUPERNETS = {
     'generator': [*SAMPLERS['generator'], *FITTED],
     'generator, learned P': [*SAMPLERS['hypergradient'], *FITTED],
     'uniform': SAMPLERS['uniform'],
     'sandwich': SAMPLERS['sandwich'],
-    'sandwich, distilled': [*SAMPLERS['sandwich'], '--inplace-distillation'],
+    DISTILLED: [*SAMPLERS['sandwich'], '--inplace-distillation'],
     **{name: SAMPLERS[name] for name in ('focusformer', 'prenas', 'best-up', 'worst-up')},
 }
 ARCHS = 'generator'  # its archs are those that are trained alone
@@ -49,6 +51,8 @@ def row_of(method: str, epochs: int, seed: int, seconds: float, tops: list[float
 
 def run_of(method: str, epochs: int, seed: int, args: argparse.Namespace) -> Run:
     flags = SUPERNETS[method]
+    if method == DISTILLED:
+        flags = [*flags, '--shift-warmup-epochs', f'{epochs / 2:g}']
     return Run(folder_name(flags), args.task, (*flags, *args.train_flags), seed, epochs)
 
 
