@@ -32,6 +32,9 @@ from timm_shiftnas.space import (
     space_from_dict,
     space_of_family,
 )
+from timm_shiftnas.training.flags import parse_args
+from timm_shiftnas.training.setup import create_data_config
+from timm_shiftnas.training.trainer import main
 
 # -- family: residual MLPs on flattened images, with elastic depth and, per layer, elastic width -----------------------
 
@@ -75,7 +78,7 @@ def mlp_masks(space, one_hots):
 
 
 class ToyMlp(nn.Module):
-    def __init__(self, arch, pixels=64, in_chans=3, num_classes=4, device=None, dtype=None):
+    def __init__(self, arch, pixels=64, in_chans=3, num_classes=4, drop_rate=0., device=None, dtype=None):
         super().__init__()
         self.static_space = mlp_space([arch['depth']], sorted(set(arch['width'])))
         self.arch, self.num_classes, self.num_features = self.static_space.arch(**arch), num_classes, STREAM
@@ -225,3 +228,20 @@ def test_unknown_families_are_named():
     assert space_from_dict(data) == SPACE
     with pytest.raises(ValueError, match='resnet.*toy_mlp'):
         space_from_dict(dict(data, family='resnet'))
+
+
+@pytest.mark.slow
+def test_train_py_trains_it(tmp_path):
+    space = repr(SPACE.to_dict())
+    assert main([
+        '--model', 'toy_mlp_supernet', '--model-kwargs', f'space={space}', 'pixels=64', '--pretrained-cfg-overlay',
+        'input_size=(3, 8, 8)', 'classifier=head', '--dataset', 'sklearn/digits', '-j', '0', '-b', '64',
+        '--epochs', '1', '--warmup-epochs', '0', '--lr', '1e-2', '--num-groups', '3', '--generator-fit-steps', '20',
+        '--output', str(tmp_path), '--experiment', 'run']) == 0
+    assert type(tsn.from_pretrained(tmp_path / 'run' / 'model', flops='6k')) is ToyMlp
+
+
+def test_its_images_may_have_any_size_though_it_has_batch_norm(net):
+    """The CNNs of the package are square: their archs have a resolution."""
+    net.norm = nn.BatchNorm1d(STREAM)
+    assert create_data_config(parse_args(['--input-size', '3', '8', '16']), net)['input_size'] == (3, 8, 16)

@@ -30,7 +30,7 @@ import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.update import add_device
-from timm_shiftnas.training.data import create_loaders, open_data
+from timm_shiftnas.training.data import create_loaders, open_data, without_useless_shift
 from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli
 
@@ -263,10 +263,19 @@ def test_the_shift_is_on_unless_p_is_fixed(flags, signal):
 
 def test_the_shift_is_off_where_p_would_hardly_move(caplog):
     caplog.set_level('INFO')
-    args = train.parse_args([*ONE, '--epochs', '20'])
-    assert open_data(args).held_out is None and args.shift == 'none' and 'in 200 updates' in caplog.text
-    args = train.parse_args([*ONE, '--epochs', '20', '--shift-interval', '66'])
-    assert open_data(args).held_out is not None and args.shift == 'hypergradient'
+    for epochs, groups, interval in (('20', 8, None), ('20', 8, '67'), ('200', 72, None)):  # 10 updates in an epoch
+        args = train.parse_args([*ONE, '--epochs', epochs, *(['--shift-interval', interval] if interval else [])])
+        split = open_data(args)
+        assert len(split.train) == 1365 and args.shift == 'hypergradient'
+        data = without_useless_shift(args, split, groups)
+        assert args.shift == 'none' and data.held_out is None and f'in {int(epochs) * 10:,} updates' in caplog.text
+        assert data.train.indices.tolist() == data.calibration.indices.tolist() == list(range(1437))
+    for flags, groups in ((['--epochs', '20', '--shift-interval', '66'], 8), (['--epochs', '216'], 72)):
+        args = train.parse_args([*ONE, *flags])
+        split = open_data(args)
+        assert without_useless_shift(args, split, groups) is split and args.shift == 'hypergradient'
+    args = train.parse_args([*ONE, '--epochs', '20', '--held-out', '0.1'])  # asked for
+    assert len(without_useless_shift(args, open_data(args), 8).held_out) == 144 and args.shift == 'none'
     args = train.parse_args([*ONE, '--shift-batch-size', '73'])
     assert open_data(args).held_out is None and args.shift == 'none' and '72 images would be held out' in caplog.text
 

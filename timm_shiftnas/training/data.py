@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageOps
@@ -32,7 +32,7 @@ from ..utils.streams import seed_process, stream
 
 __all__ = [
     'Data', 'Loaders', 'ShiftBatches', 'create_calibration_loader', 'create_loaders', 'open_data', 'read_batches',
-    'uses_mixup',
+    'uses_mixup', 'without_useless_shift',
 ]
 
 _logger = logging.getLogger('train')
@@ -111,8 +111,7 @@ def share_to_hold_out(args: argparse.Namespace, train: Dataset) -> float:
 def default_shift(args: argparse.Namespace, train: Dataset) -> str:
     """The signal of the probability shift where no flag gives it.
 
-    'none' where P is fixed, where nothing or too little can be held out, and where P would hardly move: the first shift
-    measures the noise only.
+    'none' where P is fixed, and where nothing or too little can be held out; see also `without_useless_shift`.
     """
     if args.sampler != 'shiftnas' or args.group_weights is not None:
         return 'none'
@@ -124,12 +123,28 @@ def default_shift(args: argparse.Namespace, train: Dataset) -> str:
         _logger.info(f'the probability shift is off: {held_out} images would be held out, and it needs '
                      f'{args.shift_batch_size} (--held-out, --shift-batch-size)')
         return 'none'
-    batches = (len(train) - held_out) // (args.batch_size * Ranks.current().size)
-    updates = args.epochs * -(-batches // args.grad_accum_steps)
-    if updates < 3 * (args.shift_interval or default_interval(args.num_groups or 0)):
-        _logger.info(f'the probability shift is off: P would hardly move in {updates:,} updates')
-        return 'none'
     return 'hypergradient'
+
+
+def without_useless_shift(args: argparse.Namespace, data: Data, groups: int) -> Data:
+    """Turn the default shift off where P would hardly move, and train on the images that were held out for it.
+
+    The first shift only measures the noise, so a run has to have three. How many updates lie between two depends on
+    the number of groups, which is known after the network is created.
+    """
+    held_out = cast(DatasetView, data.held_out)
+    batches = len(cast(DatasetView, data.train)) // (args.batch_size * Ranks.current().size)
+    updates, interval = args.epochs * -(-batches // args.grad_accum_steps), args.shift_interval or (
+        default_interval(groups))
+    if updates >= 3 * interval:
+        return data
+    _logger.info(f'the probability shift is off: P would hardly move in {updates:,} updates, with {interval:,} between '
+                 'two shifts (--shift-interval)')
+    args.shift = 'none'
+    if args.held_out is not None:
+        return data
+    train = DatasetView(held_out.base, torch.arange(len(held_out.base)))
+    return replace(data, train=train, held_out=None, calibration=train.with_transform(None))
 
 
 def image_mode(args: argparse.Namespace) -> str:

@@ -35,14 +35,14 @@ from ..models import bound_space, static_counts
 from ..models._checkpoint import OtherClasses
 from ..models.calibration import has_batch_norm
 from ..models.subnet import describe_images
-from ..space import is_supernet
+from ..space import family_of, is_supernet
 from ..utils.distributed import Ranks
 from ..utils.paths import expand_home
 from ..utils.run_files import MODEL
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .checkpoints import Position, find_checkpoint, read_checkpoint, report_head, resume
-from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup
+from .data import Data, Loaders, create_loaders, image_mode, open_data, uses_mixup, without_useless_shift
 from .elastic import elastic_network
 from .flags import dest_of, reset_supernet_flags
 from .schedule import Schedule
@@ -117,19 +117,23 @@ def create_run(flags: argparse.Namespace) -> Run:
         reset_supernet_flags(args)
     elif args.shift is None and args.resume:  # runs of earlier versions had another default
         args.shift = read_checkpoint(args.resume)['task_state'].get('shift', {}).get('signal')
+    shift_by_default = args.shift is None
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     if args.elastic is None:
         net, teacher, knows_classes = create_network(args, device), args.kd_model, False
     else:
         net, teacher, knows_classes = create_elastic(args, data, device, ranks)
+    groups = BudgetGroups.of_settings(net.space, args, '--group-width') if supernet else None
+    if groups is not None and shift_by_default and args.shift != 'none':
+        data = without_useless_shift(args, data, len(groups))
     describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
     held_norms = freeze(args, net)
     args.num_classes, args.lr = net.num_classes, scaled_lr(args, ranks.size)
     config = create_data_config(args, net)
     loaders = create_loaders(args, data, config, device, ranks, calibrated=supernet and has_batch_norm(net))
     updates = -(-len(loaders.train) // args.grad_accum_steps)
-    task = create_task(args, net, loaders, updates, config, device, teacher)
+    task = create_task(args, net, groups, loaders, updates, config, device, teacher)
     optimizer = create_optimizer(args, net)
     autocast = partial(
         torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else nullcontext
@@ -261,7 +265,8 @@ def prepare_network(args: argparse.Namespace, net: nn.Module, device: torch.devi
             net.get_classifier().weight.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
             net.get_classifier().bias.fill_(args.head_init_bias)
-    net.set_grad_checkpointing(args.grad_checkpointing)
+    if args.grad_checkpointing:
+        net.set_grad_checkpointing()
     net.to(device=device)
     return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
@@ -320,8 +325,8 @@ def freeze(args: argparse.Namespace, net: nn.Module) -> list[nn.Module]:
 def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """timm's data config: size, mean, std, interpolation and crop of the images."""
     config = resolve_input_data_config(net, vars(args))
-    if is_supernet(net) and has_batch_norm(net):
-        resolution = net.space.largest.resolution
+    resolution = family_of(net.space).resolution(net.space.largest) if is_supernet(net) else None
+    if resolution is not None:
         channels, height, width = config['input_size']
         if height != width:
             raise ValueError(
@@ -337,6 +342,7 @@ def create_data_config(args: argparse.Namespace, net: nn.Module) -> dict[str, An
 def create_task(
         args: argparse.Namespace,
         net: nn.Module,
+        groups: BudgetGroups | None,
         loaders: Loaders,
         updates_per_epoch: int,
         data_config: dict[str, Any],
@@ -349,11 +355,10 @@ def create_task(
     common: dict[str, Any] = dict(
         criterion_kwargs=criterion_kwargs(args), config=task_config(args, updates_per_epoch), teacher=teacher,
         device=device)
-    if not is_supernet(net):
+    if groups is None:
         macs, params = map(format_count, static_counts(net))
         _logger.info(f'{args.model}: one network, {macs} MACs, {params} params')
         return NetworkTask(net, space=bound_space(net), **common)
-    groups = BudgetGroups.of_settings(net.space, args, '--group-width')
     resource, low, high = groups.resource, groups.edges[0], groups.edges[-1]
     _logger.info(
         f'{args.model}: {net.space.size:,} subnets, {resource.format(low)} to {resource.describe(high)}, '
