@@ -160,6 +160,11 @@ def test_a_file_of_other_weights_or_images_is_refused(tmp_path):
     before = (tmp_path / 'a.jsonl').read_bytes()
     with pytest.raises(ValueError, match='images'):
         search(net, images[1:], strategy='random', evaluations=2, file=tmp_path / 'a.jsonl')
+    with pytest.raises(ValueError, match='missing'):
+        search(net, images, strategy='random', evaluations=2, file=tmp_path / 'missing' / 'a.jsonl')
+    batches = [(x[i:i + 4], y[i:i + 4]) for x, y in images for i in range(0, len(x), 4)]  # the same in other batches
+    assert len(batches) > len(images)
+    assert len(search(net, batches, strategy='random', evaluations=2, file=tmp_path / 'a.jsonl').rows) == 2
     with torch.no_grad():
         net.scale.add_(1)
     with pytest.raises(ValueError, match='weights'):
@@ -175,10 +180,27 @@ def test_a_file_of_other_weights_or_images_is_refused(tmp_path):
 @pytest.mark.parametrize('wrong, match', [
     (dict(flops=1000), 'flops=1000'), (dict(params='1'), 'params=1'), (dict(flops='x'), 'flops'),
     (dict(strategy='generator'), 'generator'), (dict(strategy='best'), 'best'), (dict(cost='top1'), 'top1'),
-    (dict(evaluations=0), 'evaluations=0'), (dict(population=1), 'population=1')])
+    (dict(evaluations=0), 'evaluations=0'), (dict(population=1), 'population=1'),
+    (dict(evaluations=30.), r'evaluations=30\.0')])
 def test_wrong_arguments_raise(net, wrong, match):
     with pytest.raises(ValueError, match=match):
         search(net, numbered_images(), **wrong)
+
+
+def test_images_that_can_be_read_once_are_refused_and_so_is_a_network_that_is_no_supernet(net):
+    for images in ([], (batch for batch in numbered_images())):
+        with pytest.raises(ValueError, match='no images'):
+            search(net, images, strategy='evolutionary', evaluations=20, population=4)
+    with pytest.raises(ValueError, match='Linear'):
+        search(torch.nn.Linear(2, 2), numbered_images())
+
+
+def test_a_limit_that_leaves_one_arch_ends_the_search(net):
+    """Draws are counted a thousand at a time: 20,000 one after the other would take a minute."""
+    smallest = net.space.smallest
+    found = search(
+        net, numbered_images(), strategy='random', flops=macs(net.space, smallest), evaluations=200)
+    assert [row['arch'] for row in found.rows] == [smallest.to_dict()]
 
 
 def test_without_pymoo_an_error_says_what_to_install(net, monkeypatch):

@@ -78,6 +78,20 @@ def test_search_stores_the_front_which_from_pretrained_serves(tmp_path, capsys):
     assert all(net.macs(net.space.from_dict(json.loads(row['arch']))) <= 4e6 for row in rows)
 
 
+def test_a_searched_front_serves_budgets_within_all_of_its_limits(tmp_path):
+    net = save(tmp_path)
+    generator, smallest = tsn.load_supernet(tmp_path)[1], net.space.smallest
+    proposed = generator.propose('4M')
+    assert proposed != smallest
+    for limits, budgets, arch in (
+            ({}, dict(flops='4M'), smallest), (dict(flops=4e6), dict(flops='4M'), smallest),
+            (dict(flops=4e6), dict(flops='4M', size='100MB'), smallest), (dict(flops=3e6), dict(flops='4M'), proposed),
+            (dict(flops=4e6, params=1e5), dict(flops='4M'), proposed),  # archs of more parameters were not looked at
+            (dict(flops=4e6, params=1e5), dict(flops='4M', params='100k'), smallest)):
+        save_searched(SavedModel(tmp_path), [smallest], {}, limits)
+        assert tsn.from_pretrained(tmp_path, **budgets).arch == arch, limits
+
+
 @pytest.mark.parametrize('held_out, share, warned', [
     (dict(share=57 / 1437, seed=3), None, False), (dict(share=57 / 1437, seed=3), .04, False),
     (dict(share=57 / 1437, seed=3, images=1437), .05, True), (dict(share=57 / 1437, seed=3, images=1436), None, True)])

@@ -55,6 +55,9 @@ def run_search(args: argparse.Namespace) -> None:
         lock.path.unlink(missing_ok=True)
         with suppress(OSError):
             output.rmdir()  # nothing was measured
+    if len(found.rows) < args.evaluations:
+        warn(f'only {len(found.rows)} of {args.evaluations} archs were measured: the search has found no others within '
+             'its limits')
     print(format_table(found.front))
     print(f'{len(found.rows)} archs measured; the {len(found.front)} of the front are stored in {saved}, the table in '
           f'{output / "front.csv"}')

@@ -46,7 +46,8 @@ def evaluate(
         distributed: Whether each process has a loader of its part of the images, as timm's loaders do.
 
     Raises:
-        ValueError: If `model` is a view of a supernet with BatchNorm, which has no running statistics of its own.
+        ValueError: If `model` is a view of a supernet with BatchNorm, which has no running statistics of its own, or if
+            the loader gives no images.
     """
     return evaluate_many([model], loader, device, autocast, channels_last, distributed)[0]
 
@@ -66,11 +67,12 @@ def evaluate_many(
     # distributed loaders repeat some images to give every process the same number
     limit = evaluation_sample_limit(loader)
     evaluators = [ClassificationEvaluator(device, max_samples=limit) for _ in models]
-    modes = [model.training for model in models]
+    modes, read = [model.training for model in models], 0
     for model in models:
         model.eval()
     try:
         for images, targets in loader:
+            read += len(images)
             images, targets = images.to(device), targets.to(device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -81,6 +83,8 @@ def evaluate_many(
     finally:
         for model, training in zip(models, modes):
             model.train(training)
+    if not read and not distributed:  # one of several processes may have none of a stream's images
+        raise ValueError('the loader gave no images; give one that can be read again each time, such as a DataLoader')
     metrics = [evaluator.compute(distributed) for evaluator in evaluators]
     return [(each['top1'], each['top5']) for each in metrics]
 

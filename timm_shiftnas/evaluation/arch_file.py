@@ -25,13 +25,16 @@ class ArchFile:
         remedy: What to do if the file holds something else, for the error message.
 
     Raises:
-        ValueError: If the file holds other numbers, or some that were measured with something else.
+        ValueError: If there is no folder for it, or it holds other numbers, or some that were measured with something
+            else.
     """
 
     def __init__(
             self, path: str | os.PathLike, measured_with: Mapping[str, Any], names: tuple[str, ...], remedy: str,
     ) -> None:
         self.path, self.names, self._header = Path(path), names, json.dumps(dict(measured_with))
+        if not self.path.parent.is_dir():
+            raise ValueError(f'{self.path.parent} is no folder; create it, or give a file in another one')
         text = self.path.read_text(encoding='utf-8') if self.path.exists() else ''
         whole = text[:text.rfind('\n') + 1]
         cut_off = self._header.startswith(text)  # a kill while the first line was written; other text is not ours

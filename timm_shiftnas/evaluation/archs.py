@@ -72,8 +72,9 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What the accuracies of archs depend on, as short JSON data.
 
-    Of a loader it is the number of images, if that is known, and the first batch: loaders have to give the same images
-    every time. Training images count only where there is BatchNorm.
+    Of a loader it is the number of images, if that is known, and the first one: loaders have to give the same images
+    every time. Training images count only where there is BatchNorm, and with the size of their batches: statistics are
+    means over batches.
 
     Args:
         net: The supernet.
@@ -82,16 +83,18 @@ def fingerprint(
         bn_images: How many of these each arch uses.
         autocast: Context of the forward passes, or `None`.
     """
-    def images(batches: Iterable[Any]) -> list[Any]:
+    def images(batches: Iterable[Any], count: int | None = None) -> list[Any]:
         dataset = getattr(batches, 'dataset', None)
-        return [len(dataset) if hasattr(dataset, '__len__') else None, _digest(next(iter(batches), ()))]
+        first = [tensor[:count] for tensor in next(iter(batches), ())]
+        return [len(dataset) if hasattr(dataset, '__len__') else None, _digest(first)]
 
     facts = dict(
         space=space_fingerprint(net.space),
         weights=_digest(net.state_dict().values()),
-        images=images(loader),
+        images=images(loader, count=1),
         precision=str(getattr(autocast, 'fast_dtype', None)))
-    return facts if train_loader is None else dict(facts, training_images=[bn_images, *images(train_loader)])
+    return facts if train_loader is None else dict(
+        facts, bn_images=bn_images, training_batches=images(train_loader))
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

@@ -21,6 +21,7 @@ from ..method.groups import BudgetGroups
 from ..models.calibration import BatchNormCalibration, has_batch_norm, parts
 from ..space.core import Arch, SearchSpace
 from ..space.resources import MACS, PARAMS
+from ..space.supernet import is_supernet
 from ..utils.distributed import Ranks
 from ..utils.streams import stream, stream_seed
 from .accuracy import Loader
@@ -32,6 +33,7 @@ __all__ = ['COSTS', 'STRATEGIES', 'SearchResult', 'pareto_front', 'search', 'sea
 STRATEGIES = ('generator', 'evolutionary', 'random')
 COSTS = {resource.keyword: resource for resource in (MACS, PARAMS)}  # what a search limits and weighs
 DRAWS = 100  # uniform draws for each arch that is wanted within limits
+DRAWN_AT_ONCE = 1000
 STALE = 20  # generations in a row without a new arch that end a search
 
 
@@ -88,7 +90,7 @@ def search(
         strategy: 'generator', 'evolutionary' or 'random'; default is 'generator' where there is one.
         flops, params: Upper limits of MACs and of parameters, such as '1.4G' and '6M'; all that are given hold.
         cost: What is small on the front besides the error: 'flops' or 'params'.
-        evaluations: How many archs are measured at most.
+        evaluations: How many archs are measured at most; fewer if no others are found within the limits.
         population: Size of a generation.
         groups: Budget groups of 'generator'; default are those of the space.
         train_loader: Training images for BatchNorm statistics, as for `calibrate_bn`; the same images every time.
@@ -100,11 +102,14 @@ def search(
         progress: Show a bar if the standard error stream is a terminal.
 
     Raises:
-        ValueError: If an argument is out of range, the network has BatchNorm and there are no training images, or the
-            file belongs to other weights, images or settings.
+        ValueError: If an argument is out of range, the network is no supernet, or has BatchNorm and there are no
+            training images, the loader gives no images, or the file belongs to other weights, images or settings.
         ImportError: If pymoo is missing.
     """
     net = unwrap_model(net)
+    if not is_supernet(net):
+        raise ValueError(f'{type(net).__name__} is not a supernet; make it one with timm_shiftnas.elastic, or search '
+                         'the supernet that it was taken from')
     strategy = strategy or ('evolutionary' if generator is None else 'generator')
     given = {name: value for name, value in dict(flops=flops, params=params).items() if value is not None}
     limits = Limits(net.space, given)
@@ -112,7 +117,7 @@ def search(
     calibration = BatchNormCalibration(train_loader, bn_images) if has_batch_norm(net) else None
     accuracies = None if file is None else ArchFile(
         file, fingerprint(net, loader, None if calibration is None else train_loader, bn_images, autocast), NAMES,
-        'give another place')
+        'give another one (another --output)')
     accuracy = ArchAccuracy(
         net, loader, next(net.parameters()).device, calibration, file=accuracies, autocast=autocast)
     found: dict[Arch, tuple[float, float]] = {}
@@ -189,6 +194,12 @@ class Limits:
     def hold(self, arch: Arch) -> bool:
         return all(violation <= 0 for violation in self.violations(arch))
 
+    def within(self, archs: Sequence[Arch]) -> list[Arch]:
+        """Those of some archs that are within all limits. They are counted together, which is far cheaper."""
+        for name, limit in self.limits.items():
+            archs = [arch for arch, count in zip(archs, COSTS[name].count(self.space, archs)) if count <= limit]
+        return list(archs)
+
 
 def _check_arguments(
         net: nn.Module,
@@ -205,8 +216,9 @@ def _check_arguments(
             raise ValueError(f'{name}={value!r} is unknown; choose one of {allowed}')
     if strategy == 'generator' and generator is None:
         raise ValueError("strategy='generator' needs the generator of the supernet; give strategy='evolutionary'")
-    if evaluations < 1 or population < 2:
-        raise ValueError(f'evaluations={evaluations} must be 1 or more, and population={population} 2 or more')
+    if not (isinstance(evaluations, int) and isinstance(population, int)) or evaluations < 1 or population < 2:
+        raise ValueError(
+            f'evaluations={evaluations!r} has to be an int of 1 or more, and population={population!r} one of 2 or more')
     if has_batch_norm(net) and train_loader is None:
         raise ValueError('the subnets of this network need BatchNorm statistics: give train_loader, training images')
 
@@ -249,12 +261,12 @@ def _candidates(
 def _uniform(limits: Limits, count: int, noise: torch.Generator) -> list[Arch]:
     """Different archs within limits, drawn uniformly; fewer than `count` where limits leave little room."""
     archs: dict[Arch, None] = {}
-    for _ in range(DRAWS * count):
-        if limits.hold(arch := limits.space.sample(noise)):
-            archs[arch] = None
-        if len(archs) == count:
-            break
-    return list(archs)
+    left = DRAWS * count
+    while left and len(archs) < count:
+        drawn = [limits.space.sample(noise) for _ in range(min(left, DRAWN_AT_ONCE))]
+        archs |= dict.fromkeys(limits.within(drawn))
+        left -= len(drawn)
+    return list(archs)[:count]
 
 
 def _generated(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -371,9 +372,9 @@ def arch_for_budgets(
         shares = [resource.count(space, arch) / limit for resource, limit in limits.items()]
         return least <= max(shares) <= 1
 
-    searched = saved.record.searched_limits
-    # a limited search says nothing about budgets beyond its limits, or of other kinds
-    covered = searched is None or any(limit <= searched.get(each.keyword, 0) for each, limit in limits.items())
+    given = {resource.keyword: limit for resource, limit in limits.items()}
+    # a limited search has not seen archs beyond any of its limits
+    covered = all(given.get(name, math.inf) <= limit for name, limit in (saved.record.searched_limits or {}).items())
     if covered and (fitting := [arch for arch in saved.archs('searched', space) if fits(arch)]):
         return fitting[-1]
     proposed = (generator or saved.generator(space)).propose_within(limits)
