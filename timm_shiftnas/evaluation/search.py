@@ -218,7 +218,7 @@ def _check_arguments(
         raise ValueError("strategy='generator' needs the generator of the supernet; give strategy='evolutionary'")
     if not (isinstance(evaluations, int) and isinstance(population, int)) or evaluations < 1 or population < 2:
         raise ValueError(
-            f'evaluations={evaluations!r} has to be an int of 1 or more, and population={population!r} one of 2 or more')
+            f'evaluations={evaluations!r} has to be an int of 1 or more, population={population!r} one of 2 or more')
     if has_batch_norm(net) and train_loader is None:
         raise ValueError('the subnets of this network need BatchNorm statistics: give train_loader, training images')
 

@@ -1,7 +1,7 @@
 """PreNAS (Wang et al., ICML 2023, arXiv 2304.14636): train only archs that a zero-cost score prefers before training.
 
 The range of sizes is cut into intervals. In each, the arch of the highest score at initialisation is the preferred one;
-training draws from these archs alone, each being equally likely, and they are the result: there is no search.
+training draws from these archs alone, and they are the result: there is no search.
 
 As in the authors' published script (github.com/tinyvision/PreNAS, `01_zero_shot_search.sh`):
 
@@ -9,10 +9,17 @@ As in the authors' published script (github.com/tinyvision/PreNAS, `01_zero_shot
   is that of the largest arch, for L the sum of its outputs on random normal images, so that no data is needed.
 * One arch is preferred in each interval.
 
-Smaller here: intervals are the budget groups, of MACs and not of parameters, and the candidates of an interval are
-archs of the fitted generator. The authors evolve candidates and move the larger choices of an arch to the layers of
-highest score first. Supernets whose smaller archs are not slices of the largest, such as Once-for-all's with their
-kernel transforms, get a score of the transformed products.
+Different here:
+
+* Intervals are the budget groups, of MACs and not of parameters. The candidates of an interval are archs of the fitted
+  generator; the authors' script enumerates how often each choice occurs, and gives the larger choices to the layers of
+  highest score.
+* Each preferred arch is equally likely. Their training script draws an embedding dimension and a depth first, then an
+  arch that has both.
+* All weights count. Theirs leave out the class token and what depends on positions.
+
+Supernets whose smaller archs are not slices of the largest, such as Once-for-all's with their kernel transforms, get a
+score of the transformed products.
 """
 from __future__ import annotations
 
