@@ -18,20 +18,20 @@ args, flags = parser.parse_known_args()
 base, folder = args.output / 'quickstart_elastic_base', args.output / 'quickstart_elastic'
 
 
-def start(script, config, *more):
-    command = [sys.executable, ROOT / script, '-c', ROOT / 'configs' / config, '--output', args.output, *more, *flags]
-    return subprocess.Popen([*map(str, command)])
+def command(script, config, *more):
+    return [sys.executable, ROOT / script, '-c', ROOT / 'configs' / config, '--output', args.output, *more, *flags]
 
 
 # 1. A plain ViT of timm learns letters.
-assert start('train.py', 'quickstart_elastic_base.yaml').wait() == 0
+subprocess.run(command('train.py', 'quickstart_elastic_base.yaml'), check=True)
 # 2. It becomes elastic, and all its subnets are adapted together;
 weights = '--pretrained-path', base / 'model' / 'model.safetensors'
-run = start('train.py', 'quickstart_elastic.yaml', *weights)
+run = subprocess.Popen(command('train.py', 'quickstart_elastic.yaml', *weights))
 # 3. meanwhile, the same archs are pruned out of it, and each is trained alone with as many steps.
-alone = start('benchmarks/train_subnet.py', 'quickstart_elastic.yaml', *weights, '--results-file', base / 'alone.json')
-assert run.wait() == alone.wait() == 0
-
+alone = subprocess.Popen(command(
+    'benchmarks/train_subnet.py', 'quickstart_elastic.yaml', *weights, '--results-file', base / 'alone.json'))
+if run.wait() or alone.wait():
+    sys.exit(1)
 adapted, before = (read_budgets_csv(folder / f'{name}.csv') for name in ('budgets', 'before'))
 pruned = [dict(row, name=f'group {row["group"]}') for row in json.loads((base / 'alone.json').read_text())]
 plot_accuracy(folder / 'accuracy.png', adapted, {'before training': before, 'pruned, each trained alone': pruned})

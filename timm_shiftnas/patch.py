@@ -20,9 +20,8 @@ from typing import Any
 import timm
 from timm.task import ClassificationTask, TrainingTask
 
-from .method.loop import StockTask, create_task
+from .method.loop import StockTask, create_task, is_supernet
 from .method.task import ShiftNASTask
-from .space import is_supernet
 
 __all__ = ['StockTask', 'create_task']
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interruptible():
                     return launch(argv[1:], prog=f'{PROG} train')
             build_parser().parse_args(argv, args)
+            _check_together(args)
             from timm_shiftnas import cli
             with interruptible():
                 cli.COMMANDS[args.command](args)
@@ -58,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{PROG}: error: {_one_line(error)}', file=sys.stderr)
         return 2
     return 0
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise a `ValueError` if arguments do not fit together."""
+    if args.command in ('evaluate', 'search') and not (args.dataset or args.data_dir):
+        raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
+    if args.command == 'extract' and args.int8 and not args.onnx:
+        raise ValueError('--int8 is a format of ONNX files: give --onnx --int8')
 
 
 def _flush() -> None:
@@ -121,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     extract = commands.add_parser('extract', help='save the subnet for a budget in its own directory')
     extract.add_argument('--output', metavar='OUT', type=_path, required=True, help='directory to save the subnet in')
     extract.add_argument('--overwrite', action='store_true', help='replace the model in OUT')
-    extract.add_argument('--push', metavar='REPO', help="publish it, too, in the repository 'owner/name'")
+    extract.add_argument(
+        '--push', metavar='REPO', type=_repository, help="publish it, too, in the repository 'owner/name'")
     extract.add_argument(
         '--onnx', action='store_true', help='write it as OUT/model.onnx, too; export OUT has more options')
 
@@ -137,8 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
         '--strategy', choices=('generator', 'evolutionary', 'random'),
         help='NSGA-II from archs of the generator, NSGA-II from uniformly drawn archs, or uniformly drawn archs '
              '(default: generator if there is one)')
-    search.add_argument('--flops', metavar='N', help='upper limit of MACs, such as 1.4G')
-    search.add_argument('--params', metavar='N', help='upper limit of parameters, such as 6M; both limits may be given')
+    for name, example, what in (('flops', '1.4G', 'MACs'), ('params', '6M', 'parameters')):
+        search.add_argument(f'--{name}', metavar='N', type=_budget(example),
+                            help=f'upper limit of {what}, such as {example}; both limits may be given')
     search.add_argument(
         '--cost', choices=('flops', 'params'), default='flops', help='what the front weighs against accuracy')
     search.add_argument(
@@ -214,11 +226,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command in (extract, evaluate, export):
         which = command.add_argument_group('subnet', 'Of several budgets, all hold.')
-        which.add_argument('--flops', metavar='N', help='most MACs, such as 1.4G')
-        which.add_argument('--params', metavar='N', help='most parameters, such as 6M')
-        which.add_argument('--size', metavar='N', help='most bytes of weights, such as 5MB')
-        which.add_argument('--memory', metavar='N', help='most bytes of peak memory at batch 1, such as 64MB')
-        which.add_argument('--latency', metavar='T', help='most time on a device that was measured, such as 8ms')
+        for name, example, most in (
+                ('flops', '1.4G', 'most MACs'), ('params', '6M', 'most parameters'),
+                ('size', '5MB', 'most bytes of weights'), ('memory', '64MB', 'most bytes of peak memory at batch 1'),
+                ('latency', '8ms', 'most time on a device that was measured')):
+            which.add_argument(f'--{name}', metavar='N', type=_budget(example), help=f'{most}, such as {example}')
         which.add_argument(
             '--precision', choices=('fp32', 'fp16', 'int8'), default='fp32',
             help='number format that --size counts (default: fp32)')
@@ -236,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (info, extract, evaluate, search, export, measure, report, push):
         command.add_argument(
             'directory', metavar='DIR', type=_directory, help='directory that save_pretrained or train.py wrote')
-    push.add_argument('repo', metavar='REPO', help="repository 'owner/name'; created if missing")
+    push.add_argument('repo', metavar='REPO', type=_repository, help="repository 'owner/name'; created if missing")
 
     convert = commands.add_parser('convert', help='convert a training checkpoint into a model directory')
     convert.add_argument(
@@ -301,6 +313,22 @@ def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of {least} or more')
     return int(text)
+
+
+def _budget(example: str) -> Callable[[str], str]:
+    """A number with a unit, which is parsed where its kind is known."""
+    def check(text: str) -> str:
+        if not re.fullmatch(r'\s*[0-9.]+(e[+-]?[0-9]+)?\s*[a-zµ]*\s*', text, re.IGNORECASE):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a budget; give a number such as {example}')
+        return text
+
+    return check
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a repository; give 'owner/name'")
+    return text
 
 
 def _keyword(text: str) -> tuple[str, str]:

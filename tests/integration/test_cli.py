@@ -326,7 +326,11 @@ def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
     (['extract', 'SAVED', '--flops', '2M'], 'the following arguments are required: --output'),
     (['extract', 'SAVED', '--flops', '2M', '--arch', '{}', '--output', 'OUT'], 'budgets or an arch, not flops'),
     (['extract', 'SAVED', '--flops', '2M', '--output', 'OUT', '--bn-images', '0'], "'0' must be a whole number"),
-    (['extract', 'SAVED', '--flops', 'abc', '--output', 'OUT'], "flops='abc' is not a budget"),
+    (['extract', 'SAVED', '--flops', 'abc', '--output', 'OUT'], "--flops: 'abc' is not a budget"),
+    (['extract', 'SAVED', '--latency', '5apples', '--output', 'OUT'], "latency='5apples' is not a budget"),
+    (['evaluate', 'SAVED', '--flops', '2M'], '--data-dir'), (['search', 'SAVED'], '--data-dir'),
+    (['push', 'SAVED', 'name'], "'name' is not a repository"),
+    (['extract', 'SAVED', '--flops', '2M', '--output', 'OUT', '--push', 'a b/c'], "'a b/c' is not a repository"),
     (['extract', 'SAVED', '--flops', '0', '--output', 'OUT'], "flops='0' is not a budget"),
     (['extract', 'SAVED', '--flops', '1k', '--output', 'OUT'], 'too small a budget'),
     (['extract', 'SAVED', '--arch', '{', '--output', 'OUT'], "'{' is not JSON"),
@@ -401,7 +405,9 @@ def test_terminal_escapes_of_a_config_are_not_printed(capsys, folder):
 @pytest.mark.parametrize('argv, code', [
     (['--help'], 0), (['--version'], 0), (['extract', '--help'], 0), (['inform'], 2), (['info', '/nowhere'], 2),
     (['extract', '.', '--flops', '2M'], 2), (['evaluate', '.', '--data-dir', '.', '--bn-images', 'x'], 2),
-    (['push', '.'], 2), (['convert'], 2)])
+    (['push', '.'], 2), (['convert'], 2), (['extract', '.', '--flops', 'abc', '--output', 'x'], 2),
+    (['evaluate', '.', '--flops', '2M'], 2), (['search', '.'], 2), (['push', '.', 'name'], 2),
+    (['extract', '.', '--flops', '2M', '--output', 'x', '--int8'], 2)])
 def test_the_parser_answers_without_torch(argv, code):
     program = f'''
 import sys

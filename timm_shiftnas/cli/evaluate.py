@@ -7,7 +7,7 @@ from ..evaluation.accuracy import evaluate
 from ..hub.load import SavedModel
 from ..models.calibration import ResizedInput, has_batch_norm
 from .images import Expected, batches, labelled_images
-from .shared import autocast_of, check_images, open_device
+from .shared import autocast_of, open_device
 from .subnets import load_subnet
 
 __all__ = ['refuse_backbone', 'run_evaluate']
@@ -15,7 +15,6 @@ __all__ = ['refuse_backbone', 'run_evaluate']
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Print the accuracy of a subnet on a folder of images, or on another dataset."""
-    check_images(args)
     saved, device = SavedModel(args.directory), open_device(args.device)
     refuse_backbone(saved)
     net = load_subnet(saved, args, device)

@@ -19,14 +19,13 @@ from ..utils.files import FolderLock
 from ..utils.run_files import FRONT, SEARCH
 from .evaluate import refuse_backbone
 from .images import Expected, batches, first_images, labelled_images, open_images
-from .shared import autocast_of, check_images, open_device, warn
+from .shared import autocast_of, open_device, warn
 
 __all__ = ['run_search']
 
 
 def run_search(args: argparse.Namespace) -> None:
     """Search for the best archs of a supernet, and store them in its directory."""
-    check_images(args)
     saved, device = SavedModel(args.directory), open_device(args.device)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')

@@ -8,17 +8,11 @@ import torch
 
 from ..utils.text import one_line
 
-__all__ = ['autocast_of', 'check_images', 'open_device', 'warn']
+__all__ = ['autocast_of', 'open_device', 'warn']
 
 
 def warn(message: str) -> None:
     print(f'timm-shiftnas: warning: {message}', file=sys.stderr)
-
-
-def check_images(args: argparse.Namespace) -> None:
-    """Raise a `ValueError` unless the arguments name images."""
-    if not (args.dataset or args.data_dir):
-        raise ValueError('there are no images: give --data-dir DIR, or --dataset NAME such as sklearn/digits')
 
 
 def open_device(name: str | None) -> torch.device:

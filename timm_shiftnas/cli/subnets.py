@@ -38,8 +38,6 @@ def run_extract(args: argparse.Namespace) -> None:
     check_output(args.output, args.directory, args.overwrite)
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet already; extract needs a supernet')
-    if args.int8 and not args.onnx:
-        raise ValueError('--int8 is a format of ONNX files: give --onnx --int8')
     if args.push is not None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)

@@ -24,7 +24,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..space.core import Arch, SearchSpace
-from ..space.families import space_from_dict
+from ..space.families import family_of, space_from_dict
 from ..utils.text import one_line
 from ._elastic_family import ElasticFamily
 from ._meta import create_on_meta
@@ -87,8 +87,8 @@ def elastic(
     name, args = _created_by(net, cfg['architecture'])
     _check_unchanged(net, name, args)
     args['base'] = name
-    if size is None and hasattr(net, 'arch'):
-        size = getattr(net.arch, 'resolution', None)
+    if size is None and hasattr(net, 'static_space'):
+        size = family_of(net.static_space).resolution(net.arch)
     if size is not None:
         args['img_size'] = size
     net = copy.deepcopy(net)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..layers.heads import elastic_inputs, input_channels, keep_inputs
 from ..space import SearchSpace, Supernet
 from ..space.core import Arch
-from ..space.families import Masks
+from ..space.families import Masks, family_of
 from ..space.heads import HeadCounts, resolutions
 from .backbone import ElasticBackbone, StaticBackbone
 from .subnet import Subnet
@@ -277,5 +277,5 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
 def _at_resolution(head: HeadCounts, space: SearchSpace, arch: Arch) -> HeadCounts:
     """The counts of a head for the one resolution of an arch."""
     sizes, length = resolutions(space), len(head.head_params)
-    row = sizes.index(getattr(arch, 'resolution', None))
+    row = sizes.index(family_of(space).resolution(arch))
     return head._replace(head_macs=head.head_macs[row * length:(row + 1) * length])
