@@ -1,20 +1,31 @@
 """Budget groups: the intervals of a resource that the learned distribution P is over (ShiftNAS, section 3.2)."""
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from ..space.core import SearchSpace
 from ..space.latency import find_resource
 from ..space.resources import MACS, Resource
-from .config import RunConfig
 
 __all__ = ['BudgetGroups']
 
 PAPER_WIDTH = 0.1e9
 FEWEST, MOST = 8, 1000
+
+
+class GroupSettings(Protocol):
+    """The settings of groups, as in `RunConfig` and in the flags of train.py."""
+    @property
+    def resource(self) -> str: ...
+    @property
+    def resource_file(self) -> str | None: ...
+    @property
+    def group_width(self) -> str | float | None: ...
+    @property
+    def num_groups(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,7 @@ class BudgetGroups:
 
     @classmethod
     def of_settings(
-            cls, space: SearchSpace, run: RunConfig | Namespace, width_name: str = 'group_width',
-    ) -> BudgetGroups:
+            cls, space: SearchSpace, run: GroupSettings, width_name: str = 'group_width') -> BudgetGroups:
         """The groups that the settings of a run ask for.
 
         Args:
