@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f'{PROG}: interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:  # what reads the output, such as `head`, has ended
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         return 128 + 13  # as after SIGPIPE
     except Exception as error:
         if args.traceback:
@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
              '--train-split)')
     search.add_argument(
         '--held-out', metavar='SHARE', type=float,
-        help='share of the training images to compare archs on (default: the one that the training has held out)')
+        help='share of the training images to compare archs on (default: the share that the run held out)')
     search.add_argument('--class-map', metavar='FILE', help='as for evaluate')
     _add_images(search, 'To compare archs on, and for their BatchNorm statistics.')
 
@@ -220,12 +220,12 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser('report', help='write the curve and the archs of the evaluated subnets as HTML')
     report.add_argument(
         '--output', metavar='FILE', type=_path,
-        help='file to write (default: report.html in the folder of the training, or in DIR)')
+        help='file to write (default: report.html in the folder of the run, or in DIR)')
 
     push = commands.add_parser('push', help='publish a model directory on the Hugging Face Hub')
 
     for command in (extract, evaluate, export):
-        which = command.add_argument_group('subnet', 'Of several budgets, all hold.')
+        which = command.add_argument_group('subnet', 'If several budgets are given, all of them hold.')
         for name, example, most in (
                 ('flops', '1.4G', 'most MACs'), ('params', '6M', 'most parameters'),
                 ('size', '5MB', 'most bytes of weights'), ('memory', '64MB', 'most bytes of peak memory at batch 1'),

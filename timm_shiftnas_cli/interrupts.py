@@ -1,4 +1,4 @@
-"""Ctrl-C in a program: one line and exit code 130, and no traceback at any moment. Imports nothing that takes long."""
+"""Handling of Ctrl-C: one line and exit code 130, never a traceback. Imports nothing that takes long."""
 from __future__ import annotations
 
 import os
@@ -15,9 +15,9 @@ __all__ = ['CtrlC']
 class CtrlC:
     """Handles Ctrl-C from its creation to the end of the process.
 
-    It ends the process at once, while modules are imported and while the interpreter shuts down: there is nothing to
-    clean up then. In the block `raised`, it raises `KeyboardInterrupt` the first time. Where a program ignores Ctrl-C,
-    such as in background jobs of a shell, it stays ignored.
+    While modules are imported and while the interpreter shuts down, it ends the process at once: there is nothing to
+    clean up. In the block `raised`, it raises `KeyboardInterrupt` the first time. Where a program ignores Ctrl-C, such
+    as in background jobs of a shell, it stays ignored.
 
     Args:
         prog: Name of the program in the line.
@@ -42,7 +42,7 @@ class CtrlC:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Raise `KeyboardInterrupt` in this block, once. Where it leaves the block, it ends the program in one line."""
+        """Raise `KeyboardInterrupt` in this block, once. If it is not caught there, the program ends with one line."""
         self.raises = True
         sys.unraisablehook, hook = self.handle_unraisable, sys.unraisablehook
         try:
@@ -57,7 +57,7 @@ class CtrlC:
             sys.unraisablehook = hook
 
     def handle_unraisable(self, error: Any) -> None:
-        """Raise an interrupt again that has met a finalizer, where Python would print and forget it."""
+        """Raise again an interrupt that arrived in a finalizer; Python would print and forget it."""
         if error.exc_type is KeyboardInterrupt:
             self.raises = True
             threading.Timer(.01, os.kill, (self.process, signal.SIGINT)).start()

@@ -343,9 +343,9 @@ def test_recipes_of_timms_script(flags, expected):
 
 
 @pytest.mark.parametrize('content, words', [
-    ('epochs: 2\nlr: 1\nepochs: 3\n', "'epochs' stands there twice; remove one of the lines"),
+    ('epochs: 2\nlr: 1\nepochs: 3\n', "'epochs' appears twice; remove one of the lines"),
     ('batch-size: 2\nbatch_size: 2\n', 'batch-size and batch_size are the same flag'),
-    ('model_kwargs:\n  depth: 1\n  depth: 2\n', "'depth' stands there twice"),
+    ('model_kwargs:\n  depth: 1\n  depth: 2\n', "'depth' appears twice"),
     ('model_kwargs: 3\n', 'model_kwargs must be NAME: VALUE pairs, not 3'),
     ('opt_kwargs: lr\n', "opt_kwargs must be NAME: VALUE pairs, not 'lr'"),
     ('opt_kwargs: [lr]\n', "opt_kwargs must be NAME: VALUE pairs, not ['lr']"),

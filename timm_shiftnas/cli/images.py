@@ -32,7 +32,7 @@ def labelled_images(
     """The images of a split to evaluate on. Their targets are the classes of the network that have the same names.
 
     Returns:
-        The dataset, and a remark if it has images of a part of the classes only.
+        The dataset, and a remark if it has images of only a part of the classes.
 
     Raises:
         ValueError: If a class of the images is none of the network's, or it is not known which one.

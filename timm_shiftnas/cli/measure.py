@@ -68,7 +68,7 @@ def run_measure(args: argparse.Namespace) -> None:
 
 
 def measured_device(net: Any, setup: Setup, name: str, partial: Path, args: argparse.Namespace) -> Device:
-    """Measure subnets on this machine; what is measured is kept in `partial`, so that a killed command goes on."""
+    """Measure subnets on this machine; results are kept in `partial`, so that a killed command can continue."""
     archs = archs_to_measure(net.space, args.archs, args.seed)
     timings = measure_archs(net, archs, setup, partial, args.max_spread)
     reference = median(timing.reference for timing in timings)

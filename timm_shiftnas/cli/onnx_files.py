@@ -28,10 +28,10 @@ def write_onnx(
     """Write a subnet as an ONNX file, in 8-bit integers with --int8.
 
     Args:
-        saved: What it comes from.
+        saved: The saved model that it comes from.
         net: The subnet, which is changed to eval mode and single precision.
         path: The file.
-        args: Whether `int8`, and the flags of the images.
+        args: The flags `int8` and those of the images.
         opset, batch_size, input_name: As for `export_onnx`.
 
     Returns:

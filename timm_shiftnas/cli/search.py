@@ -65,7 +65,7 @@ def run_search(args: argparse.Namespace) -> None:
 def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace) -> tuple[Dataset, Dataset, str]:
     """The images that archs are compared on, training images for BatchNorm, and a description of the former.
 
-    Without --split, they are the part of the training images that the training has held out, or would have.
+    Without --split, they are the part of the training images that the run has held out, or else the default part.
 
     Raises:
         ValueError: If there is no training split, or as for `labelled_images` and `split_held_out`.

@@ -1,8 +1,8 @@
 """Datasets by name: those of timm, with an error for broken image files, and two that need no download.
 
 Two sources are added to timm's: `sklearn/digits` (real images) and `glyphs` (rendered letters). Folders and tars of
-images are found by our reader, and images in files are read by our decoder. Where an image file is broken, timm returns
-the next image; here that is an error, unless asked for.
+images are read by our reader, and image files by our decoder. For a broken image file, timm returns the next image;
+here it is an error, unless `skip_broken`.
 """
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def transforms_of(dataset: Any) -> dict[str, Any]:
 
 
 def class_names(dataset: Dataset) -> dict[int, str]:
-    """Names of the classes of a dataset, by index, as far as it tells; the first, if a class map gives several."""
+    """Names of the classes of a dataset by index, as far as they are known; the first if a class map gives several."""
     indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     if indices:
         return {int(index): str(name) for name, index in reversed(indices.items())}

@@ -1,4 +1,4 @@
-"""From the image in a file to the 8-bit image of a network: formats, ranges of grey levels, orientation, color mode."""
+"""Decoding of image files to 8-bit images: formats, ranges of grey levels, orientation, color mode."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 __all__ = ['Decoder', 'image_extensions', 'image_formats']
 
-# Ghostscript would run for EPS; of the others, Pillow reads the header alone.
+# For EPS, Pillow would run Ghostscript; of the others, it reads only the header.
 NOT_READ = frozenset({'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'})
 ORIENTATION = 0x0112  # of EXIF
 UPRIGHT = {
@@ -60,7 +60,7 @@ class Decoder:
         return self.convert(image)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """The same for an image that is in memory."""
+        """Convert an image that is in memory."""
         if self.upright:
             image = turn_upright(image)
         if self.mode and is_deep(image):
@@ -97,7 +97,7 @@ def grey_levels(image: Image.Image) -> np.ndarray:
 
 
 def usual_range(levels: np.ndarray, fractions: bool, known: Range | None = None) -> Range:
-    """The smallest usual range that holds some grey levels, and another range."""
+    """The smallest usual range that holds some grey levels and, if given, a known range."""
     low, high = float(levels.min()), float(levels.max())
     if known is not None:
         low, high = min(low, known[0]), max(high, known[1])
@@ -107,7 +107,7 @@ def usual_range(levels: np.ndarray, fractions: bool, known: Range | None = None)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says it is looked at."""
+    """The image, turned as its EXIF orientation says."""
     try:
         method = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception:  # damaged EXIF data raises many kinds of errors; the pixels are intact

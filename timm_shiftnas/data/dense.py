@@ -52,7 +52,7 @@ class MaskImages(Dataset):
         path = self.images[index]
         image = _read(path)
         with Image.open(self.folder / 'masks' / f'{path.stem}.png') as file:
-            mask = tv_tensors.Mask(pil_to_tensor(file))  # of a palette, the indices
+            mask = tv_tensors.Mask(pil_to_tensor(file))  # for a palette, the indices
         if self.transform is not None:
             image, mask = self.transform(image, mask)
         return image, mask[0].long()
@@ -115,8 +115,8 @@ def _read(path: Path) -> Tensor:
 def pad_boxes(target: dict[str, Tensor], count: int) -> Tensor:
     """The boxes of an image as one tensor [count, 5] of x1, y1, x2, y2, label; the rows without a box have label -1.
 
-    The targets of a batch are then a tensor [B, count, 5], which tasks and processes can split. Of more boxes, the
-    largest ones are kept.
+    The targets of a batch are then a tensor [B, count, 5], which tasks and processes can split. If there are more
+    boxes, the largest ones are kept.
     """
     boxes, labels = target['boxes'].as_subclass(Tensor), target['labels']
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -2,7 +2,7 @@
 
 A data folder holds SPLIT/CLASS/IMAGE, or SPLIT.tar with CLASS/IMAGE inside; a tar as data folder holds
 SPLIT/CLASS/IMAGE. The class of an image is the top folder below the split, however deep the image lies. timm takes the
-deepest folder, and all of a tar for any split. Classes and images have timm's order: that of natural sorting.
+deepest folder, and reads all of a tar for any split. Classes and images have timm's order: that of natural sorting.
 """
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the data."""
+    """Whether a file or folder does not belong to the data."""
     return name.startswith('.') or name.lower() in LITTER
 
 
@@ -258,7 +258,7 @@ def walk_folder(root: str) -> Iterator[Entry]:
 
 
 def leads_back(path: str) -> bool:
-    """Whether a path is a link to a folder that holds it."""
+    """Whether a path is a link to a folder that contains it."""
     return os.path.islink(path) and f'{os.path.realpath(os.path.dirname(path))}{os.sep}'.startswith(
         f'{os.path.realpath(path)}{os.sep}')
 
@@ -270,7 +270,7 @@ def walk_tar(path: str) -> Iterator[Entry]:
 
 
 def _members(tar: tarfile.TarFile, parents: tuple[str, ...], start: int) -> Iterator[Entry]:
-    """The members of a tar that begins at a byte of the file."""
+    """The members of a tar that begins at byte `start` of the file."""
     for member in tar:
         parts = (*parents, *(part for part in member.name.split('/') if part not in ('', '.')))
         folders, name = (parts, '') if member.isdir() else (parts[:-1], parts[-1])

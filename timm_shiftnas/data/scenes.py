@@ -91,7 +91,7 @@ def _scene(rng: np.random.Generator, files: list[Path], letters: str, pixels: in
         np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int, int], int]]]:
     """An image [pixels, pixels, 3], its mask [pixels, pixels], and (label, (x, y, width, height), area) of its letters.
 
-    A later letter covers an earlier one. Boxes are of what is visible.
+    A later letter covers an earlier one. Boxes enclose the visible part.
     """
     image = _texture(rng, pixels)
     owners, labels = np.zeros((pixels, pixels), np.int64), [0]

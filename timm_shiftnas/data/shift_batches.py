@@ -102,7 +102,7 @@ class StepBatches:
         try:
             images, targets = next(self._stream)
         except Exception as error:
-            # The traceback holds the iterator in a cycle, and torch stalls for seconds where that is collected later.
+            # The traceback keeps the iterator alive in a cycle; collecting it later stalls torch for seconds.
             traceback.clear_frames(error.__traceback__)
             self.close()
             if isinstance(error, (RuntimeError, OSError, EOFError)):  # which of these torch raises depends on timing

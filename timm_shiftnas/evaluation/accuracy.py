@@ -1,6 +1,7 @@
 """Accuracy of subnets, and the budget table of a supernet.
 
-Several processes split the images to evaluate and the subnets to calibrate. All get the figures of a single process.
+Several processes split the images to evaluate and the subnets to calibrate. All of them get the figures that a single
+process would get.
 """
 from __future__ import annotations
 

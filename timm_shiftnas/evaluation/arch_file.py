@@ -1,4 +1,4 @@
-"""A file of what was measured of archs, which survives a kill."""
+"""A file of measurements of archs, which survives a kill."""
 from __future__ import annotations
 
 import json
@@ -20,7 +20,7 @@ class ArchFile:
 
     Args:
         path: The file; created with the first arch.
-        measured_with: JSON data of what the numbers depend on, besides the arch.
+        measured_with: JSON data that the numbers depend on, besides the arch.
         names: Names of the numbers.
         remedy: What to do if the file holds something else, for the error message.
 

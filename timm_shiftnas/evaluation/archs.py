@@ -70,7 +70,7 @@ def fingerprint(
         bn_images: int,
         autocast: Any,
 ) -> dict[str, Any]:
-    """What the accuracies of archs depend on, as short JSON data.
+    """All data that the accuracies of archs depend on, as short JSON data.
 
     Of a loader it is the number of images, if that is known, and the first one: loaders have to give the same images
     every time. Training images count only where there is BatchNorm, and with the size of their batches: statistics are
@@ -80,7 +80,7 @@ def fingerprint(
         net: The supernet.
         loader: The images to evaluate.
         train_loader: Those for BatchNorm statistics, or `None`.
-        bn_images: How many of these each arch uses.
+        bn_images: Number of these that each arch uses.
         autocast: Context of the forward passes, or `None`.
     """
     def images(batches: Iterable[Any], count: int | None = None) -> list[Any]:

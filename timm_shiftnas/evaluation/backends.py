@@ -1,4 +1,4 @@
-"""What runs a network whose latency is measured: torch, or a runtime of ONNX files."""
+"""Backends that run a network whose latency is measured: torch, or a runtime of ONNX files."""
 from __future__ import annotations
 
 import os
@@ -22,7 +22,7 @@ BACKENDS = ('eager', 'compile', 'onnxruntime', 'openvino')
 OPSET = 17  # of the faster of torch's exporters
 _PACKAGES = {'onnxruntime': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino')}
 
-Run = Callable[[], Any]  # one forward pass; returns when its result is there
+Run = Callable[[], Any]  # one forward pass; returns when its result is ready
 
 
 def check_backend(backend: str, device: str) -> None:
@@ -58,7 +58,7 @@ class OnnxNetwork(nn.Module):
 def prepared(net: nn.Module, images: Tensor, backend: str, threads: int) -> Iterator[Run]:
     """A forward pass of a network for some images, ready to be timed.
 
-    Torch's number of threads is that of the backend meanwhile.
+    Sets torch's number of threads during the block.
 
     Args:
         net: A static network; changed to eval mode.

@@ -27,7 +27,7 @@ def export_subnets(
         net: nn.Module, archs: Sequence[Arch], folder: Path, batch_size: int = 1, progress: bool = True) -> Path:
     """Write subnets as ONNX files of a fixed batch size, and the table whose column 'milliseconds' is to be filled in.
 
-    Files that are there already, of an export that was interrupted, are kept.
+    Files of an interrupted export are kept.
 
     Returns:
         The path of the table.

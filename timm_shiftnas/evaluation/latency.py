@@ -1,7 +1,7 @@
-"""Measuring how long subnets take on this machine.
+"""Measurement of the latency of subnets on this machine.
 
 Calls of a network take turns with calls of a reference network, so that what slows both down for a while (frequency,
-other processes) cancels. The latency is the median of the quotients times the median of the reference. Calls go on
+other processes) cancels. The latency is the median of the quotients times the median of the reference. Calls continue
 until the median is known well enough: its uncertainty is half of the interval of the quotients that holds the true
 median with a probability of about 0.95.
 """
@@ -33,11 +33,11 @@ from .predictor import fit_predictor
 
 __all__ = ['Setup', 'Timing', 'archs_to_measure', 'compare', 'create_device', 'machine', 'measure', 'measure_archs']
 
-ROUNDS = 30  # turns, after which the spread is looked at
+ROUNDS = 30  # turns between two checks of the spread
 MOST_ROUNDS = 300
 WARM_UP = 5  # calls
 MAX_SPREAD = .05
-ENOUGH = .2  # of the largest spread that is accepted, at which measuring ends
+ENOUGH = .2  # stop measuring at this share of the accepted spread
 TRIES = 3
 FEWEST = 20  # archs that a predictor is fitted to
 
@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Timing(NamedTuple):
-    """How long a network takes, next to the reference.
+    """Time of a network, measured in turns with the reference.
 
     Attributes:
         ratio: Its time divided by that of the reference.
@@ -59,7 +59,7 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What latencies depend on besides the network and the machine; `batch_size` images are timed as one."""
+    """Settings that latencies depend on; a latency is the time of a whole batch of `batch_size` images."""
     backend: str = 'eager'
     device: str = 'cpu'
     threads: int = 1
@@ -97,7 +97,7 @@ def compare(
 
 def measure(run: Run, reference: Run, what: str, max_spread: float = MAX_SPREAD,
             clock: Callable[[], float] = time.perf_counter) -> Timing:
-    """`compare`, again while the spread is above `max_spread`.
+    """Run `compare`, and repeat it up to 3 times in all while the spread is above `max_spread`.
 
     Raises:
         ValueError: If it stays too large.
@@ -144,7 +144,7 @@ def measure_archs(
         net: nn.Module, archs: Sequence[Arch], setup: Setup, partial: str | os.PathLike, max_spread: float = MAX_SPREAD,
         progress: bool = True,
 ) -> list[Timing]:
-    """Measure the subnets of a supernet, next to that of its smallest arch.
+    """Measure subnets of a supernet in turns with that of its smallest arch.
 
     Args:
         net: The supernet.
@@ -205,7 +205,7 @@ def create_device(
 
     Args:
         space: The bound space of the supernet.
-        archs: What was measured.
+        archs: The archs that were measured.
         seconds: Their latencies.
         name: Name of the device.
         setup: How they ran.

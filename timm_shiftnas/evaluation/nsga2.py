@@ -1,4 +1,4 @@
-"""NSGA-II (Deb et al., IEEE Transactions on Evolutionary Computation, 2002) over archs, by pymoo.
+"""NSGA-II (Deb et al., IEEE Transactions on Evolutionary Computation, 2002) over archs, with pymoo.
 
 An arch is the vector of its choice indices, as `SearchSpace.encode` gives them. Importing this module needs pymoo.
 """
@@ -55,7 +55,7 @@ def evolve(
         first: The initial population, of different archs.
         population: Size of the later ones.
         score: Gives two objectives of an arch, which are minimised, and its violations of limits, which are positive
-            where a limit is exceeded; it is asked about a generation after that was yielded.
+            where a limit is exceeded; it is called for a generation after that generation was yielded.
         seed: Seed of selection, crossover and mutation.
     """
     # a choice with one value has no room between the bounds, which pymoo accepts

@@ -21,7 +21,7 @@ from .tables import Row, score_columns
 __all__ = ['plot_accuracy', 'plot_front', 'plot_shift']
 
 SIZE = (9.0, 5.6)  # inches of 100 pixels: fits a README without scaling
-LABEL = 115  # pixels, the most that the label of an end is wide
+LABEL = 115  # largest width of an end's label, in pixels
 BLUE, ORANGE, GREY, DARK = '#1f5fa8', '#d9822b', '#8a8f98', '#222222'
 OTHERS = GREY, '#3f9a5f', '#8a4fb5'
 

@@ -13,7 +13,7 @@ from ..space.latency import CONSTANT, choice_features, operator_features
 __all__ = ['errors_of', 'fit_predictor']
 
 FOLDS = 5
-# strength of the regularisation, of features scaled to their mean: of those of operators, of those of choices
+# strengths of the regularisation for features scaled to their mean: pairs for features of operators and of choices
 STRENGTHS = [(a, b) for a in (1e-5, 1e-4, 1e-3, 1e-2) for b in (1e-4, 1e-3, 1e-2)]
 
 
@@ -22,12 +22,12 @@ def fit_predictor(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Fit prices to measured latencies: `min sum_i ((x_i · p - y_i) / y_i)^2 + strength · |p|^2` over `p >= 0`.
 
-    Features of operators, tables of choices, and both together are tried. The ones of the least median error in
+    Features of operators, tables of choices, and both together are tried. Those with the least median error in
     cross-validation are taken, and fitted to all archs.
 
     Args:
         space: The bound space.
-        archs: What was measured.
+        archs: The archs that were measured.
         seconds: Latencies y.
 
     Returns:
@@ -94,7 +94,7 @@ def _solve(x: np.ndarray, y: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 
 def _cross_validated(x: np.ndarray, y: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """Latencies of all archs, each predicted from the others' folds."""
+    """Latencies of all archs, each predicted from the other folds."""
     fold = np.arange(len(y)) % FOLDS
     predicted = np.empty_like(y)
     for k in range(FOLDS):

@@ -145,7 +145,7 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
 
 
 def _devices(resources: Sequence[Resource]) -> str:
-    """How each latency was measured."""
+    """Notes on the device of each latency."""
     notes = [each.device.note for each in resources if each.device is not None]
     return '\n'.join(f'<p class="soft note">{html.escape(note)}</p>' for note in notes)
 

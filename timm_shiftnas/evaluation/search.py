@@ -42,7 +42,7 @@ STALE = 20  # generations in a row without a new arch that end a search
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found.
+    """Result of a search.
 
     Args:
         front: The Pareto front: rows as in `evaluation.tables`, the cheapest and least accurate first.
@@ -89,16 +89,16 @@ def search(
         generator: The generator of the supernet.
         strategy: 'generator', 'evolutionary' or 'random'; default is 'generator' where there is one.
         flops, params: Upper limits of MACs and of parameters, such as '1.4G' and '6M'; all that are given hold.
-        cost: What is small on the front besides the error: 'flops' or 'params'.
+        cost: The cost that the front weighs against accuracy: 'flops' or 'params'.
         evaluations: How many archs are measured at most; fewer if no others are found within the limits.
         population: Size of a generation.
         groups: Budget groups of 'generator'; default are those of the space.
         train_loader: Training images for BatchNorm statistics, as for `calibrate_bn`; the same images every time.
-        bn_images: How many of them each arch uses.
+        bn_images: Number of them that each arch uses.
         seed: Seed of all that is drawn.
         autocast: Context of the forward passes.
-        file: Keep accuracies in this file. A search that is called again with it measures no arch of it again. Archs
-            are measured in parts of up to 16, which an interruption loses.
+        file: Keep accuracies in this file. A later search with the same file does not measure these archs again. Archs
+            are measured in parts of up to 16; an interruption loses the current part.
         progress: Show a bar if the standard error stream is a terminal.
 
     Raises:
@@ -137,7 +137,7 @@ def search(
                 found |= zip(part, accuracy(part))
                 bar.update(len(part))
                 if calibration is not None:
-                    calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
+                    calibration.statistics.clear()  # of thousands of archs; `prepare` below computes those of the front again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]
     chosen = pareto_front([(row[COSTS[cost].name], row['top1']) for row in rows])
     front = [dict(rows[index], name=f'front {number}') for number, index in enumerate(chosen, 1)]
@@ -187,7 +187,7 @@ class Limits:
         return self._counts[arch]
 
     def violations(self, arch: Arch) -> list[float]:
-        """By which share an arch exceeds each limit; negative or 0 where it is within it."""
+        """The share by which an arch exceeds each limit; 0 or negative within the limit."""
         counts = self.counts(arch) if self.limits else {}
         return [counts[name] / limit - 1 for name, limit in self.limits.items()]
 

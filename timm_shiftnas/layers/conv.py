@@ -53,7 +53,7 @@ __all__ = [
 
 
 class ConvWidths(NamedTuple):
-    """What one block computes: ints, or masks of full width; the defaults are timm's full block.
+    """Widths of one block: ints, or masks of full width; the defaults are timm's full block.
 
     Attributes:
         hidden: Channels of the depthwise convolution.
@@ -81,7 +81,7 @@ FULL = ConvWidths(elastic=False)
 
 
 def resize(x: Tensor, resolution: int) -> Tensor:
-    """Images [B, C, H, W] as squares of another size: bicubic, without antialiasing, as AttentiveNAS does it."""
+    """Resize square images [B, C, H, W]: bicubic, without antialiasing, as AttentiveNAS does it."""
     height, width = x.shape[-2:]
     if height == width == resolution:
         return x
@@ -167,7 +167,7 @@ class ElasticDepthwiseConv2d(ElasticConv2d):
 
 
 class _SamePadding(ElasticConv2d):
-    """TensorFlow's padding, which depends on the size of the image; a smaller kernel still is the centre."""
+    """TensorFlow's padding, which depends on the size of the image; a smaller kernel is still the centre."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         groups = x.shape[1] // weight.shape[1]
@@ -204,10 +204,10 @@ class ElasticBatchNorm(BatchNormAct2d):
 
 
 def normalize(norm: nn.Module, x: Tensor, elastic: bool) -> Tensor:
-    """Normalise and activate the first `x.shape[1]` channels, by a BatchNorm or by what has replaced it.
+    """Normalise and activate the first `x.shape[1]` channels, with a BatchNorm or the module that has replaced it.
 
-    Another module than `ElasticBatchNorm` runs with slices of its weights and statistics. It may update the statistics
-    of the full network; at an arch it gets copies.
+    Modules other than `ElasticBatchNorm` run with slices of their weights and statistics. They may update the
+    statistics in a forward of the full network; for an arch they get copies.
 
     Raises:
         ValueError: If `norm` is not a kind of BatchNorm: extracted subnets have BatchNorms.
@@ -267,7 +267,7 @@ class Projection(nn.Module):
     Args:
         width_in: Channels.
         width_out: Channels of the output.
-        stride: 1, or 2 for pooling; odd sides get a border of zeros, which count.
+        stride: 1, or 2 for pooling; odd sides get a border of zeros, which count in the average.
         convolution: Whether there is a convolution; without one, as many channels come in as go out.
     """
 
@@ -281,7 +281,7 @@ class Projection(nn.Module):
         if self.stride == 1:
             return x
         height, width = x.shape[-2], x.shape[-1]
-        if torch.jit.is_tracing():  # sizes are tensors then, and exporters know no padding that is a tensor
+        if torch.jit.is_tracing():  # sizes are then tensors, and exporters accept no tensor as padding
             height, width = int(height), int(width)
         return F.avg_pool2d(x, 2, 2, padding=(height % 2, width % 2))
 
@@ -290,10 +290,10 @@ class Projection(nn.Module):
 
 
 class _Shortcut(nn.Module):
-    """What an elastic block adds its branch to.
+    """Base class of the shortcuts of elastic blocks.
 
-    `forward(x, *, read, branch, widths)` takes the input of the block, the same with its channels masked, and the
-    output of the branch. It returns the output of the block.
+    `forward(x, *, read, branch, widths)` takes the input of the block, the same input with its channels masked, the
+    output of the branch, and the widths. It returns the output of the block.
     """
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
@@ -301,28 +301,28 @@ class _Shortcut(nn.Module):
 
 
 class NoShortcut(_Shortcut):
-    """The branch alone."""
+    """No shortcut: the output is the branch alone."""
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
         return branch
 
 
 class Bypass(_Shortcut):
-    """The branch alone; where the block does not exist, its input."""
+    """The branch, or the input if the block is inactive."""
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
         return branch if widths.active is None else branch + (1 - widths.active) * x
 
 
 class IdentityShortcut(_Shortcut):
-    """Past a block that keeps size and width in every arch."""
+    """Identity shortcut for blocks that keep size and width in every arch."""
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
         return branch + x
 
 
 class WidthShortcut(_Shortcut):
-    """Past a block that keeps size, and keeps the width in some archs: there is a shortcut in these only."""
+    """Identity shortcut for blocks that keep the size; it exists only in archs where the width stays the same."""
 
     def forward(self, x: Tensor, *, read: Tensor, branch: Tensor, widths: ConvWidths) -> Tensor:
         if widths.equal is not None:
@@ -398,7 +398,7 @@ class _ElasticBlock(nn.Module):
         return self.projection
 
     def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
-        """From the channels of the stream, plain and masked, to those of the depthwise convolution."""
+        """Expand the channels of the stream, `x` unmasked and `read` masked, to those of the depthwise convolution."""
         raise NotImplementedError
 
     def depthwise(self, x: Tensor, widths: ConvWidths) -> Tensor:
@@ -453,7 +453,7 @@ class ElasticEdgeResidual(_ElasticBlock, EdgeResidual):
 
 
 class ElasticConvBnAct(_ElasticBlock, ConvBnAct):
-    """timm's convolution with BatchNorm and activation at the given widths; it has no inner ones."""
+    """timm's convolution with BatchNorm and activation at the given widths; it has no inner width."""
 
     def expand(self, x: Tensor, read: Tensor, widths: ConvWidths) -> Tensor:
         return read

@@ -75,7 +75,7 @@ def input_channels(layer: Any) -> int:
 
 
 def keep_inputs(layer: Any, channels: int | None) -> None:
-    """Turn an elastic layer into the plain one of its first input channels, in place; `None` keeps all."""
+    """Turn an elastic layer into a plain one with its first input channels, in place; `None` keeps all."""
     plain, (_, dim, name) = next(item for item in _INPUTS.items() if isinstance(layer, item[1][0]))
     layer.__class__ = plain
     if channels is not None:
@@ -90,8 +90,8 @@ def keep_inputs(layer: Any, channels: int | None) -> None:
 class FeatureSum(nn.Module):
     """The sum of feature maps at the size of the first, each projected to the same number of channels.
 
-    As the decoder of Semantic FPN (Kirillov et al., CVPR 2019, arXiv 1901.02446) without its further convolutions.
-    Of one map, it is that map after a linear projection of its pixels.
+    It is the decoder of Semantic FPN (Kirillov et al., CVPR 2019, arXiv 1901.02446) without its further convolutions.
+    A single map gets a linear projection of its pixels.
 
     Args:
         channels: Largest channels of each map, the largest map first; `backbone.feature_info.channels()`.
@@ -119,7 +119,7 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         channels: Largest channels of the map.
         out_channels: Channels of every map of the pyramid.
-        scales: Of 4, 2, 1 and 0.5, the sizes of its maps relative to the given one.
+        scales: Sizes of its maps relative to the given one, from 4, 2, 1 and 0.5.
     """
 
     def __init__(self, channels: int, out_channels: int = 256, scales: Sequence[float] = (4, 2, 1, .5)) -> None:

@@ -97,7 +97,7 @@ class RelativePosition2d(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, dropout: float = 0.,
                attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attention with relative position through one fused call, exactly; all of [B, heads, tokens, 64].
+        """Exact attention with relative position through one fused call; all tensors are [B, heads, tokens, 64].
 
         Each key (and value) is extended by its one-hot row, one-hot column and class flag, each query by its dot
         products with the tables. One attention then adds the key term to its logits, and returns in the extra value
@@ -133,7 +133,7 @@ class RelativePosition2d(nn.Module):
 
     def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, index: RelativeIndex, dropout: float = 0.,
                        attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The same by its definition, with tables of [tokens, tokens, 64]: slow, but needs no fused attention."""
+        """`attend` by its definition, with tables of [tokens, tokens, 64]: slow, but needs no fused attention."""
         by_pair = _read_pairs(self.k_rows, self.k_cols, index, self.num_prefix)
         logits = (q @ k.transpose(-2, -1) + torch.einsum('bhqd,qkd->bhqk', q, by_pair)) * self.scale
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[2], logits, attn_mask, is_causal))

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class BlockWidths(NamedTuple):
-    """What one transformer block computes: ints, or masks of full width; the defaults are the full block."""
+    """Widths of one transformer block: ints, or masks of full width; the defaults are the full block."""
     embed_dim: Width = None
     num_heads: Width = None
     hidden: Width = None
@@ -57,9 +57,9 @@ class ElasticQKV(nn.Linear):
     Args:
         dim: Largest input width.
         num_heads: Largest number of heads.
-        bias_slicing: Which entries of the bias fewer heads read. 'role': the first heads of each of q, k and v, as for
-            the weight. 'joint': the first 3 * 64 * heads entries, split into q, k and v, as in the training of
-            AutoFormer's published supernets; only its converter sets this.
+        bias_slicing: Which entries of the bias a smaller number of heads reads. 'role': the first heads of each of q, k
+            and v, as for the weight. 'joint': the first 3 * 64 * heads entries, split into q, k and v, as in the
+            training of AutoFormer's published supernets; only its converter sets this.
     """
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True, bias_slicing: str = 'role', device=None,
@@ -72,10 +72,10 @@ class ElasticQKV(nn.Linear):
     def sliced(self, dim: int, heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 * head width * heads, dim] and bias of the first `heads` heads."""
         rows = heads * self.head_dim
-        # a compiled graph does not compare sizes: the full ones would get graphs of their own
+        # skipped in compiled graphs: comparing sizes would compile a separate graph for the full size
         if not torch.compiler.is_compiling() and (3 * rows, dim) == (self.out_features, self.in_features):
             return self.weight, self.bias
-        # always copies: views, which are possible for some numbers of heads only, would add compiled graphs
+        # always copies: a view is possible for some numbers of heads only, and would add compiled graphs
         layout = torch.contiguous_format
         weight = self.weight.view(3, -1, self.in_features)[:, :rows, :dim].clone(memory_format=layout).view(-1, dim)
         if self.bias is None:

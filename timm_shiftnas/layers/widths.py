@@ -12,7 +12,8 @@ Width = int | Tensor | None
 def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
     """Multiply a tensor by a mask along one dimension, or by a 0-d mask as a whole.
 
-    The one place where masks act. An int or `None` changes nothing: the layer before has computed that many channels.
+    An int or `None` changes nothing: the layer before has computed that many channels. Masks of widths act here; kernel
+    sizes, shortcuts, active blocks and LayerNorm's mean also read masks in formulas of their layers.
     """
     if not isinstance(mask, Tensor):
         return x
@@ -22,7 +23,7 @@ def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
 
 
 def prefix(width: Width) -> int | None:
-    """How many channels to compute, as a slice bound: masks compute all."""
+    """The number of channels to compute, as a slice bound; `None` for masks, which compute all."""
     return None if isinstance(width, Tensor) else width
 
 
@@ -30,7 +31,7 @@ def leading(weight: Tensor, *sizes: int | None) -> Tensor:
     """The first entries of a tensor along its first dimensions; `None` and the full size take all.
 
     Taking all returns the tensor itself: autograd would copy the gradient of a slice. A compiled graph always slices,
-    so that the full size needs no graph of its own.
+    so that the full size needs no separate graph.
     """
     if not torch.compiler.is_compiling() and all(
             size is None or size == full for size, full in zip(sizes, weight.shape, strict=False)):

@@ -39,7 +39,7 @@ class ChoiceTable:
         return len(self._gates)
 
     def active(self, indices: Tensor) -> Tensor:
-        """Which choices exist at the chosen depths: bool, [..., n]."""
+        """Whether each choice exists at the chosen depths: bool, [..., n]."""
         return self._exists[torch.arange(len(self), device='cpu'), indices[..., self._gates]]
 
     def count(self, indices: Tensor, resource: Resource = MACS) -> Tensor:

@@ -248,7 +248,7 @@ class ShiftNASConfig:
 
 
 def default_interval(groups: int) -> int:
-    """Updates between two shifts of so many groups. A shift measures them all, so its share of the work is bounded."""
+    """Updates between two shifts. It grows with the number of groups, because a shift measures all of them."""
     return max(100, 10 * groups)
 
 

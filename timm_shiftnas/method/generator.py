@@ -4,8 +4,8 @@ An LSTM makes the choices of a search space one after the other, given the budge
 hard; gradients pass through its softmax (straight-through Gumbel-softmax, Jang et al., ICLR 2017, arXiv 1611.01144). So
 the generator learns from any function of its one-hots: their MACs, or a task loss.
 
-A budget is an upper bound on MACs (multiply-accumulates per image at batch 1), or on another resource. What the
-generator minimises is `generator_loss`; `proposals` chooses the arch for a budget among its samples.
+A budget is an upper bound on MACs (multiply-accumulates per image at batch 1), or on another resource. The generator
+minimises `generator_loss`; `proposals` chooses the arch for a budget among its samples.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLES = 64  # candidates of a proposal besides the likeliest arch
 
 
 def resource_loss(counts: Tensor, budgets: Tensor, least: float, most: float) -> Tensor:
-    """How far archs miss their budgets: mean over the batch of `((C - b) / (C_max - C_min))**2`.
+    """The resource term: mean over the batch of `((C - b) / (C_max - C_min))**2`.
 
     Args:
         counts: C, the MACs of the archs, or what they use of another resource, [B].
@@ -314,8 +314,8 @@ class ArchitectureGenerator(nn.Module):
     def propose_within(self, budgets: Mapping[Resource, float | str]) -> Arch:
         """The arch within budgets of several resources, or of others than the generator's.
 
-        Of the proposals at 256 budgets over the whole range, the largest one that fits. If it uses less than 99% of
-        every budget, the largest ones that fit are enlarged by single choices as far as all budgets allow.
+        Of the proposals at 256 budgets over the whole range, the largest one that fits is taken. If it uses less than
+        99% of every budget, the largest ones that fit are enlarged by single choices as far as all budgets allow.
 
         Args:
             budgets: Numbers, or strings with a unit such as '5MB', by resource.

@@ -31,12 +31,12 @@ __all__ = ['StockTask', 'create_task', 'read_environment', 'read_settings', 'upd
 
 PREFIX = 'SHIFTNAS_'
 
-# Part of the images of each update for running statistics, which costs a forward of the full network, and the share of
-# these images in the moving average. So few updates follow the weights.
+# STATISTICS_IMAGES: share of a batch that is used to update the running statistics, in one forward of the full network.
+# STATISTICS_SHARE: weight of these images in the moving average, which follows the weights within a few updates.
 STATISTICS_IMAGES = .25
 STATISTICS_SHARE = .25
 
-# Fields of ShiftNASConfig that are no settings here: the task counts micro-batches itself, and there is no teacher.
+# Fields of ShiftNASConfig that cannot be set here: the task counts micro-batches itself, and there is no teacher.
 DERIVED_FIELDS = ('accum_steps', 'task_loss_weight', 'distill_loss_weight', 'temperature')
 
 
@@ -139,7 +139,7 @@ class ShiftImages:
 
 @torch.no_grad()
 def update_running_statistics(net: nn.Module, images: Tensor, share: float) -> None:
-    """Update the running statistics of the BatchNorms in training mode by those of the full network for some images.
+    """Update the running statistics of the BatchNorms in training mode with one forward of the full network.
 
     Dropout and drop path are off, so that nothing random is drawn.
 
@@ -209,7 +209,7 @@ class StockTask(ShiftNASTask):
     def _follow_optimizers(self) -> None:
         """End an update whenever an optimizer of these weights has stepped.
 
-        A step that a scaler skips is no update. Of nested steps, or of two optimizers that share the weights, only the
+        A step that a scaler skips is not an update. If steps are nested, or two optimizers share the weights, only the
         first step counts. The hook does not keep the task alive.
         """
         task = weakref.ref(self)
@@ -229,7 +229,7 @@ class StockTask(ShiftNASTask):
         self._follow_optimizers()  # a copy has its own optimizer
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        """As `ShiftNASTask.forward`, on the images that are not held out."""
+        """Compute the loss as `ShiftNASTask.forward` does, on the images that are not held out."""
         if not isinstance(input, Tensor):
             raise ValueError(
                 f'a supernet takes batches of images, not of {type(input).__name__}; leave out --naflex-loader')
@@ -274,13 +274,13 @@ class StockTask(ShiftNASTask):
         return input, target
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """As `ShiftNASTask.get_task_state`; includes the micro-batches since the last update."""
+        """The state of `ShiftNASTask`, and the number of micro-batches since the last update."""
         state = super().get_task_state(module, ema)
         return dict(state, micro=self._micro, fitted=self._fitted) if state else {}
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
-        """As `ShiftNASTask.load_task_state`."""
+        """Load what `get_task_state` returned; errors as for `ShiftNASTask.load_task_state`."""
         super().load_task_state(state, strict, module, ema)
         if state and not ema:  # checkpoints of `train.py` have neither: it fits first, and saves between updates
             self._micro, self._fitted = state.get('micro', 0), state.get('fitted', True)

@@ -69,10 +69,10 @@ class NetworkTask(ClassificationTask):
         return result
 
     def end_update(self) -> None:
-        """Nothing: no archs are drawn for an update."""
+        """Do nothing: no archs are drawn for an update."""
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What a resumed run needs besides the weights, as plain values."""
+        """All that a resumed run needs besides the weights, as plain values."""
         return {} if ema else dict(network=self.network, space=self.space.to_dict(), loop=self.loop_state)
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,

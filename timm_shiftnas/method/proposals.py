@@ -67,8 +67,8 @@ def select(choices: ChoiceTable, limits: Tensor, indices: Tensor, counts: Tensor
            resource: Resource = MACS) -> Tensor:
     """Choose the proposal for each of B budgets among its candidates.
 
-    The most probable candidate that uses at least 99% of the budget. If there is none, the best result of enlarging
-    the largest candidates within the budget.
+    It is the most probable candidate that uses at least 99% of the budget. If there is none, it is the best result of
+    enlarging the largest candidates within the budget.
 
     Args:
         choices: The choices of the search space.
@@ -122,7 +122,7 @@ def enlarge(choices: ChoiceTable, limit: Tensor, indices: Tensor, resource: Reso
 
 def _grow(choices: ChoiceTable, limits: Tensor, indices: Tensor, resource: Resource,
           others: Sequence[Limit] = ()) -> tuple[Tensor, Tensor]:
-    """What `enlarge` reaches from each start under its own limit, [starts, n], and what that uses, [starts]."""
+    """The arch that `enlarge` reaches from each start under its own limit, [starts, n], and its cost, [starts]."""
     changed, values = torch.nonzero(~choices.is_padding).unbind(1)  # every change: a choice and its new index
     counts = choices.count(indices, resource)
     while True:
@@ -146,8 +146,8 @@ def _grow(choices: ChoiceTable, limits: Tensor, indices: Tensor, resource: Resou
 def propose_within(generator: CandidateGenerator, budgets: Mapping[Resource, SupportsFloat | str]) -> Arch:
     """The arch within budgets of several resources, or of another one than the generator's.
 
-    Of the proposals at 256 budgets over the whole range of the generator, the largest one that fits. If it uses less
-    than 99% of every budget, the largest ones that fit are enlarged under all of them.
+    Of the proposals at 256 budgets over the whole range of the generator, the largest one that fits is taken. If it
+    uses less than 99% of every budget, the largest ones that fit are enlarged under all of them.
 
     Raises:
         ValueError: If no arch fits, or a budget is not a number with a unit of its resource.
@@ -185,8 +185,8 @@ def check_limits(space: SearchSpace, budgets: Mapping[Resource, Any]) -> dict[Re
         BudgetWarning: If all budgets are above what the largest arch uses.
 
     Raises:
-        ValueError: If a budget is not a positive number in a unit of its resource, or below what the smallest arch
-            uses: then it names the tightest one, and the least that it may be.
+        ValueError: If a budget is not a positive number in a unit of its resource, or is below what the smallest arch
+            uses. The message then names the tightest budget and the least that it may be.
     """
     return _check(budgets, {resource: resource.range(space) for resource in budgets}, space)
 

@@ -64,7 +64,8 @@ class ProbabilityShift:
         num_groups: K.
         signal: 'hypergradient', 'grad_norm', 'variation', or 'none' (P stays uniform).
         lr: Step length of theta ('hypergradient').
-        momentum: Decay of the moving average of the sizes; its fourth root is the decay of that of the noise.
+        momentum: Decay of the moving average of the sizes. The average of the noise decays more slowly: by the fourth
+            root of this number.
         floor: f, the share of P that is spread evenly.
         weights: With 'none', fix P proportional to these numbers, [K].
 
@@ -94,7 +95,7 @@ class ProbabilityShift:
         return group_probabilities(self.theta, self.floor) if self._fixed is None else self._fixed
 
     def observe(self, scores: Tensor) -> bool:
-        """Take in scores [K] without moving P, as during warm-up: the noise is then known when it ends.
+        """Take in scores [K] without moving P, as during warm-up, so that the noise is known when the warm-up ends.
 
         Returns:
             False if a score is not finite (the step diverged); the scores are then ignored.

@@ -3,10 +3,10 @@
 The formulas are `hypergradient`, `grad_norm` and `variation`. A `Signal` calls one of them; all signals have the same
 interface, and the one with a memory keeps it as its state.
 
-Everywhere, `loss(arch, batch)` is the loss of one subnet without what training adds (of a classifier, the plain
-cross-entropy), and a score changes nothing: weights, `.grad`, buffers, modes and random states are restored bit for
-bit. Several processes share the work: each sees the same images, computes some of the groups, and returns the scores
-of all.
+Everywhere, `loss(arch, batch)` is the plain loss of one subnet (for a classifier the cross-entropy), without label
+smoothing and distillation. A score changes nothing: weights, `.grad`, buffers, modes and random states are restored bit
+for bit. Several processes share the work: each sees the same images, computes some of the groups, and returns the
+scores of all.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Loss = Callable[[Arch, Any], Tensor]
 ALONE = Ranks()
 
 
-# -- what a measurement needs ------------------------------------------------------------------------------------------
+# -- conditions of a measurement ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turn autocast and TF32 off: scores are small differences of losses, which low precision would drown."""
+    """Turn autocast and TF32 off: scores are small differences of losses, smaller than errors of low precision."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -77,7 +77,7 @@ def hypergradient(
         epsilon: float = 1e-3,
         ranks: Ranks = ALONE,
 ) -> Tensor:
-    """How much one gradient step on each group lowers the held-out loss, per unit of learning rate.
+    """Decrease of the held-out loss by one gradient step on each group, per unit of learning rate.
 
     `s_k = <g, grad L_train(w; A_k)>` with `g = 1/K * sum_j grad L_val(w; A_j)`, taken as the central difference
     `s_k ~ (L_train(w + h*g; A_k) - L_train(w - h*g; A_k)) / (2*h)` with `h = epsilon / |g|`.
@@ -87,7 +87,7 @@ def hypergradient(
     derivatives.
 
     All groups see the same training images, so that their scores differ by the groups alone. The held-out images may
-    differ, because g is a mean over groups: with one K-th of them each, g costs K times less.
+    differ, because g is a mean over groups: if each group sees one K-th of them, g costs K times less.
 
     Args:
         net: The supernet, unwrapped.
@@ -184,7 +184,7 @@ def _by_group(archs: Sequence[Arch], score: Callable[[Arch], Tensor], ranks: Ran
 class Signal:
     """A signal of the probability shift. Calling it gives scores; the arguments are those of `hypergradient`.
 
-    This class itself gives none: it is the signal 'none'.
+    This class itself is the signal 'none': it has no scores.
     """
 
     def __call__(self, net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any,
@@ -193,7 +193,7 @@ class Signal:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and `None`, under the names of the task's state."""
+        """All that a resumed run needs: tensors and `None`, under the names of the task's state."""
         return dict(held_out_loss=None, held_out=None)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,7 +201,7 @@ class Signal:
 
 
 class HypergradientSignal(Signal):
-    """See `hypergradient`. Each group sees one K-th of the held-out images, but two at least.
+    """The signal of `hypergradient`. Each group sees one K-th of the held-out images, but at least two.
 
     Args:
         epsilon: Length of the finite difference.
@@ -221,7 +221,7 @@ class HypergradientSignal(Signal):
 
 
 class GradNormSignal(Signal):
-    """See `grad_norm`."""
+    """The signal of `grad_norm`."""
 
     def __call__(self, net: nn.Module, loss: Loss, archs: Sequence[Arch], train: Any, held_out: Any,
                  ranks: Ranks = ALONE) -> Tensor:
@@ -229,7 +229,7 @@ class GradNormSignal(Signal):
 
 
 class VariationSignal(Signal):
-    """See `variation`. The first held-out batch is used every time, because other images have another loss."""
+    """The signal of `variation`. It always uses the first held-out batch, because other images have another loss."""
 
     def __init__(self) -> None:
         self._losses: Tensor | None = None

@@ -1,8 +1,8 @@
 """`ShiftNASTask`: timm's classification task that trains a supernet with ShiftNAS (Zhang et al., ICCV 2023).
 
-Each micro-batch trains the archs that a sampler draws (`samplers`): ShiftNAS, or one of the methods it is compared
-with. All random draws are functions of (seed, step), so all processes of a distributed run draw the same; what they
-learn from is summed over them.
+Each micro-batch trains the archs that a sampler draws (`samplers`): that of ShiftNAS, or of a method for comparison.
+All random draws are functions of (seed, step), so all processes of a distributed run draw the same; what they learn
+from is summed over them.
 
 `timm.task` is imported here, in `distillation` and in `timm_shiftnas.patch`, and nowhere else.
 """
@@ -68,7 +68,7 @@ class ShiftNASTask(ClassificationTask):
         shift_batches: `shift_batches(n)` returns the (images, targets) of the training data and of the held-out data
             for the n-th shift, without mixup and the same in every process. Required unless `shift` is 'none'.
         teacher: `teacher(images)` returns logits to distil from.
-        held_out_loss: `held_out_loss(output, targets)`: what the shift measures.
+        held_out_loss: `held_out_loss(output, targets)`: the loss that the shift measures.
 
     Raises:
         ValueError: If `shift_batches` is missing, or generator, model and groups do not belong together.
@@ -93,7 +93,7 @@ class ShiftNASTask(ClassificationTask):
         self.space: SearchSpace = net.space
         check_generator(generator, self.space, groups)
         self.config, self.groups = config, groups
-        # no module, so that `.parameters()` and `.to(device)` of the task leave the generator out
+        # not a module, so that `.parameters()` and `.to(device)` of the task leave the generator out
         self.sampler = SAMPLERS[config.sampler](config, generator, groups, shift_batches)
         if self.shift.signal != 'none' and shift_batches is None:
             raise ValueError(
@@ -135,7 +135,7 @@ class ShiftNASTask(ClassificationTask):
             **ddp_kwargs: As for DDP.
 
         Raises:
-            ValueError: If BatchNorms wait for processes that train other archs.
+            ValueError: If BatchNorms would wait for processes that train other archs.
         """
         if self.config.arch_per_rank and any(isinstance(each, nn.SyncBatchNorm) for each in self.modules()):
             raise ValueError(
@@ -205,7 +205,7 @@ class ShiftNASTask(ClassificationTask):
         config = self.config
         logits = None if self._teacher is None else self._teacher(input)
         losses: list[Tensor] = []
-        if config.inplace_distillation:  # at the first step, and not after the warm-up
+        if config.inplace_distillation:  # an error at the first step, not only after the warm-up
             check_logits(outputs[0])
         for output in outputs:
             if losses and config.inplace_distillation and self.update >= config.warmup_updates:
@@ -220,7 +220,7 @@ class ShiftNASTask(ClassificationTask):
     # -- drawing archs -------------------------------------------------------------------------------------------------
 
     def _step(self, input: Tensor, target: Tensor) -> Step:
-        """What the sampler sees of this micro-batch."""
+        """The data of this micro-batch that the sampler sees."""
         return Step(
             update=self.update, micro_step=self._micro_step, net=unwrap_model(self.trainable_module),
             criterion=self.criterion, held_out_loss=self._held_out_loss, images=input, targets=target,
@@ -273,7 +273,7 @@ class ShiftNASTask(ClassificationTask):
 
 
 def check_generator(generator: ArchitectureGenerator, space: SearchSpace, groups: BudgetGroups) -> None:
-    """Raise a `ValueError` unless a generator is of this space, and for the resource of these groups."""
+    """Raise a `ValueError` unless a generator belongs to this space and has the resource of these groups."""
     if generator.space.to_dict() != space.to_dict():
         raise ValueError(
             "the generator belongs to another search space than the model; create it with the model's space")
@@ -284,7 +284,7 @@ def check_generator(generator: ArchitectureGenerator, space: SearchSpace, groups
 
 
 def resource_state(resource: Resource) -> dict[str, str]:
-    """What a checkpoint holds of a resource: its name, and its device file."""
+    """The entry of a resource in a checkpoint: its name and its device file."""
     return dict(name=resource.name, device='' if resource.device is None else resource.device.to_json())
 
 

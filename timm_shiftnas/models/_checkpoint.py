@@ -1,4 +1,4 @@
-"""What the models share in reading checkpoints."""
+"""Helpers of the models for reading checkpoints."""
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The elastic forward of MobileNets: what `ShiftMobileNetSupernet` and elastic pretrained CNNs share."""
+"""The elastic forward of MobileNets, shared by `ShiftMobileNetSupernet` and elastic pretrained CNNs."""
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ def check_pool(global_pool: str, num_classes: int) -> None:
 
 
 class EndWidths(NamedTuple):
-    """What stem and head compute: ints, or masks of full width.
+    """Widths of stem and head: ints, or masks of full width.
 
     Attributes:
         stem: Channels of the stem.
@@ -42,14 +42,14 @@ class ElasticCnn(TimmSupernet):
     """Mixin of supernets that derive from timm's `EfficientNet` or `MobileNetV3` and are made of elastic layers."""
 
     def block_widths(self, arch: Arch | Masks, like: Tensor) -> list[tuple[nn.Module, ConvWidths]]:
-        """The blocks of an arch, first to last, and what each computes; masks with the dtype and device of `like`."""
+        """The blocks of an arch, first to last, and their widths; masks have the dtype and device of `like`."""
         raise NotImplementedError
 
     def end_widths(self, arch: Arch | Masks, like: Tensor) -> EndWidths:
         raise NotImplementedError
 
     def stage_mask(self, masks: Masks, stage: int) -> Tensor:
-        """Mask of the channels that leave a stage of timm's count: 0 is the stem, 1 the first stage of blocks."""
+        """Mask of the output channels of a stage, counted as in timm: 0 is the stem, 1 the first stage of blocks."""
         raise NotImplementedError
 
     def drops(self, arch: Arch | Masks) -> bool:
@@ -76,7 +76,7 @@ class ElasticCnn(TimmSupernet):
         return self._last_convolution(masked(x, ends.stage), ends)
 
     def _last_convolution(self, x: Tensor, ends: EndWidths) -> Tensor:
-        """What follows the blocks before pooling."""
+        """Run the last convolution, if the network has it between the blocks and pooling."""
         if isinstance(self, MobileNetV3) or isinstance(self.conv_head, nn.Identity):
             return x
         return normalize(self.bn2, self.conv_head(x, out=ends.last), True)
@@ -154,7 +154,7 @@ class ElasticCnn(TimmSupernet):
         self.model_args.update(num_classes=num_classes, global_pool=self.global_pool.pool_type)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As in torch; tools that replace modules call this for the children, too."""
+        """Add a module as torch does; tools that replace modules call this for the children, too."""
         super().add_module(name, module)
         keep_activations(self)
 

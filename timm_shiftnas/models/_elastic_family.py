@@ -1,4 +1,4 @@
-"""What `elastic` needs to know of a family of elastic pretrained networks."""
+"""`ElasticFamily`: the interface between `elastic` and a family of elastic pretrained networks."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class ElasticFamily:
         space: `space(net, img_size)`: the space that is derived from a base; `img_size` is the size of its images if
             `sized`, else `None`.
         make_elastic: `make_elastic(net, space, model_args)` turns a base into the supernet, in place.
-        sized: Whether `img_size` is the resolution of the largest arch, and no argument of timm's network.
+        sized: Whether `img_size` is the resolution of the largest arch, and not an argument of timm's network.
         filter_fn: timm's adaptation of a checkpoint to a network of these classes.
         levels: Feature maps that `features_only=True` returns by default.
     """

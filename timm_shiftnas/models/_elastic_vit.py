@@ -1,4 +1,4 @@
-"""The elastic forward of vision transformers: what `ShiftFormerSupernet` and `ElasticVisionTransformer` share."""
+"""The elastic forward of vision transformers, shared by `ShiftFormerSupernet` and `ElasticVisionTransformer`."""
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +20,7 @@ class ElasticViT(TimmSupernet):
     """Mixin of supernets that derive from timm's `VisionTransformer` and are made of elastic layers."""
 
     def _blocks_of(self, arch: Arch) -> list[tuple[nn.Module, BlockWidths]]:
-        """The blocks of an arch and what each computes, first to last."""
+        """The blocks of an arch, first to last, and their widths."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
@@ -119,7 +119,7 @@ class ElasticViT(TimmSupernet):
         return x if pre_logits else self.head(x)
 
     def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[tuple[nn.Module, BlockWidths]]:
-        """The blocks of an arch or of masks and what each computes, first to last."""
+        """The blocks of an arch or of masks, first to last, and their widths."""
         if isinstance(arch, ShiftFormerMasks):
             return [
                 (block, BlockWidths(arch.embed_dim, *widths))
@@ -131,7 +131,7 @@ class ElasticViT(TimmSupernet):
         return self._blocks_of(arch)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's, at the width of `x`."""
+        """Add positions and prefix tokens as timm does, at the width of `x`."""
         dim, position = x.shape[-1], None
         if self.pos_embed is not None:
             # a copy: a view is contiguous at the full width only, which would then have its own compiled graphs
@@ -161,7 +161,7 @@ class ElasticViT(TimmSupernet):
 
 
 def _layer_ends(masks: ShiftFormerMasks | None, count: int) -> list[int]:
-    """For every layer of a subnet, how many blocks have run when its output is read.
+    """Number of blocks to run before each layer's output is read.
 
     Blocks that a mask switches off add nothing. Those after a layer run before it is read, so that gradients reach
     them.

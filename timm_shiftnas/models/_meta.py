@@ -18,8 +18,8 @@ _RANDOM = frozenset([
 class SkipRandomInit(TorchFunctionMode):
     """A context in which tensors on the meta device are not initialized at random.
 
-    They have no values, but torch would take up to a millisecond a tensor to find the shape of the result: most of the
-    time in which a network is created to load weights into. Tensors on other devices are initialized as ever.
+    They have no values, but torch would take up to a millisecond per tensor to find the shape of the result: most of
+    the time in which a network is created to load weights into. Tensors on other devices are initialized as usual.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

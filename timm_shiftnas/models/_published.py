@@ -91,7 +91,7 @@ def convert_mobilenet(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
 
 
 def _block_part(tokens: list[str], expands: bool) -> str:
-    """timm's name, inside its block, of what the published code calls by these tokens."""
+    """timm's name, inside a block, of the part that the published code names with these tokens."""
     leaf = tokens[-1]
     if 'shortcut' in tokens:
         return f'projection.conv.{leaf}'

@@ -1,4 +1,4 @@
-"""What sorting by importance needs to know of a supernet: which units the dimensions of its weights consist of."""
+"""The interface between sorting by importance and a supernet: the units that its weights consist of."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class UnitAxis(NamedTuple):
 
     Attributes:
         units: Label of the units: all dimensions with this label have one order.
-        repeats: How often the units follow each other: 3 in the rows q | k | v of attention.
+        repeats: How often the sequence of units repeats: 3 times in the rows q | k | v of attention.
         size: Entries of one unit: the width of a head.
     """
     units: str
@@ -48,7 +48,7 @@ class SortableSupernet:
         raise NotImplementedError
 
     def layer_of(self, name: str) -> str | None:
-        """The label of the layer that a parameter belongs to, if a depth may leave that out."""
+        """The label of the layer that a parameter belongs to, or `None` if it belongs to every arch."""
         raise NotImplementedError
 
     def split_masks(self, masks: Masks) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What supernets that are registered with timm share."""
+"""`TimmSupernet`: the mixin of supernets that are registered with timm."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class TimmSupernet(Supernet):
 
     @property
     def space(self) -> SearchSpace:
-        """The search space, bound to the present geometry of the network."""
+        """The search space, bound to the current geometry of the network."""
         return self.unbound_space.bind(**family_of(self.unbound_space).geometry(self))
 
     def run_block(self, block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -53,7 +53,7 @@ class TimmSupernet(Supernet):
     def build_subnet(self, arch: Arch, **kwargs: Any) -> nn.Module:
         """The static network of an arch, with its own weights; users call `timm_shiftnas.extract`."""
         self.unbound_space.validate(arch)
-        with SkipRandomInit():  # of `device='meta'`, by which weights are sliced
+        with SkipRandomInit():  # for `device='meta'`: only the shapes are needed, to slice the weights
             return create_model(
                 family_of(self.unbound_space).subnet, arch=arch.to_dict(), pretrained_cfg=self.subnet_cfg(arch),
                 **{**self.subnet_args(arch), **kwargs})
@@ -78,7 +78,7 @@ class TimmSupernet(Supernet):
 
 
 def plain_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a network as it was created, whatever kind of BatchNorm has replaced its own since.
+    """The state_dict of a network as if no other kind of BatchNorm had replaced its own.
 
     Frozen ones do not count batches, and split ones have further statistics that only training uses.
     """

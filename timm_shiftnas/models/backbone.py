@@ -129,9 +129,9 @@ class StaticBackbone(FeatureGetterNet):
 
 
 def _stages(net: Any, indices: Sequence[int]) -> tuple[int, ...]:
-    """The stages of the space that feature maps are taken after: of a CNN by timm's count, in which 0 is the stem.
+    """The stages of the space after which feature maps are taken.
 
-    In a ViT, they are layers counted from the last one.
+    In a CNN, they are counted as in timm: 0 is the stem. In a ViT, they are layers counted from the last one.
     """
     return tuple(net.stage_ends[i] for i in indices) if hasattr(net, 'stage_ends') else tuple(indices)
 

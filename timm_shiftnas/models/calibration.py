@@ -1,4 +1,4 @@
-"""BatchNorm statistics of subnets: the running ones of a supernet belong to no single network.
+"""BatchNorm statistics of subnets, because the running ones of a supernet fit no subnet.
 
 An extracted subnet computes its own from some training images (BigNAS, Yu et al., ECCV 2020; Once-for-all, Cai et al.,
 ICLR 2020; AttentiveNAS, Wang et al., CVPR 2021): no labels, no gradients, seconds.
@@ -52,7 +52,7 @@ def calibrate_bn(
     """Replace the BatchNorm statistics of an extracted subnet by those of some images.
 
     Every batch is normalised by its own statistics; the running ones become their mean over batches. Whole batches are
-    taken, until there are enough images. The subnet changes at the end only, and not at all if there is an error.
+    taken, until there are enough images. The subnet changes only at the end, and not at all if there is an error.
 
     Args:
         subnet: A network of `extract` or `from_pretrained`, changed in place. Without BatchNorm, nothing happens.
@@ -126,7 +126,7 @@ def _calibrate(
 
 
 class _Statistics:
-    """Mean over batches of the statistics of one BatchNorm, which holds those of the last batch.
+    """Mean over batches of the statistics of one BatchNorm, whose buffers hold those of the last batch.
 
     Args:
         norm: The layer.
@@ -225,7 +225,7 @@ class BatchNormCalibration:
 
     Args:
         loader: Training images, as for `calibrate_bn`.
-        num_images: How many images each subnet uses.
+        num_images: Number of images that each subnet uses.
 
     Attributes:
         statistics: Those of the subnets prepared so far, by arch. They belong to one state of the supernet's weights.
@@ -251,7 +251,7 @@ class BatchNormCalibration:
         return self.subnets(net, [arch])[0]
 
     def subnets(self, net: nn.Module, archs: Sequence[Arch]) -> list[nn.Module]:
-        """The same for several archs; images are read once for those that have no statistics yet."""
+        """Calibrated subnets at several archs; images are read once for those that have no statistics yet."""
         subnets = {arch: extract(net, arch) for arch in archs}
         new = {arch: subnet for arch, subnet in subnets.items() if arch not in self.statistics}
         if new:
@@ -265,7 +265,7 @@ class BatchNormCalibration:
 
 
 def parts(net: nn.Module, archs: Sequence[Arch]) -> Iterator[Sequence[Arch]]:
-    """Archs in parts that are evaluated together: 16, or as many as have room in 1 GiB as extracted subnets."""
+    """Archs in parts that are evaluated together: 16, or as many as fit into 1 GiB as extracted subnets."""
     size = sum(weight.nbytes for weight in net.parameters()) if has_batch_norm(net) else 0
     count = max(min(AT_ONCE, MOST_BYTES // max(size, 1)), 1)
     return (archs[start:start + count] for start in range(0, len(archs), count))

@@ -39,7 +39,7 @@ Make = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
 class NoWeights(ValueError):
-    """The published weights of a base cannot be had."""
+    """The published weights of a base cannot be loaded."""
 
 
 def elastic(
@@ -49,7 +49,7 @@ def elastic(
         space: SearchSpace | Mapping[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Turn a network of timm into a supernet whose largest arch it is.
+    """Turn a network of timm into a supernet whose largest arch is that network.
 
     Args:
         base: A name of timm, such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'efficientnet_b0' or
@@ -58,8 +58,8 @@ def elastic(
         pretrained: Load the published weights of a base that is given by name.
         space: The search space, or the dict of its `to_dict`; nothing in it may be larger than in the base. Default:
             derived from the base.
-        **kwargs: Further arguments of the base: `num_classes`, `in_chans`, `drop_path_rate`, ... `img_size` also goes
-            with CNNs, and with a network that is one: it is the resolution of the largest arch.
+        **kwargs: Further arguments of the base: `num_classes`, `in_chans`, `drop_path_rate`, ... CNNs also take
+            `img_size`, even those that are given as a network: it is the resolution of the largest arch.
 
     Returns:
         A supernet, with the preprocessing of the base in its `pretrained_cfg`.
@@ -101,7 +101,7 @@ def elastic(
 
 
 def _created_by(net: nn.Module, architecture: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments that create a network of timm as it is now; of a subnet of ours, those of its base.
+    """The name and the arguments that create a network of timm as it is now; for an extracted subnet, its base's.
 
     Raises:
         ValueError: If it is a subnet that has no base.
@@ -200,7 +200,7 @@ def _family_of(net: nn.Module) -> ElasticFamily | None:
 
 
 def why_not_elastic(net: nn.Module) -> str | None:
-    """Why a network of timm is not elastic, or `None` if it is."""
+    """The reason why a network of timm is not elastic, or `None` if it is."""
     family = _family_of(net)
     if family is None:
         known = ', '.join(base.__name__ for family in FAMILIES for base in family.bases)
@@ -231,7 +231,7 @@ def _check_is_of(family: ElasticFamily, net: nn.Module, base: str) -> None:
 
 
 def _elastic_names_near(base: str) -> list[str]:
-    """Up to three names of elastic networks that resemble another name, first of all of the same module of timm."""
+    """Up to three names of elastic networks that resemble another name, from the same module of timm."""
     name, family = base.partition('.')[0], _family_of_name(base)
     modules = [module for module in family.modules if is_model_in_modules(name, [module])] if family else []
     known = [other for module in modules for other in list_models(module=module)]
@@ -263,7 +263,7 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         kwargs: Arguments of the base and of timm's builder.
 
     Raises:
-        ValueError: If timm does not know the base, or its weights cannot be had.
+        ValueError: If timm does not know the base, or its weights cannot be loaded.
     """
     if not is_model(base):
         near = difflib.get_close_matches(base.partition('.')[0], list_models(), 3) or ['vit_small_patch16_224']
@@ -303,7 +303,7 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
     """A base, with its published weights if `pretrained`.
 
     Raises:
-        ValueError: If it is not elastic, or its weights cannot be had.
+        ValueError: If it is not elastic, or its weights cannot be loaded.
     """
     try:
         if pretrained:  # before anything is downloaded
@@ -326,7 +326,7 @@ def _without_source(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_of(cfg: Mapping[str, Any], variant: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's configuration of a network that has arguments: its name, and the channels and size of its images."""
+    """timm's configuration of a network with these arguments: its name, and the channels and size of its images."""
     channels, *sides = cfg['input_size']
     sides = to_2tuple(args['img_size']) if args.get('img_size') else sides
     config = dict(cfg, architecture=variant, input_size=(args.get('in_chans') or channels, *sides))

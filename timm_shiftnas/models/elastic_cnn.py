@@ -83,7 +83,7 @@ def _last_of(block: nn.Module) -> nn.Conv2d:
 
 
 def _pooling_of(block: nn.Module) -> nn.Module | None:
-    """What reduces the size after the spatial convolution, if that does not."""
+    """The module that may reduce the size after the spatial convolution, in its place."""
     return getattr(block.dw_mid, 'aa', None) if _kind_of(block) == 'uir' else block.aa
 
 
@@ -144,7 +144,7 @@ def _parts_of(block: nn.Module) -> list[tuple[str, nn.Module | None, Any]]:
 
 
 def _why_not_a_plain_convolution(conv: nn.Module, name: str, kernel: int) -> str | None:
-    """What a convolution has that elastic ones do not; `kernel` is its only kernel size, or 0."""
+    """The property of a convolution that elastic ones do not have, or `None`; `kernel` is the required size, or 0."""
     if type(conv) not in (nn.Conv2d, Conv2dSame):
         return f'is of the class {type(conv).__name__} and not Conv2d or Conv2dSame'
     size = conv.kernel_size[0]
@@ -165,14 +165,14 @@ def _why_not_a_plain_convolution(conv: nn.Module, name: str, kernel: int) -> str
 
 
 def _structure_of(net: nn.Module) -> tuple[CnnStructure, list[int]]:
-    """What is fixed in a base, and the channels of its groups."""
+    """The fixed properties of a base, and the channels of its groups."""
     channels, rows = [net.conv_stem.out_channels], []
     for stage, blocks in enumerate(net.blocks):
         for position, block in enumerate(blocks):
             kind, spatial, width = _kind_of(block), _spatial_of(block), _last_of(block).out_channels
             pool = _POOLINGS[type(_pooling_of(block))]
             stride = 2 if pool else 1 if spatial is None else spatial.stride[0]
-            # what a shortcut adds has one width, and a block can be left out if it may keep its width
+            # outputs that a shortcut adds up have one width, and a block can be left out if it keeps the width
             tied = block.has_skip or (position > 0 and stride == 1 and width == channels[-1])
             if not tied:
                 channels.append(width)
@@ -206,7 +206,7 @@ def _steps(size: int, shares: Sequence[float], multiple: int = 1) -> list[int]:
 
 
 def default_cnn_space(net: nn.Module, resolution: int) -> SearchSpace:
-    """The space that is derived from a base: everything in steps down from what it has.
+    """The default space of a base: every size in steps down from that of the base.
 
     Args:
         net: The base.
@@ -481,7 +481,7 @@ def _create_filters(net: nn.Module) -> None:
 
 
 def _space_with(own: SearchSpace, arch: Arch) -> SearchSpace:
-    """A space of a base that an arch is in.
+    """A space of a base that contains an arch.
 
     Raises:
         ValueError: If the arch has more than the base.

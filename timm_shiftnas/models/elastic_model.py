@@ -1,4 +1,4 @@
-"""Any network around an elastic backbone as a supernet: detectors, segmenters, and what else reads feature maps."""
+"""Any network around an elastic backbone as a supernet: detectors, segmenters and others that read feature maps."""
 from __future__ import annotations
 
 import copy
@@ -24,16 +24,16 @@ __all__ = ['ElasticModel', 'backbone_of', 'static_model', 'with_backbone']
 class ElasticModel(Supernet, nn.Module):
     """A network that contains an `ElasticBackbone`, as a supernet: `model(images, arch)`.
 
-    The network says `self.backbone(x)` and knows nothing of archs. At an arch it runs as a view that shares all of
+    The network calls `self.backbone(x)` and knows nothing of archs. At an arch it runs as a view that shares all of
     its weights, in which the backbone is a `Subnet`. The layers that read feature maps take any prefix of their input
     channels (`layers.make_inputs_elastic`); everything behind them is plain torch.
 
     `extract` returns the network itself with a static backbone. It has the attributes `arch` and `static_space`.
 
     Args:
-        network: `network(images)` is a function of the images alone, in training as well: a loss on its output, of the
-            user, compares it with the targets. It runs once for every resolution when this object is created, so that
-            MACs of the head are known.
+        network: `network(images)` is a function of the images alone, in training as well: the user's loss compares its
+            output with the targets. It runs once for every resolution when this object is created, so that MACs of the
+            head are known.
 
     Attributes:
         network: The network.
@@ -131,7 +131,7 @@ def _described(network: Any, backbone: StaticBackbone, head: HeadCounts) -> nn.M
 
 
 def with_backbone(network: nn.Module, path: str, backbone: nn.Module) -> nn.Module:
-    """A view of a network in which the submodule `path` is another one; all else, weights included, is shared."""
+    """A view of a network with another submodule at `path`; all else, weights included, is shared."""
     if not path:
         return backbone
     first, _, rest = path.partition('.')
@@ -155,11 +155,11 @@ def _find(network: nn.Module, cls: type[nn.Module]) -> tuple[str, Any]:
     return found[0]
 
 
-# -- what a head costs -------------------------------------------------------------------------------------------------
+# -- counts of a head --------------------------------------------------------------------------------------------------
 
 
 class _Maps(nn.Module):
-    """In place of a backbone: feature maps of zeros."""
+    """Stand-in for a backbone that returns given feature maps."""
 
     def __init__(self, maps: list[Tensor]) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ def _count(network: nn.Module, images: Tensor, levels: int) -> tuple[list[int], 
             if 2 ** level != width or level >= levels or reads.setdefault(name, level) != level:
                 raise ValueError(
                     f'{name} reads {width} of {input_channels(layer)} channels, or several feature maps; give each map '
-                    'a layer of its own')
+                    'a separate layer')
             linear[level] += (counter.get_total_flops() - started[layer]) // (2 * width)
 
         return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]

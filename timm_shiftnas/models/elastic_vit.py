@@ -60,7 +60,7 @@ def why_vit_is_not_elastic(net: nn.Module) -> str | None:
 
 
 def default_vit_space(net: VisionTransformer) -> SearchSpace:
-    """The space that is derived from a base: widths, heads, MLPs and depths in steps down from what it has."""
+    """The default space of a base: widths, heads, MLPs and depths in steps down from those of the base."""
     block, dim = net.blocks[0], net.embed_dim
     heads, hidden = block.attn.num_heads, block.mlp.fc1.out_features
 
@@ -73,7 +73,7 @@ def default_vit_space(net: VisionTransformer) -> SearchSpace:
 
 
 def fix_input_size(net: VisionTransformer) -> None:
-    """Let a network take images of its own size only: MACs of a dynamic size are undefined."""
+    """Let a network take only images of its own size: MACs of a dynamic size are undefined."""
     net.dynamic_img_size = False
     net.patch_embed.flatten, net.patch_embed.output_fmt = True, Format.NCHW
     net.patch_embed.strict_img_size, net.patch_embed.dynamic_img_pad = True, False
@@ -195,7 +195,7 @@ def shrink(net: VisionTransformer, arch: Arch) -> None:
     net.patch_embed.proj.out_channels = net.embed_dim = net.num_features = net.head_hidden_size = dim
     net.feature_info = [dict(info, num_chs=dim) for info in net.feature_info[:arch.depth]]
     if net.attn_pool is not None:
-        make_layers_elastic(net.attn_pool)  # timm's reads tokens as wide as its own heads only
+        make_layers_elastic(net.attn_pool)  # timm's reads only tokens as wide as its own heads
 
 
 def make_vit_static(

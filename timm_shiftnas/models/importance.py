@@ -1,7 +1,7 @@
 """Sorting an elastic network by importance: the same function, most important units first.
 
 A smaller arch keeps the first channels, heads and hidden units and the layers of `layer_order`. In a pretrained network
-their order means nothing, so that a subnet would lose units at random. Permuting them changes no output: norms,
+their order is arbitrary, so that a subnet would lose units at random. Permuting them changes no output: norms,
 attention, MLPs, depthwise convolutions and squeeze-and-excitation do not depend on the order of their units.
 """
 from __future__ import annotations
@@ -37,10 +37,10 @@ def sort_by_importance(
 
     Args:
         net: A network of `elastic`, changed in place.
-        loader: Batches of (images [B, C, H, W], class indices [B]), preprocessed as for the base; of images alone, if
-            the network does not know their classes, whose labels are then its own predictions. Units are scored by
-            `taylor_scores`; without a loader by `magnitude_scores`.
-        num_batches: How many batches to score with.
+        loader: Batches of (images [B, C, H, W], class indices [B]), preprocessed as for the base. If the network does
+            not know their classes, batches of images alone: its own predictions are then the labels. Units are scored
+            by `taylor_scores`; without a loader by `magnitude_scores`.
+        num_batches: Number of batches to score with.
         progress: Show a bar if the standard error stream is a terminal.
 
     Returns:
@@ -98,7 +98,7 @@ def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
 
 
 def _loss(outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-    """What units are scored by: the loss on the targets, or on what the network itself predicts.
+    """The loss by which units are scored: on the targets, or on the network's own predictions.
 
     Raises:
         ValueError: If a target is none of its classes.
@@ -108,7 +108,7 @@ def _loss(outputs: Tensor, targets: Tensor | None = None) -> Tensor:
     if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[-1]:
         raise ValueError(
             f'the labels go from {int(targets.min())} to {int(targets.max())}, and the network has {outputs.shape[-1]} '
-            'classes; give a loader of images alone, if it does not know theirs')
+            'classes; give a loader of images alone if they are of other classes')
     return F.cross_entropy(outputs, targets.to(outputs.device))
 
 

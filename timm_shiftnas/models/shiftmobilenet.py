@@ -157,8 +157,8 @@ class ShiftMobileNetSupernet(ElasticCnn):
         num_classes, in_chans, global_pool, drop_rate: As for timm's networks.
         drop_path_rate: For the blocks of the last two stages that keep width and size, rising with the block's number.
         drop_archs: 'largest': dropout and drop path apply to the largest subnet only (BigNAS, AttentiveNAS); 'all'.
-        zero_init_last: Start every block with a shortcut as that shortcut (BigNAS): zero the weight of its last
-            BatchNorm.
+        zero_init_last: Zero the weight of the last BatchNorm of every block with a shortcut, so that it starts as that
+            shortcut (BigNAS).
     """
     untrained_cfg = _cfg()
 
@@ -369,8 +369,8 @@ def ofa_space(
 def shiftmobilenet_supernet(pretrained: bool = False, **kwargs) -> nn.Module:
     """The BigNAS space, the paper's ShiftCNN: 0.219 to 1.900 GMACs at 192 to 320 px.
 
-    Two independent implementations of BigNAS agree on these ranges but for three points. For the widths of the last
-    stage, this space has all multiples of 8 from 320 to 352 (one of them has the two ends only). SE and swish in all
+    Two independent implementations of BigNAS agree on these ranges except for three points. For the widths of the last
+    stage, this space has all multiples of 8 from 320 to 352 (one of them has only the two ends). SE and swish in all
     stages are those of the one that was written to reproduce the paper's training.
     """
     return _create_supernet('shiftmobilenet_supernet', pretrained, **dict(dict(space=_bignas()), **kwargs))

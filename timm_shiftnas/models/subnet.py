@@ -107,13 +107,13 @@ def static_space(net: nn.Module) -> SearchSpace:
 
 
 def bound_space(net: nn.Module) -> SearchSpace:
-    """The space of an extracted subnet's own values, bound to its present geometry."""
+    """The space of an extracted subnet's own values, bound to its current geometry."""
     space = static_space(net)
-    return space if space.is_bound else space.bind(**_family(net).geometry(net))  # that of a network with a head is
+    return space if space.is_bound else space.bind(**_family(net).geometry(net))  # with a head it is
 
 
 def stock_description(net: nn.Module) -> dict[str, Any] | None:
-    """How plain timm builds an extracted subnet without this package; `None` if it cannot."""
+    """Arguments with which timm builds an extracted subnet without this package; `None` if it cannot."""
     stock = _family(net).stock(static_space(net), net.arch)
     return None if stock is None else dict(
         stock, in_chans=net.in_chans, global_pool=present_args(net)['global_pool'])

@@ -1,4 +1,4 @@
-"""What an architecture is: search spaces, archs, what they need, and their masks. No networks."""
+"""Architectures: search spaces, archs, their resources and masks. Of networks, only the base class `Supernet`."""
 from .complexity import macs, params
 from .core import Arch, Choice, SearchSpace
 from .elastic_cnn import CnnMasks, elastic_cnn_space

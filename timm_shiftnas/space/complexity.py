@@ -2,7 +2,7 @@
 
 Both are polynomials in one-hot encodings and use only `+` and `*`, so the same lines give an exact integer for an
 `Arch`, a vector for a batch of archs, and a differentiable number for the one-hots of the architecture generator. The
-polynomials stand in the file of each family.
+polynomials are in the file of each family.
 
 **MACs** are multiply-accumulates per image at batch 1, of the convolutions and matrix products that really run
 (what papers and timm's tables call FLOPs; `torch.utils.flop_counter.FlopCounterMode` counts two per MAC).

@@ -124,8 +124,8 @@ class SearchSpace:
     def arch(self, /, **fields: Value | Sequence[Value]) -> Arch:
         """Create a validated arch; a scalar given for a per-layer field goes to every layer.
 
-        A per-layer sequence has one value per active layer, or one per layer of the deepest network, of which those
-        beyond the depth are dropped. A field whose choices have one value each may be left out.
+        A per-layer sequence has one value per active layer, or one per layer of the deepest network; then the values of
+        inactive layers are dropped. A field whose choices have one value each may be left out.
 
         >>> from timm_shiftnas import shiftformer_space
         >>> space = shiftformer_space(embed_dim=(32, 48), depth=(1, 2), num_heads=(1, 2), mlp_ratio=(2, 3))
@@ -319,7 +319,7 @@ class SearchSpace:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Image size, patch size, classes and what else MACs and parameters depend on.
+        """Image size, patch size, classes and everything else that MACs and parameters depend on.
 
         Raises:
             ValueError: If the space is not bound to a network.

@@ -1,4 +1,4 @@
-"""The family of elastic pretrained CNNs: its search space, the table of its weights, and what is read off the table.
+"""The family of elastic pretrained CNNs: its search space, the table of its weights, and what follows from the table.
 
 The networks are timm's `EfficientNet` and `MobileNetV3` made of inverted residuals, depthwise separable convolutions,
 edge residuals, plain convolutions, and the universal inverted residuals of MobileNetV4.
@@ -38,7 +38,7 @@ _FIELDS = ('resolution', 'width', 'depth', 'kernel_size', 'mid_width')
 
 
 class CnnBlock(NamedTuple):
-    """What is fixed in a block of the base, `net.blocks[stage][position]`.
+    """Fixed properties of a block of the base, `net.blocks[stage][position]`.
 
     Attributes:
         stage: Number of its stage.
@@ -79,7 +79,7 @@ class CnnBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class CnnStructure:
-    """What is fixed in the networks of a space; it iterates over its `(name, value)` pairs.
+    """Fixed properties of the networks of a space; it iterates over its `(name, value)` pairs.
 
     Attributes:
         blocks: All blocks of the base.
@@ -249,7 +249,7 @@ def kept_blocks(space: SearchSpace, arch: Arch) -> list[int]:
 
 
 def kept_structure(structure: CnnStructure, depth: Sequence[int]) -> CnnStructure:
-    """The structure of a network that has the first `depth` blocks of every stage's order alone."""
+    """The structure of a network that has only the first `depth` blocks of every stage's order."""
     kept = [
         block for block, (stage, position) in zip(structure.blocks, structure.places, strict=True)
         if structure.layer_order[stage].index(position) < depth[stage]]
@@ -306,13 +306,13 @@ class Weight(NamedTuple):
 
     Attributes:
         name: Its name in the base.
-        rows, columns: Of its weight: outputs and inputs; a norm has no columns, nor has a depthwise convolution.
+        rows, columns: Of its weight: outputs and inputs; norms and depthwise convolutions have no columns.
         kernel: Label of its kernel size, or `None` for a fixed one.
-        area: Label of the square of that.
+        area: Label of the square of the kernel size.
         pixels: Label of how often it is applied to an image.
         block: Number of its block, or `None` for stem and head.
         vectors: How many further parameters it has for every row: its bias, or weight and bias of a norm.
-        matrix: Whether it has a matrix or kernels, and not these vectors alone.
+        matrix: Whether it has a matrix or kernels, and not only these vectors.
         trained: Whether these are parameters.
         kind: Kind of its operator.
         live: Tensors that exist when it has run, each by the labels of its channels and pixels, beside those that exist
@@ -340,7 +340,7 @@ class CnnTable(NamedTuple):
             of its input. 'in_chans', 'num_classes', 'one' and 'unpooled' are the geometry's.
         weights: In the order of the network.
         inner: Label of the channels inside each block; `None` for a plain convolution.
-        frozen: Labels of channels whose order means something: those of convolutions with several groups.
+        frozen: Labels of channels that must keep their order: those of convolutions with several groups.
         padded: Pixels, by label, of the copy that a convolution of stride 2 with 'same' padding takes of its input.
     """
     sizes: dict[str, Size]
@@ -544,7 +544,7 @@ FIXED = ('one', 'unpooled', 'in_chans', 'num_classes')  # labels of sizes that t
 
 @lru_cache(maxsize=64)
 def _columns(space: SearchSpace) -> tuple[torch.Tensor, dict[str, list[int]]]:
-    """All sizes as a linear map of the concatenated one-hots, and where each weight finds its own among them."""
+    """All sizes as a linear map of the concatenated one-hots, and the positions of each weight's sizes among them."""
     table, one_choice = cnn_table(space), list(itertools.accumulate(
         (len(choice.values) for choice in space.choices), initial=0))
     position = {label: i for i, label in enumerate((*table.sizes, *FIXED))}
@@ -641,7 +641,7 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
 
 
 def _live(space: SearchSpace, one_hots: OneHots, sizes: torch.Tensor) -> torch.Tensor:
-    """Values of all tensors that exist when a weight has been used, [..., weights]."""
+    """Number of values in all tensors that exist when a weight has been used, [..., weights]."""
     g, cnn, structure = space.geometry, cnn_table(space.unbind()), space.structure
     position = {label: i for i, label in enumerate((*cnn.sizes, *FIXED))}
     inputs = structure.inputs
@@ -671,9 +671,9 @@ def _live(space: SearchSpace, one_hots: OneHots, sizes: torch.Tensor) -> torch.T
 
 
 def _geometry(net: Any) -> dict[str, Any]:
-    """What MACs and parameters of a CNN of this family, elastic or static, depend on."""
+    """Properties that MACs and parameters of a CNN of this family, elastic or static, depend on."""
     found = dict(in_chans=net.in_chans, num_classes=net.num_classes, global_pool=net.global_pool.pool_type)
-    # what peak memory alone depends on: convolutions of stride 2 that copy their input, activations their output
+    # only peak memory depends on these: convolutions of stride 2 that copy their input, activations their output
     copies = dict(
         same_padding=net.conv_stem.padding == (0, 0) and net.conv_stem.kernel_size[0] > 1,
         act_copies=not getattr(net.bn1.act, 'inplace', False))

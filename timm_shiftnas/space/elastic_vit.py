@@ -105,7 +105,7 @@ def kept_layers(space: SearchSpace, depth: int) -> list[int]:
 
 
 def _geometry(net: Any) -> dict[str, Any]:
-    """What MACs and parameters of a ViT of this family, elastic or static, depend on.
+    """Properties that MACs and parameters of a ViT of this family, elastic or static, depend on.
 
     Parameters are counted by what they grow with: `stem` and `block` are the vectors of token width outside the blocks
     and in one of them, `pool` the rows of token width in the attention pooling.

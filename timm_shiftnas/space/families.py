@@ -47,9 +47,9 @@ class Family:
         stock: `stock(space, arch)`: JSON-able description of a subnet that plain timm can build, or `None`.
         resolution: `resolution(arch)`: height and width of the images that a subnet takes, if its arch says so.
         bn_recipe: `bn_recipe(space)`: how BatchNorm statistics of subnets are computed; see `calibrate_bn`.
-        channels: `channels(space, stage)`: channels of a feature map, the size of a stage in `features` of the
-            geometry. A space whose geometry has `features`, stages in ascending order, is of networks that end with the
-            last of them; `macs`, `params` and `operators` leave out what follows.
+        channels: `channels(space, stage)`: the number of channels after a stage, as a `Size`. If the geometry has
+            `features`, which are stages in ascending order, the network ends with the last of these stages; `macs`,
+            `params` and `operators` leave out what follows.
     """
     name: str
     space: Callable[..., SearchSpace]
@@ -66,7 +66,7 @@ class Family:
     channels: Callable[[SearchSpace, int], Any] | None = None
 
     def operator_table(self, space: SearchSpace, one_hots: OneHots, resource: str = 'resource') -> OperatorTable:
-        """The operators of archs of a bound space; of a backbone, and of a network around one, those of the backbone.
+        """Operators of archs of a bound space. For a network around a backbone: those of the backbone.
 
         Args:
             space: The space.
@@ -83,9 +83,9 @@ class Family:
         return self.operators(space, one_hots)
 
     def check_classifier(self, space: SearchSpace, resource: str) -> None:
-        """Raise a `ValueError` if the networks of a bound space are backbones, or have heads of their own.
+        """Raise a `ValueError` if the networks of a bound space are backbones, or networks around backbones.
 
-        Peak memory and latency depend on what runs behind the feature maps, which is code of the user.
+        Peak memory and latency depend on what runs behind the feature maps, which is the user's code.
         """
         if 'features' in space.geometry:
             raise ValueError(
@@ -100,7 +100,7 @@ class Family:
         return self.operator_table(space, one_hots, 'macs').column('macs').sum(-1)
 
     def count_params(self, space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
-        """Number of parameters, likewise."""
+        """Number of parameters, [...], of archs given as one-hots [..., number of values]."""
         if self.params is not None:
             return self.params(space, one_hots)
         table = self.operator_table(space, one_hots, 'params')

@@ -1,6 +1,6 @@
 """MACs, parameters and bytes of the heads that read the feature maps of a backbone, such as those of detectors.
 
-Only the first layers of a head see the arch: they read feature maps whose channels follow it. So what a head costs is
+Only the first layers of a head see the arch: they read feature maps whose channels follow it. So the cost of a head is
 affine in the channels `c_l` of the feature maps:
 
     MACs = a + sum_l b_l c_l
@@ -26,9 +26,9 @@ class HeadCounts(NamedTuple):
     Attributes:
         head_macs: (a, b_1, ..., b_L) for the L feature maps, in MACs per image, for one resolution after the other.
         head_params: (a, b_1, ..., b_L) in parameters.
-        head_sizes: What bytes of weights further depend on: the entries of the weights of convolutions and linear
-            layers that read no feature map, the output channels of all such layers, the floating-point numbers in
-            buffers, and the bytes of all other buffers.
+        head_sizes: Further numbers that bytes of weights depend on: the entries of the weights of convolutions and
+            linear layers that read no feature map, the output channels of all such layers, the floating-point numbers
+            in buffers, and the bytes of all other buffers.
     """
     head_macs: tuple[int, ...]
     head_params: tuple[int, ...]
@@ -47,12 +47,12 @@ def head_macs(space: SearchSpace, one_hots: OneHots) -> torch.Tensor | int:
 
 
 def head_params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor | int:
-    """Parameters of that head, likewise."""
+    """Parameters of the head that a space is bound to; see `head_macs`."""
     return _affine(space, one_hots, space.geometry.get('head_params'))
 
 
 def head_bytes(space: SearchSpace, one_hots: OneHots, matrix: int, row: int, other: int) -> torch.Tensor | int:
-    """Bytes of the weights of that head, likewise. Only entries of weights depend on the channels of feature maps.
+    """Bytes of the weights of that head; see `head_macs`. Only entries of weights depend on the channels of maps.
 
     Args:
         space: The space.

@@ -1,8 +1,8 @@
-"""Latency on a device that was measured: the device file, and the predictor that it holds.
+"""Latency on a measured device: the device file, and the predictor that it holds.
 
-A predictor is a sum of features times prices in seconds, all of which are non-negative and never fall where a choice
-grows. So the smallest arch is the fastest. Features are polynomials in one-hot encodings, and latency is differentiable
-like the other resources. There are two kinds of features:
+A predictor is a sum of features times prices in seconds. Both are non-negative, and a feature never falls where a
+choice grows. So the smallest arch is the fastest. Features are polynomials in one-hot encodings, and latency is
+differentiable like the other resources. There are two kinds of features:
 
 * of operators: for each kind of operator (see `operators`) how many there are, their MACs, the values they write, and
   the entries of their weights (`KIND/COLUMN`);
@@ -82,7 +82,7 @@ class Device:
 
     @property
     def note(self) -> str:
-        """What its latencies are, in a sentence."""
+        """A sentence that describes its latencies."""
         return (f'Latency of a batch on {self}, as a device file predicts it, with a margin for the 95th percentile of '
                 f'its error, {self.error["p95"]:.1%}.')
 
@@ -133,7 +133,7 @@ class Device:
     def at_most(self, space: SearchSpace, one_hots: OneHots) -> Tensor:
         """Seconds, [...], of archs given as one-hots, which 95% of the held-out subnets did not exceed.
 
-        A prediction itself is right in the median. As a budget it would be missed by half of the subnets. The error is
+        The prediction itself is right in the median: half of the subnets would exceed it as a budget. The error is
         relative to the measured time: `measured <= predicted / (1 - error)`.
         """
         return self.predict(space, one_hots) / (1 - self.error['p95'])
@@ -166,7 +166,7 @@ def find_resource(name: str, space: SearchSpace, file: str | os.PathLike | None 
     """A resource by name; 'latency' is read off a device file.
 
     Raises:
-        ValueError: If there is no resource of that name, or a device file is missing, of another space, or of no use.
+        ValueError: If there is no resource of that name, or a device file is missing, unneeded or of another space.
     """
     if (name == LATENCY.name) != (file is not None):
         raise ValueError(

@@ -33,6 +33,8 @@ __all__ = ['Size', 'arch_masks', 'nested']
 def arch_masks(space: SearchSpace, one_hots: OneHots) -> Masks:
     """Masks of one arch, for a supernet to compute with: `net(x, arch_masks(space, one_hots))`.
 
+    Each is `mask = o · M`, for the one-hot o over the choices that a size depends on and the matrix M of `nested`.
+
     Args:
         space: The search space that the one-hots belong to.
         one_hots: One floating-point tensor of shape [number of values] per choice, such as those of
@@ -42,7 +44,7 @@ def arch_masks(space: SearchSpace, one_hots: OneHots) -> Masks:
 
 
 def nested(widths: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """The mask of each width, [number of widths, largest width], with the dtype and device of `like`.
+    """The matrix M of `mask = o · M`, [number of widths, largest width], with the dtype and device of `like`.
 
     >>> torch.tensor([0., 1., 0.]) @ nested([1, 2, 3], torch.tensor(0.))
     tensor([1., 1., 0.])
@@ -85,7 +87,7 @@ class Size:
         return self.joint(one_hots) @ self._table.to(one_hots[0])
 
     def mask(self, one_hots: OneHots) -> torch.Tensor:
-        """The nested mask of the size, [largest], for one-hots [number of values]."""
+        """The nested mask of the size, `mask = o · M`, [largest], for one-hots [number of values]."""
         return self.joint(one_hots) @ nested(self.values, one_hots[0])
 
     def rank_mask(self, one_hots: OneHots) -> torch.Tensor:

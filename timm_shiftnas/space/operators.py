@@ -1,7 +1,7 @@
 """The operators of the networks of a family: what each computes, writes, stores and leaves in memory.
 
-One table serves all resources that MACs and parameters do not tell: bytes of weights, peak memory, and the features
-that a latency is predicted from. Its columns are polynomials in one-hot encodings, like MACs and parameters.
+One table gives bytes of weights, peak memory and the features of latency. Its columns are polynomials in one-hot
+encodings, like MACs and parameters.
 """
 from __future__ import annotations
 

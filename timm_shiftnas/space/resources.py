@@ -1,8 +1,8 @@
-"""Resources: what a subnet needs, each a function of one-hot encodings that a budget can bound.
+"""Resources that a subnet needs and a budget can bound, each a function of one-hot encodings.
 
 MACs, parameters, bytes of weights and peak memory are exact; latency is predicted (see `latency`). All are
-differentiable. The architecture generator, the budget groups, proposals, tables and pictures take a resource. Of a
-backbone, and of a network with a head of your own, peak memory and latency are unknown and raise a `ValueError`.
+differentiable. The architecture generator, the budget groups, proposals, tables and pictures take a resource. For a
+backbone, and for a network with your own head, peak memory and latency are unknown and raise a `ValueError`.
 
 * `size`: bytes of the tensors in the file of an extracted subnet (its parameters, and the statistics of BatchNorm).
   In fp32 that is what `save_pretrained` writes beside a header. In fp16 every number that is not an integer has 2
@@ -10,7 +10,8 @@ backbone, and of a network with a head of your own, peak memory and latency are 
   a scale of 4 bytes; all other tensors stay in fp32.
 * `memory`: bytes of the tensors that exist at the same time, at most, in a forward pass at batch 1: eager mode on a CPU
   without gradients, in fp32, the images included. Weights are not, nor is what a kernel allocates for itself. In-place
-  activations allocate nothing. It is a maximum over operators; its gradient is that of the operator that leaves most.
+  activations allocate nothing. It is a maximum over operators; its gradient is that of the operator with the highest
+  peak.
 """
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ class Resource:
     def count(self, space: SearchSpace, arch: Sequence[Arch] | OneHots) -> torch.Tensor: ...
 
     def count(self, space: SearchSpace, arch: Any) -> Any:
-        """What an arch needs.
+        """Amount of the resource that an arch needs.
 
         Args:
             space: A bound search space.
@@ -76,7 +77,7 @@ class Resource:
         return complexity.evaluate(space, arch, self.measure, whole=self.kind != 'seconds')
 
     def range(self, space: SearchSpace) -> tuple[float, float]:
-        """What the smallest and the largest arch need; all others lie between."""
+        """Amounts that the smallest and the largest arch need; all others lie between."""
         return self.count(space, space.smallest), self.count(space, space.largest)
 
     def parse(self, value: Any, name: str = '') -> float:
@@ -88,7 +89,7 @@ class Resource:
         return parse_quantity(value, self.kind, name or self.keyword)
 
     def least(self, value: float) -> str:
-        """A value to type for a budget that is not below it."""
+        """A value as text to type, rounded up where it is rounded, so that the budget is not below it."""
         return str(value) if self.kind != 'seconds' else f'{math.ceil(value * 1e6) / 1e3:.12g}ms'
 
     def arguments(self, value: Any) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Resource:
 
 
 def count_many(space: SearchSpace, archs: Sequence[Arch], resources: Sequence[Resource]) -> list[dict[str, float]]:
-    """What archs need, by name of the resource."""
+    """Amounts that archs need, by name of the resource."""
     counts = [resource.count(space, archs).tolist() for resource in resources]
     return [dict(zip((resource.name for resource in resources), row, strict=True)) for row in zip(*counts, strict=True)]
 
@@ -118,7 +119,7 @@ def _memory(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 
 
 def _size(matrix: int, row: int, other: int) -> Callable[[SearchSpace, OneHots], torch.Tensor]:
-    """Bytes of a file with so many for an entry of a matrix, for its output channel, and for every other number."""
+    """Bytes of a file, from the bytes of an entry of a matrix, of its output channel, and of every other number."""
     def measure(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
         table = family_of(space).operator_table(space, one_hots, 'size')
         matrices, rows, vectors, statistics = (
@@ -144,6 +145,6 @@ SIZES = {
     'int8': Resource('size_int8', 'size', 'weights in int8', 'bytes', _size(1, BYTES, BYTES)),
 }
 RESOURCES = {resource.name: resource for resource in (MACS, PARAMS, *SIZES.values(), MEMORY)}
-# on a device that is not known: names, parses and formats a latency; `Device.resource` has the one that counts
+# latency without a device: only names, parses and formats; `Device.resource` returns the one that counts
 LATENCY = Resource('latency', 'latency', 'latency', 'seconds', _of_no_device)
-NAMES = (*RESOURCES, LATENCY.name)  # of all that a budget may bound
+NAMES = (*RESOURCES, LATENCY.name)  # of all resources that a budget may bound

@@ -137,7 +137,7 @@ def fused_columns(grid_size: tuple[int, int]) -> int:
 
 
 class ViTSizes(NamedTuple):
-    """What the polynomials are written in; `width` is [...], the others are [..., layers]."""
+    """Sizes in which the polynomials are written; `width` is [...], the others are [..., layers]."""
     width: torch.Tensor
     active: torch.Tensor  # 1 where the layer exists
     heads: torch.Tensor
@@ -216,7 +216,7 @@ def _params(space: SearchSpace, one_hots: OneHots) -> torch.Tensor:
 
 
 def _geometry(net: Any) -> dict[str, Any]:
-    """What MACs and parameters of a ShiftFormer, elastic or static, depend on."""
+    """Properties that MACs and parameters of a ShiftFormer, elastic or static, depend on."""
     args = net.model_args
     return dict(
         img_size=net.patch_embed.img_size, patch_size=net.patch_embed.patch_size, in_chans=net.in_chans,
@@ -233,7 +233,7 @@ def _geometry(net: Any) -> dict[str, Any]:
 def add_vit_layers(
         table: OperatorTable, sizes: ViTSizes, tokens: int, head_dim: int, held: torch.Tensor | float, bias: float,
         qkv_bias: float, hiddens: int, projected: torch.Tensor | float = 0.) -> None:
-    """Add what the layers of all ViTs share: norms, projections and MLPs.
+    """Add the operators that the layers of all ViTs share: norms, projections and MLPs.
 
     Args:
         table: The table.
@@ -262,7 +262,7 @@ def add_vit_layers(
 
 
 def vit_hiddens(net: Any) -> int:
-    """Tensors of hidden width that exist in an MLP's activation: its input and output, and a factor of quick GELU."""
+    """Number of tensors of hidden width in an MLP's activation: input, output, and for quick GELU a factor."""
     return 2 + (type(net.blocks[0].mlp.act).__name__ == 'QuickGELU')
 
 

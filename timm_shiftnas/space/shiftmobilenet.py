@@ -1,4 +1,4 @@
-"""The ShiftMobileNet family: its search space, its block table, and what is read off the table.
+"""The ShiftMobileNet family: its search space, its block table, and what follows from the table.
 
 One space for the weight-entangled CNN supernets of the field: BigNAS (Yu et al., ECCV 2020), AttentiveNAS (Wang et al.,
 CVPR 2021) and Once-for-all (Cai et al., ICLR 2020).
@@ -36,7 +36,7 @@ _ACTS = {'relu': 're', 'relu6': 'r6', 'hard_swish': 'hs', 'swish': 'sw'}  # in t
 
 @dataclass(frozen=True)
 class Structure:
-    """What is fixed in the networks of a space; the attributes are arguments of `shiftmobilenet_space`.
+    """Fixed properties of the networks of a space; the attributes are arguments of `shiftmobilenet_space`.
 
     It iterates over its `(name, value)` pairs, so `dict(structure)` are keyword arguments of `shiftmobilenet_space`.
     """
@@ -197,7 +197,7 @@ def _fixed(name: str, value: Any, count: int, allowed: Sequence[Any]) -> tuple[A
 
 
 def _problems(values: dict[str, Any], structure: Structure) -> Iterator[str]:
-    """What is wrong with a space."""
+    """Error messages about the values of a space."""
     for name, wanted, fits in (
             ('width', 'a multiple of 8', lambda v: v % 8 == 0), ('kernel_size', 'odd', lambda v: v % 2 == 1)):
         if wrong := [v for options in values[name] for v in options if not fits(v)]:
@@ -309,7 +309,7 @@ def block_table(space: SearchSpace) -> BlockTable:
 
     def block(entry: int, position: int, stride: int, before: int, se: bool, depth: int | None = None,
               kernel_size: int | None = None, expand_ratio: int | None = None) -> Block:
-        """A block whose output is the `entry`-th width and whose input has the stride `before`; indices of choices."""
+        """The block from a map of stride `before` to the `entry`-th width; the last three are indices of choices."""
         width_in, width_out = widths[entry - (position == 0)], widths[entry]
         kernels = () if kernel_size is None else (kernel_size,)
         inner = (width_in,) if expand_ratio is None else (width_in, expand_ratio)
@@ -413,7 +413,7 @@ def stock_blocks(space: SearchSpace, arch: Arch) -> dict[str, Any]:
 
 
 def _stock(space: SearchSpace, arch: Arch) -> dict[str, Any] | None:
-    """How plain timm builds a subnet; it has no projected shortcuts."""
+    """Arguments with which plain timm builds a subnet; `None` with projected shortcuts, which timm does not have."""
     return None if space.structure.has_projections else stock_blocks(space, arch)
 
 
@@ -544,7 +544,7 @@ def _add_blocks(table: OperatorTable, space: SearchSpace, one_hots: OneHots, hel
     stage_input = reads[..., [stages.index(stage) for stage in stages]] * fixed(stage > 0 for stage in stages)
     held = held[..., None] + stage_input + reads * fixed(row.position > 0 for row in rows)
     strides = fixed(row.stride > 1 for row in rows)
-    projected = projects * (1 - (1 - strides) * equal)  # such a block is another class, which holds more
+    projected = projects * (1 - (1 - strides) * equal)  # a projected block keeps more tensors alive
     before, after, out = expands * hidden * pixels_in, hidden * pixels_out, width_out * pixels_out
     table.add('pointwise', active * expands, macs=width_in * before, writes=before, matrix=width_in * hidden,
               rows=hidden)
@@ -565,7 +565,7 @@ def _add_blocks(table: OperatorTable, space: SearchSpace, one_hots: OneHots, hel
 
 
 def _geometry(net: Any) -> dict[str, Any]:
-    """What MACs and parameters of a MobileNet, elastic or static, depend on."""
+    """Properties that MACs and parameters of a MobileNet, elastic or static, depend on."""
     return dict(in_chans=net.in_chans, num_classes=net.num_classes, global_pool=net.global_pool.pool_type)
 
 

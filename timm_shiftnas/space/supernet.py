@@ -1,4 +1,4 @@
-"""What a supernet is to everything that does not build one."""
+"""The supernet interface: `Supernet` and `is_supernet`."""
 from __future__ import annotations
 
 from typing import Any
@@ -22,7 +22,7 @@ class Supernet:
 
     @property
     def space(self) -> SearchSpace:
-        """The search space, bound to the present geometry of the network."""
+        """The search space, bound to the current geometry of the network."""
         raise NotImplementedError
 
     def macs(self, arch: Arch, convention: str = 'fused') -> int:

@@ -49,14 +49,14 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items that are this process' to work on: every `size`-th."""
+        """The items that this process works on: every `size`-th one."""
         return items[self.rank::self.size]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes; the sum is equal in all of them, bit for bit."""
         if self.size == 1:
             return
-        # one message in one precision; it copies the tensors, once all weights of a network
+        # one message in one precision; it copies the tensors, which may be all weights of a network
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
         dist.all_reduce(flat)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The one writer of files, a lock on a folder, and a check of what was written."""
+"""Atomic writing of files, a lock on a folder, and a check of zip files."""
 from __future__ import annotations
 
 import errno
@@ -37,8 +37,8 @@ class DiskError(OSError):
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` when the block ends, and is removed if the block fails.
 
-    The temporary file is new and empty and has a random name, `.NAME.RANDOM.tmp`: a link that lies in the folder,
-    under its name or under `path`, is never followed.
+    The temporary file is new and empty and has a random name, `.NAME.RANDOM.tmp`. A link with this name, or at `path`,
+    is never followed.
 
     Raises:
         OSError: If it cannot be written; a full or read-only disk is named as such.
@@ -59,7 +59,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def name_disk_errors(path: str | os.PathLike) -> Iterator[None]:
     """Replace the error of a full or read-only disk by one in plain words that names `path`.
 
-    torch's writer raises a `RuntimeError` on top of an `OSError` or of Ctrl-C. That one is raised instead.
+    torch's writer raises a `RuntimeError` on top of an `OSError` or of Ctrl-C. The original error is raised instead.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def name_disk_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def find_cause(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
-    """An error, or the first one of some kinds among those that it was raised on top of."""
+    """The first error of some kinds in the chain of an error, beginning with that error; `None` if there is none."""
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
     return error
@@ -116,7 +116,7 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether the locked file is still in the folder: somebody may have removed the folder."""
+        """Whether the locked file is still in the folder: another program may have removed the folder."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except OSError:

@@ -1,4 +1,4 @@
-"""JSON data compared with type annotations."""
+"""Checks of JSON data against type annotations."""
 from __future__ import annotations
 
 import sys

@@ -12,7 +12,7 @@ def one_line(message: object, limit: int | None = None) -> str:
 
 
 def printable(data: Any) -> Any:
-    """JSON data in whose text control characters are escaped, so that a foreign file cannot command a terminal."""
+    """JSON data with its control characters escaped, so that a foreign file cannot control the terminal."""
     if isinstance(data, str):
         return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in data)
     if isinstance(data, dict):

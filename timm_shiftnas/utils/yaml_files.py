@@ -15,14 +15,14 @@ __all__ = ['read_yaml']
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice, of which YAML would take the last one in silence."""
+    """A loader that refuses duplicate keys, of which YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != '<<']
         for key, _ in node.value:
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f'{key.value!r} stands there twice; remove one of the lines', key.start_mark)
+                    None, None, f'{key.value!r} appears twice; remove one of the lines', key.start_mark)
         return super().construct_mapping(node, deep)
 
 

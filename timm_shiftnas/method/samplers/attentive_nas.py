@@ -1,19 +1,19 @@
 """AttentiveNAS (Wang et al., CVPR 2021, arXiv 2011.09011): the best, or the worst, of k archs near a drawn budget.
 
 A step draws a target MACs tau from the distribution that uniform sampling has, and k archs near it. Training takes the
-one of smallest loss (best-up: towards the Pareto front) or of largest loss (worst-up: what is worst is helped most).
+one of smallest loss (best-up: towards the Pareto front) or of largest loss (worst-up: the worst archs are trained).
 
 As in the authors' published training (github.com/facebookresearch/AttentiveNAS):
 
 * MACs are rounded to bins. The distribution of bins, and for every bin the frequency of each value of each choice, are
   those of many uniformly drawn archs. Given a bin, the choices are drawn independently with these frequencies, again
   and again until an arch lies in the bin; after enough trials, any arch is accepted.
-* What compares the k archs is their loss on the present mini-batch, with k = 3 ('BestUp-3 (loss)' in their
-  configuration). The paper also has a predictor of accuracy, fitted on archs of a trained supernet. It is left out: a
-  predictor needs a supernet trained before, and the published supernet was trained without it.
+* The k archs are compared by their loss on the current mini-batch, with k = 3 ('BestUp-3 (loss)' in their
+  configuration). The paper also has a predictor of accuracy, fitted on archs of a trained supernet. It is left out: it
+  needs a supernet that is already trained, and the published supernet was trained without it.
 
-Theirs has 25 MMACs a bin in ImageNet's range; here the range of a space has 32 bins. Their training also follows the
-sandwich rule with in-place distillation, which are flags of their own here.
+Their bins are 25 MMACs wide, for ImageNet; here the range of a space has 32 bins. Their training also follows the
+sandwich rule with in-place distillation, which are separate flags here.
 """
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class AttentiveNASSampler(Sampler):
         return archs
 
     def candidates(self, noise: torch.Generator) -> list[Arch]:
-        """Draw a target, and k archs in its bin as far as there were any in so many trials."""
+        """Draw a target and k archs: those in its bin first, then others if too few trials were in the bin."""
         count = self.config.sampler_candidates
         target = torch.multinomial(self.target_frequency, 1, generator=noise)
         drawn = torch.multinomial(

@@ -1,4 +1,4 @@
-"""What all samplers have in common."""
+"""The base class of samplers, and the data of a step that they see."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -24,14 +24,14 @@ ShiftBatches = Callable[[int], tuple[Batch, Batch]]
 
 @dataclass(frozen=True)
 class Step:
-    """What a sampler may learn from before a training step.
+    """Data that a sampler may learn from before a training step.
 
     Args:
         update: Index of the optimizer update.
         micro_step: Position in the streams that archs are drawn from.
         net: The supernet, unwrapped.
         criterion: Loss of (output, targets).
-        held_out_loss: The same without what training adds, which the shift measures.
+        held_out_loss: Plain loss of (output, targets) that the shift measures, without label smoothing.
         images, targets: The micro-batch of this process.
         device: Device of the supernet.
         ranks: The processes that train together.
@@ -54,7 +54,7 @@ class Step:
 
         Args:
             archs: The archs.
-            count: How many images of this process are used (default: all).
+            count: Number of images of this process that are used (default: all).
         """
         with frozen(self.net):
             values = [self.criterion(self.net(self.images[:count], arch), self.targets[:count]) for arch in archs]
@@ -66,7 +66,7 @@ class Step:
 class Sampler:
     """Draws the archs of training steps, and learns how.
 
-    Every sampler has the generator and P, which are saved with a run whatever draws its archs.
+    Every sampler has a generator and P. Both are saved, even if the sampler does not use them.
 
     Args:
         config: Settings of the method.
@@ -76,7 +76,7 @@ class Sampler:
 
     Attributes:
         searches: Whether the arch for a budget is found by a search on images after training.
-        proposes: Whether it is the generator that proposes the arch for a budget.
+        proposes: Whether the generator proposes the arch for a budget.
         shift: P.
         history: Pairs (update, [P_1, ..., P_K]); P is in effect from that update on.
     """
@@ -120,7 +120,7 @@ class Sampler:
         return self.generator.propose_many(self.groups.budgets)
 
     def images_of_generator(self, step: Step) -> int:
-        """How many images of this process a step of the generator looks at; BatchNorm needs two."""
+        """Number of images of this process that a step of the generator uses; BatchNorm needs two."""
         total = self.config.images_for_generator(step.ranks.size * len(step.images))
         return max(-(-total // step.ranks.size), 2)
 

@@ -3,9 +3,8 @@
 For every resource constraint, the architecture sampler gives more probability to the archs that are best under it.
 Training draws from the sampler, and after training the sampler proposes the arch for a constraint.
 
-Public sources that could be read (abstract and introduction) say this much. They do not say how the sampler is built,
-its reward, its baseline, or how often it learns; there is no published code. What stands here is the common way to
-learn such a sampler:
+The public sources (abstract and introduction) state only this. They do not say how the sampler is built, its reward,
+its baseline, or how often it learns; there is no published code. This file trains such a sampler in the common way:
 
 * It is the LSTM of `ArchitectureGenerator`, which maps a budget b to a distribution p(arch | b). It starts fitted to
   budgets alone. Budgets are drawn evenly over the groups.

@@ -71,7 +71,7 @@ class ShiftNASSampler(Sampler):
         return self.shift.signal != 'none' and update > 0 and update % self.shift_interval == 0
 
     def update_generator(self, step: Step) -> None:
-        """One step on `generator_loss`, with gradients of the generator alone."""
+        """Take a step on `generator_loss`; only the generator gets gradients."""
         config, generator, ranks = self.config, self.generator, step.ranks
         part = slice(self.images_of_generator(step))
         noise = stream(config.seed, 'generator', step.update)
