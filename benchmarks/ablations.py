@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def written(path: Path, epochs: int) -> dict[tuple[str, int], list[dict]]:
-    """Rows of trainings of this length in the CSV of an earlier series, by variant and seed."""
+    """Rows of runs of this length in the CSV of an earlier series, by variant and seed."""
     found: dict[tuple[str, int], list[dict]] = {}
     for row in runs.read_csv(path) if path.exists() else ():
         if int(row['epochs']) == epochs:

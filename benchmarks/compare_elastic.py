@@ -1,4 +1,4 @@
-"""Compare ways to adapt a trained network of timm to all budgets, and with training its subnets alone.
+"""Compare ways to adapt a trained network of timm to all budgets, also with training its subnets alone.
 
     python benchmarks/compare_elastic.py --network vit
     python benchmarks/compare_elastic.py --network cnn
@@ -7,8 +7,8 @@ For every seed, a plain network of timm is trained on rendered letters, made ela
 Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
 sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
 those of one epoch. `--search` also takes the best of 25 archs for each group by held-out images, as uniform sampling
-always does, instead of what the generator proposes. Trainings that are finished are kept, so that the series can be
-stopped and started again; so are the rows that the CSV in `--results` has from an earlier series.
+always does, instead of the generator's proposals. Finished runs are kept, so that the series can be stopped and started
+again; so are the rows that the CSV in `--results` has from an earlier series.
 """
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SORTED = 'hypergradient', 'sorted by magnitude', 'not sorted'  # methods that di
 
 @dataclass(frozen=True)
 class Job:
-    """One training by `train.py`."""
+    """One run of `train.py`."""
     network: str
     name: str
     seed: int
@@ -81,7 +81,7 @@ class Job:
 
 
 def base(args: argparse.Namespace, seed: int) -> Job:
-    """The training of a plain network of timm."""
+    """The run that trains a plain network of timm."""
     flags = *BASES[args.network], '--lr', '1e-2', '--epochs', str(BASE_EPOCHS), '--val-interval', str(BASE_EPOCHS)
     return Job(args.network, 'base', seed, flags, args.output)
 
@@ -119,8 +119,8 @@ def main() -> None:
     parser.add_argument('--lr', type=float, default=1e-2, help='learning rate of an adaptation')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='NAME')
     parser.add_argument('--alone', action='store_true', help='also fine-tune pruned archs alone')
-    parser.add_argument('--search', action='store_true', help='also search archs after the trainings of all methods')
-    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
+    parser.add_argument('--search', action='store_true', help='also search archs after the runs of all methods')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of runs')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables')
     parser.add_argument('--jobs', type=runs.positive, default=1, metavar='N', help='processes, of one thread each')
     args = parser.parse_args()
@@ -148,7 +148,7 @@ def tops(path: Path) -> dict[int, float]:
 
 
 def trained(args: argparse.Namespace) -> Scores:
-    """What the finished trainings of these settings reached."""
+    """Scores of the finished runs of these settings."""
     scores: Scores = {}
     for seed in range(args.seeds):
         for method in METHODS:
@@ -167,7 +167,7 @@ def trained(args: argparse.Namespace) -> Scores:
 
 
 def written(path: Path) -> Scores:
-    """What a CSV of an earlier run holds, perhaps of trainings that are no longer there."""
+    """Scores in the CSV of an earlier series, perhaps of runs whose folders are gone."""
     scores: Scores = {}
     for row in runs.read_csv(path) if path.exists() else ():
         scores.setdefault((row['method'], int(row['seed'])), {})[int(row['group'])] = float(row['top1'])
@@ -187,7 +187,7 @@ def alone(epochs: int) -> str:
 
 
 def write_tables(args: argparse.Namespace) -> None:
-    """Write elastic_NETWORK_EPOCHS_RATE.csv and .md: the finished trainings, and those that the CSV had before."""
+    """Write elastic_NETWORK_EPOCHS_RATE.csv and .md: the finished runs, and those that the CSV had before."""
     path = args.results / f'elastic_{args.network}_{args.epochs}_{args.lr:g}.csv'
     found = written(path) | trained(args)
     by_method: dict[str, dict[int, dict[int, float]]] = {}

@@ -33,7 +33,7 @@ COLOURS = dict(zip(
 
 
 def rows_of(run: Run, folder: Path, match: str) -> list[dict]:
-    """Rows of a training: one per group, two where archs are searched."""
+    """Rows of a run: one per group, two where archs are searched."""
     common = dict(task=run.task, match=match, seed=run.seed, epochs=run.epochs)
     kinds = {run.name: runs.group_rows(folder)}
     if run.searches:
@@ -136,7 +136,7 @@ def main() -> None:
         cost = {name: min(runs.seconds_per_epoch(folder) for run, folder, _ in done if run.name == name)
                 for name in args.samplers}
         lengths = {name: max(round(epochs * cost['uniform'] / cost[name]), 1) for name in args.samplers}
-        # measured times vary from run to run; the first ones are kept, so that finished trainings stay valid
+        # measured times vary from run to run; the first ones are kept, so that finished runs stay valid
         kept = args.output / args.task / f'equal_time_{epochs}.json'
         lengths |= json.loads(kept.read_text()) if kept.exists() else {}
         runs.write(kept, json.dumps(lengths))

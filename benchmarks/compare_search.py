@@ -1,11 +1,11 @@
-"""What does a search gain over the generator's arch, and what does it cost?
+"""Gain and cost of a search, compared with the generator's archs.
 
     python benchmarks/compare_search.py --task glyphs
 
 Supernets are those of `compare_samplers.py` (`--samplers`), trained if they are missing; seeds are paired. For each of
 8 budgets, archs come from the generator, and from the Pareto fronts of `timm_shiftnas.search`: NSGA-II from the
 generator's archs, NSGA-II from uniformly drawn archs, and uniformly drawn archs, with equally many evaluations. Fronts
-are found on images that the training has held out. All archs are then compared on the validation images.
+are found on images that the run has held out. All archs are then compared on the validation images.
 
 Writes `search_TASK.csv` and a table `search_TASK.md`: top-1 of each strategy, its paired differences from the generator
 with 95% intervals, and the seconds of a search. A command that is repeated continues where it stopped.

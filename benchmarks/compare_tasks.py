@@ -1,4 +1,4 @@
-"""Compare ways to train an elastic segmenter or detector, and with training its networks alone.
+"""Compare ways to train an elastic segmenter or detector, also with training its networks alone.
 
     python benchmarks/compare_tasks.py --task segmentation
     python benchmarks/compare_tasks.py --task detection
@@ -9,8 +9,8 @@ even P, a learned P, or uniform sampling. 'alone' takes the archs of the even P 
 with as many steps as the whole supernet has. Seeds are paired: initial weights, pretrained weights, images and their
 order. The images are drawn, not augmented.
 
-Networks are scored at the same budgets, by mean IoU or COCO's mAP. Every training writes one file when it is done, so
-that the series can be stopped and started again; tables are written after every seed. Rows that the CSV in `--results`
+Networks are scored at the same budgets, by mean IoU or COCO's mAP. Every run writes one file when it is done, so that
+the series can be stopped and started again; tables are written after every seed. Rows that the CSV in `--results`
 has from an earlier series are kept.
 """
 from __future__ import annotations
@@ -60,7 +60,7 @@ Found = dict[str, dict[int, Rows]]  # by method and seed
 
 
 class Task:
-    """What differs between the tasks.
+    """Images, network, loss and score of a task.
 
     Args:
         name: 'segmentation' or 'detection'.
@@ -88,7 +88,7 @@ class Task:
         return network.loss if self.is_detection else segmentation.loss
 
     def score(self, net: nn.Module, network: nn.Module) -> float:
-        """The score of a network, of which `network` knows how boxes are read off the output."""
+        """The score of a network; `network` turns its output into boxes."""
         if self.is_detection:
             return detection.mean_precision(net, network, self.validation)
         return segmentation.mean_iou(net, self.validation, 1 + LETTERS)
@@ -170,7 +170,7 @@ def train_alone(task: Task, start: str, row: dict[str, Any], args: argparse.Name
 
 
 def trained(task: Task, args: argparse.Namespace, seed: int) -> dict[str, Rows]:
-    """The rows of all methods for a seed; trainings that are not finished are run."""
+    """The rows of all methods for a seed; those that are not finished are run."""
     folder, found = args.output / args.task / f'{args.images}images-{args.epochs}epochs', dict[str, Rows]()
 
     def finished(name: str, run: Callable[..., dict[str, Any]], start: str, what: Any) -> Rows:
@@ -198,7 +198,7 @@ def table_path(args: argparse.Namespace) -> Path:
 
 
 def written(path: Path) -> Found:
-    """What a CSV of an earlier series holds, perhaps of trainings that are no longer there."""
+    """Rows in the CSV of an earlier series, perhaps of runs whose files are gone."""
     found: Found = {}
     for row in runs.read_csv(path) if path.exists() else ():
         found.setdefault(row['method'], {}).setdefault(int(row['seed']), []).append(dict(
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument('--fit-steps', type=runs.positive, default=300, help='of the generator')
     parser.add_argument('--pretraining-images', type=runs.positive, default=8000)
     parser.add_argument('--pretraining-epochs', type=runs.positive, default=8)
-    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of runs')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Are subnets that are chosen for a latency as fast as that, and better than subnets that are chosen by MACs?
+"""Compare subnets that are chosen for a latency with that latency, and with subnets that are chosen by MACs.
 
     python benchmarks/latency.py output/NAME/model --device-file eager --dataset sklearn/digits
 
@@ -13,7 +13,7 @@ evaluated if there are images:
 Writes `latency_NAME_DEVICE.csv` and a table `.md`. `used` is the measured latency divided by the budget: above 1 +
 spread, the budget is missed. Times are those of today, so run it on a quiet machine, soon after `measure`: the last
 line says by how much the smallest arch has changed since, and budgets are also counted as if it had not: all times
-divided by that. What an interrupted call has measured is kept.
+divided by that. Measurements of an interrupted call are kept.
 """
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def evaluated(net: Any, archs: Sequence[Any], args: argparse.Namespace) -> dict[
 
 
 def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[dict[str, Any]], float]:
-    """A row for each budget, and by which share the smallest arch is slower than the device file says."""
+    """A row for each budget, and the share by which the smallest arch is slower than the device file says."""
     import timm_shiftnas
     from timm_shiftnas.evaluation.latency import Setup, measure_archs
     net, generator = timm_shiftnas.load_supernet(args.directory)
@@ -102,7 +102,7 @@ def rows_of(args: argparse.Namespace, device: Any, partial: Path) -> tuple[list[
 
 
 def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
-    """What the rows say, in sentences."""
+    """Sentences that sum up the rows."""
     lines = []
     for end, title in zip(CHOICES, ('By the prediction alone', 'As served', 'Chosen by MACs')):
         found = []
@@ -124,7 +124,7 @@ def summary(rows: Sequence[dict[str, Any]], slower: float) -> list[str]:
 
 
 def markdown(rows: Sequence[dict[str, Any]], slower: float) -> str:
-    """The table, and what it says."""
+    """The table and its summary."""
     lines = [[f'{row["budget"] * 1e3:.3f}', f'{row["measured"] * 1e3:.3f}', f'{row["spread"]:.3f}',
               *(f'{row[f"used{end}"]:.3f}' for end in CHOICES),
               *('' if row[f'top1{end}'] == '' else f'{row[f"top1{end}"]:.2f}' for end in CHOICES)] for row in rows]

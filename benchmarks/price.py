@@ -1,10 +1,10 @@
-"""What accuracy costs: top-1 against training time, for trainings of several lengths.
+"""Top-1 against training time, for runs of several lengths.
 
     python benchmarks/price.py --task letters --lengths 4 8 16 32
 
 A supernet is trained once for all budgets; the alternative is a network for each of the eight budgets, each trained
-alone. Prices are in units of one training of the largest network alone, of the greatest length. They are times of
-training: the median epoch times their number, of the seed that other programs disturbed least. The fit of a generator,
+alone. Prices are in units of one run that trains the largest network alone, of the greatest length. They are training
+times: the median epoch times their number, of the seed that other programs disturbed least. The fit of a generator,
 evaluation and search are not included. Only times of one machine compare, so give a series its own --output.
 Supernets with uniform sampling, the sandwich rule included, are evaluated at the best of 25 archs per budget on
 held-out images, the others at the archs of the generator. In-place distillation begins after half of the training:
@@ -121,7 +121,7 @@ def main() -> None:
     runs.add_arguments(parser)
     parser.add_argument('--lengths', type=runs.positive, nargs='+', metavar='N', help='epochs (default: --epochs)')
     parser.add_argument('--methods', nargs='+', default=list(SUPERNETS), choices=list(SUPERNETS), metavar='NAME')
-    parser.set_defaults(jobs=1)  # trainings beside each other take longer
+    parser.set_defaults(jobs=1)  # runs at the same time take longer
     args = parser.parse_args()
     lengths = args.lengths or [args.epochs or runs.EPOCHS[args.task]]
     trained = {(method, epochs, seed): run_of(method, epochs, seed, args)

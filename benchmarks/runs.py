@@ -1,8 +1,8 @@
-"""Shared by the benchmarks: trainings by `train.py`, each in its own process, and statistics of paired seeds.
+"""Helpers of the benchmarks: runs of `train.py`, each in its own process, and statistics of paired seeds.
 
-A training is a name and flags. It is done when its folder holds `done.json`, which is written last. An interrupted
-training resumes from its last checkpoint. Benchmarks can therefore be stopped and started again, and they share the
-trainings that they have in common.
+A run is a name and flags. It is done when its folder holds `done.json`, which is written last. An interrupted run
+resumes from its last checkpoint. Benchmarks can therefore be stopped and started again, and they share the runs that
+they have in common.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 # Data and recipe of all samplers. All hold out the same share, so that they see the same training images. The optimizer
-# is Muon because AdamW does not leave its first plateau in trainings of this length.
+# is Muon because AdamW does not leave its first plateau in runs of this length.
 COMMON = '''
     --model test_shiftformer_supernet --workers 0 --batch-size 64 --opt muon --lr 1e-2 --warmup-epochs 1
     --warmup-lr 5e-4 --smoothing 0.1 --hflip 0 --color-jitter 0 --num-groups 8 --held-out 0.05
@@ -44,7 +44,7 @@ TASKS['letters-cnn'] = [*TASKS['cnn'], '--glyph-images', '2000']
 TILT = ['--group-weights', *'8 5 3.5 2.5 2 1.5 1.2 1'.split()]  # a fixed P that favours small budgets
 FITTED = ['--generator-interval', '0']  # the generator is fitted to budgets and not trained
 FINE_TUNING = '--lr 2e-3 --warmup-epochs 0'.split()  # flags for training from inherited weights
-GROUPS = 8  # subnets are compared at their budgets; trainings have as many unless their flags differ
+GROUPS = 8  # subnets are compared at their budgets; runs have as many unless their flags differ
 EPOCHS = {'digits': 30, 'glyphs': 8, 'cnn': 8, 'letters': 32, 'letters-cnn': 32}
 SAMPLERS = dict(
     uniform='--sampler uniform'.split(),
@@ -62,7 +62,7 @@ SAMPLERS['worst-up'] = '--sampler attentivenas_worst_up'.split()
 
 @dataclass(frozen=True)
 class Run:
-    """One training by `train.py`.
+    """One run of `train.py`.
 
     Args:
         name: What is trained. Runs of one name differ in their seeds and are averaged.
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def searches(self) -> bool:
-        """Whether subnets come from a search, as with uniform sampling, and not from what drew archs in training."""
+        """Whether subnets come from a search, as with uniform sampling, and not from the sampler of the run."""
         return not {'uniform', 'attentivenas_best_up', 'attentivenas_worst_up'}.isdisjoint(self.flags)
 
     def folder(self, output: Path) -> Path:
@@ -93,7 +93,7 @@ class Run:
 
 
 def folder_name(flags: Sequence[str]) -> str:
-    """Name of the folder of a setting. Experiments with the same setting share its training."""
+    """Name of the folder of a setting. Experiments with the same setting share its runs."""
     for name, known in SAMPLERS.items():
         if list(flags) == known:
             return name
@@ -113,10 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int = 3) -> None:
     parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help='paired seeds 0 ... N - 1')
     parser.add_argument('--epochs', type=positive, metavar='N',
                         help='length (default: 30 of digits, 32 of letters, else 8)')
-    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of trainings')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'), metavar='DIR', help='of runs')
     parser.add_argument('--results', type=Path, default=Path('docs/results'), metavar='DIR', help='of tables, pictures')
     parser.add_argument('--train-flags', type=lambda text: tuple(shlex.split(text)), default=(), metavar='FLAGS',
-                        help='further flags of train.py for all trainings, in quotes after an equals sign')
+                        help='further flags of train.py for all runs, in quotes after an equals sign')
     parser.add_argument('--jobs', type=positive, default=os.cpu_count(), metavar='N',
                         help='processes, of one thread each')
 
@@ -129,8 +129,8 @@ def single_thread() -> dict[str, str]:
 def execute(jobs: Sequence[tuple[str, Path, list[str]]], processes: int) -> None:
     """Run the commands, (title, folder, argv) each, whose folders are not done yet. Stop at the first that fails.
 
-    A training that is started again resumes. If two benchmarks need the same training at the same time, the second one
-    waits for it.
+    A run that is started again resumes. If two benchmarks need the same run at the same time, the second one waits for
+    it.
 
     Raises:
         SystemExit: If a command fails, with the end of its log, or if a folder was made by another command.
@@ -188,7 +188,7 @@ def train(runs: Iterable[Run], output: Path, processes: int) -> None:
 
 def subnets_job(
         run: Run, output: Path, name: str, epochs: int, options: Sequence[str]) -> tuple[str, Path, list[str]]:
-    """A job for `execute`: every group's subnet of a finished training, trained alone. It writes `subnets.json`."""
+    """A job for `execute`: every group's subnet of a finished run, trained alone. It writes `subnets.json`."""
     source = run.folder(output).resolve()
     folder = source / name
     argv = [sys.executable, 'benchmarks/train_subnet.py', *run.command(), '--supernet', str(source / 'model'),
@@ -196,7 +196,7 @@ def subnets_job(
     return f'{run.task} {name} seed {run.seed}', folder, argv
 
 
-# -- reading what was trained ------------------------------------------------------------------------------------------
+# -- reading finished runs ---------------------------------------------------------------------------------------------
 
 
 def write(path: Path, content: str | Callable[[Path], object]) -> None:
@@ -225,14 +225,14 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def group_rows(folder: Path) -> list[dict]:
-    """Group, budget, MACs and top-1 of the subnets of a finished training, one per group."""
+    """Group, budget, MACs and top-1 of the subnets of a finished run, one per group."""
     rows = [row for row in read_csv(folder / 'budgets.csv') if row['name'].startswith('group')]
     return [dict(group=int(row['name'].split()[1]), budget=float(row['budget']), macs=int(row['macs']),
                  top1=float(row['top1'])) for row in rows]
 
 
 def rows_at(run: Run, folder: Path) -> list[dict]:
-    """As `group_rows`, but always at the generator's archs for GROUPS budgets. The result is kept in the folder."""
+    """`group_rows`, but always at the generator's archs for GROUPS budgets. The result is kept in the folder."""
     served = group_rows(folder)
     if not run.searches and len(served) == GROUPS:
         return served
@@ -244,7 +244,7 @@ def rows_at(run: Run, folder: Path) -> list[dict]:
 
 
 class Trained:
-    """A finished training in this process: its network and generator, and the loaders that its flags make.
+    """A finished run, loaded in this process: its network and generator, and the loaders of its flags.
 
     Args:
         command: Flags of `train.py`.
@@ -294,7 +294,7 @@ class Trained:
             self.net, archs, self.validation, self.device, self.calibration)]
 
     def searched(self) -> list[dict]:
-        """As `rows`, at the best arch of each group by held-out images, as a training with uniform sampling ends."""
+        """`rows` at the best arch of each group by held-out images, as at the end of a run with uniform sampling."""
         from timm_shiftnas.evaluation.search import search_archs
 
         archs = search_archs(

@@ -1,4 +1,4 @@
-"""What `segmentation.py` and `detection.py` share: an elastic backbone, training, and networks for three budgets."""
+"""Shared code of `segmentation.py` and `detection.py`: elastic backbone, training, and networks for three budgets."""
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path

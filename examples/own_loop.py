@@ -1,4 +1,4 @@
-"""Train a supernet in a training loop of your own.
+"""Train a supernet in your own training loop.
 
     python examples/own_loop.py                   # 200 updates on random images, seconds on a CPU
     python examples/own_loop.py --updates 20

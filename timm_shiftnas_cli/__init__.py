@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
              '--train-split)')
     search.add_argument(
         '--held-out', metavar='SHARE', type=float,
-        help='share of the training images to compare archs on (default: the share that the run held out)')
+        help='share of the training images to compare archs on (default: the share that the run has held out)')
     search.add_argument('--class-map', metavar='FILE', help='as for evaluate')
     _add_images(search, 'To compare archs on, and for their BatchNorm statistics.')
 

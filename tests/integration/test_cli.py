@@ -300,7 +300,7 @@ def test_convert_says_what_a_file_is(capsys, checkpoint, saved, tmp_path):
         torch.save(content, tmp_path / name)
     for path, message in {
             saved / 'model.safetensors': 'is a safetensors file', tmp_path / 'object': 'torch.nn.modules.linear.Linear',
-            tmp_path / 'numpy': 'numpy.dtype', tmp_path / 'old': 'format of its past',
+            tmp_path / 'numpy': 'numpy.dtype', tmp_path / 'old': "torch's old format",
             tmp_path / 'arrays.npz': 'cannot be read', tmp_path / 'json': 'cannot be read',
             tmp_path / 'empty': 'cannot be read', saved: 'is a directory', tmp_path / 'foreign': 'not a checkpoint',
             tmp_path / 'resnet': "'resnet18'", tmp_path / 'nothing': 'not a checkpoint',

@@ -633,7 +633,7 @@ def test_a_resumed_run_continues_after_a_skipped_step(patch):
 def test_the_loop_of_the_docs(patch, tmp_path):
     """As it stands there, but with a shorter fit of the generator; the file that it saves is a checkpoint."""
     text = (Path(__file__).parents[2] / 'docs' / 'research.md').read_text()
-    code = text.split('## A training loop of your own')[1].split('```python')[1].split('```')[0]
+    code = text.split('## Your own training loop')[1].split('```python')[1].split('```')[0]
     assert 'create_task(net, ' in code
     names = dict(tsn=timm_shiftnas, torch=torch, net=supernet(), loader=[batch(n, 64) for n in range(4)])
     path = tmp_path / 'last.pth.tar'

@@ -416,7 +416,7 @@ def test_a_removed_folder_is_created_again(tmp_path, caplog):
         trainer.end_epoch(0, trainer.train_epoch(0), trainer.evaluate(0))
         trainer.finish()
     trainer.tracker.close()
-    assert caplog.text.count('somebody has removed the folder') == 1
+    assert caplog.text.count('another program has removed the folder') == 1
     assert {'last.pth.tar', 'args.yaml', 'summary.csv', 'model', 'budgets.csv', '.lock'} <= set(os.listdir(folder))
     assert list(folder.glob('events*')) and trainer.folder.lock.held
     assert newest_checkpoint(folder) == folder / 'last.pth.tar'

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 __all__ = ['MODES', 'choose_mode', 'default_mode']
 
-# Channels of each mode with values 0 to 255. Values of other modes are not intensities: numbers of colors (P), bits (1).
+# Channels of each mode with values 0 to 255. Values of other modes are not intensities: color numbers (P), bits (1).
 MODES = dict(L=1, LA=2, RGB=3, HSV=3, YCbCr=3, LAB=3, RGBA=4, RGBX=4, CMYK=4)
 
 

@@ -137,7 +137,7 @@ def search(
                 found |= zip(part, accuracy(part))
                 bar.update(len(part))
                 if calibration is not None:
-                    calibration.statistics.clear()  # of thousands of archs; `prepare` below computes those of the front again
+                    calibration.statistics.clear()  # of thousands of archs; those of the front are computed again
     rows = [_row(f'arch {number}', arch, limits, *found[arch]) for number, arch in enumerate(found, 1)]
     chosen = pareto_front([(row[COSTS[cost].name], row['top1']) for row in rows])
     front = [dict(rows[index], name=f'front {number}') for number, index in enumerate(chosen, 1)]

@@ -54,7 +54,7 @@ def check_logits(output: Any) -> None:
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ValueError(
             f'distillation needs logits of shape [batch, classes], not {getattr(output, "shape", type(output))}; leave '
-            'out inplace_distillation and the teacher, or distil in a loss of your own')
+            'out inplace_distillation and the teacher, or distil in your own loss')
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.) -> Tensor:

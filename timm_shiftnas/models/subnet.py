@@ -20,7 +20,7 @@ LABELS = ('label_names', 'label_descriptions')  # entries of timm's configuratio
 
 
 class Subnet(nn.Module):
-    """A supernet seen at one arch, for callers that can only say `model(x)`; the weights stay shared.
+    """A supernet seen at one arch, for callers that can only call `model(x)`; the weights stay shared.
 
     The inner attribute is called `module`, so that timm's `unwrap_model` sees through the view.
     """

@@ -52,7 +52,7 @@ SAME_OPTIMIZER = ('opt', 'layer_decay', 'weight_decay', 'freeze')  # with other 
 
 
 class Position(NamedTuple):
-    """How far a run has come.
+    """Position of a run.
 
     Args:
         epoch: The epoch to train on, from 0.
@@ -87,8 +87,8 @@ class Position(NamedTuple):
 class Saver(CheckpointSaver):
     """timm's saver, which writes with `atomic_write`.
 
-    torch itself would keep a file that it could not write open as long as there is a traceback, and a deleted file
-    occupies the disk until it is closed.
+    After a failed write, torch itself would keep the file open while the traceback exists, and a deleted open file
+    still occupies the disk.
     """
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
@@ -110,10 +110,11 @@ class Checkpoints:
     Args:
         saver: timm's saver for this folder.
         folder: The folder.
-        since: When the run started (`time.time()`); older files are another run's. `None` for a resumed run.
+        since: Time when the run started (`time.time()`); older files are another run's. `None` for a resumed run.
 
     Attributes:
-        failure: The error of the last write, if it failed: its text, because the error itself holds what was written.
+        failure: The error of the last write, if it failed: only its text, because the error itself keeps what was
+            written in memory.
     """
 
     def __init__(self, saver: CheckpointSaver, folder: RunFolder, since: float | None = None) -> None:
@@ -181,7 +182,7 @@ def find_checkpoint(args: Namespace, output: Path, ranks: Ranks) -> str:
 
 
 def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> Path | None:
-    """The newest intact checkpoint in a folder; logs which ones are not intact.
+    """The newest intact checkpoint in a folder; those that are not intact are logged.
 
     Args:
         folder: The folder of a run.
@@ -208,7 +209,7 @@ def newest_checkpoint(folder: str | os.PathLike, since: float | None = None) -> 
 
 
 def saved_position(checkpoint: dict[str, Any]) -> Position:
-    """Where to resume. Checkpoints of other training loops are saved at the end of an epoch."""
+    """The position to resume from. Checkpoints of other training loops are saved at the end of an epoch."""
     loop = (checkpoint.get('task_state') or {}).get('loop') or {}
     if 'epoch' in loop:
         return Position.of_loop(loop)
@@ -216,12 +217,12 @@ def saved_position(checkpoint: dict[str, Any]) -> Position:
 
 
 def batch_layout(args: Namespace, ranks: Ranks) -> dict[str, int]:
-    """What decides which images the n-th batch of a process holds."""
+    """The values that decide which images the n-th batch of a process holds."""
     return dict(batch_size=args.batch_size, processes=ranks.size, grad_accum_steps=args.grad_accum_steps)
 
 
 def loop_state(position: Position, args: Namespace, ranks: Ranks) -> dict[str, Any]:
-    """What a checkpoint needs to resume: everything random is a function of the seed, the epoch and the batch."""
+    """The state that a loop needs to resume: everything random is a function of the seed, the epoch and the batch."""
     return {**position._asdict(), **batch_layout(args, ranks)}
 
 
@@ -235,7 +236,7 @@ def resume(
     """Load the checkpoint of --resume into task, optimizer and loss scaler.
 
     Returns:
-        Where to continue.
+        The position to continue from.
 
     Raises:
         ValueError: If the checkpoint does not fit the flags.
@@ -311,7 +312,7 @@ def saved_resource(state: dict[str, Any], space: SearchSpace, where: str) -> Res
 
 
 def report_head(source: str, classes: int, wanted: int) -> bool:
-    """Whether the head of some weights is left out because of its number of classes; says so."""
+    """Whether the head of some weights is left out because of its number of classes; logs it."""
     if classes != wanted:
         _logger.warning(
             f'{source} has {classes} classes and the data {wanted}: its head is left out, and a new one is trained')
@@ -344,13 +345,13 @@ class Network(TypedDict):
 
 
 class NetworkState(TypedDict):
-    """What is read of the state of any task, besides what only resuming needs."""
+    """The entries that are read of the state of any task, besides those that only resuming needs."""
     network: Network
     space: dict[str, Any]
 
 
 class TaskState(NetworkState, total=False):
-    """The same of a task that trains a supernet."""
+    """The entries of a task that trains a supernet."""
     edges: list[float]
     resource: dict[str, str]
     generator: dict[str, Tensor]
@@ -368,7 +369,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this task, with its tensors mapped from the file.
 
     Raises:
-        ValueError: If the file is missing or corrupt, or something else; the message says what.
+        ValueError: If the file is missing or corrupt, or is something else; the message says what.
     """
     problem, hint = '', 'give another one of its folder, or --resume auto with the --experiment of the run'
     try:
@@ -376,9 +377,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with open(path, 'rb') as file:
             start = file.read(9)
         if start[8:] == b'{':  # after the length of its header
-            problem, hint = 'is a safetensors file: it holds weights, and not the state of a training', WEIGHTS_ONLY
+            problem, hint = 'is a safetensors file: it holds weights, and not the state of a run', WEIGHTS_ONLY
         elif start[:4] != b'PK\x03\x04':
-            problem, hint = 'cannot be read: torch.save did not write it, or in a format of its past', ONLY_TRAIN
+            problem, hint = "cannot be read: it is not a torch.save file, or has torch's old format", ONLY_TRAIN
         elif not zip_is_intact(path):
             problem = 'is corrupt: its end is missing, or the checksum of a part differs'
         elif not fits(checkpoint := load_checkpoint_metadata(str(path)), Checkpoint):

@@ -2,7 +2,7 @@
 
 A training batch is a function of (seed, epoch, position in the epoch): every image is augmented with the seed of its
 position, whichever worker or process reads it. So a run can resume from any batch without reading those before it, and
-several processes read the images that one process would.
+several processes read the same images as one process.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The road from a pretrained network: `train.py --elastic BASE` makes it elastic, and trains all its subnets."""
+"""`train.py --elastic BASE`: make a pretrained network elastic and train its subnets."""
 from __future__ import annotations
 
 import argparse
@@ -81,7 +81,7 @@ def open_base(
         device: Device of the network.
 
     Raises:
-        ValueError: If it is not elastic, or its weights are not to be had or do not fit.
+        ValueError: If it is not elastic, or its weights cannot be loaded or do not fit.
     """
     if file:
         classes = classes_of_weights(file, name)
@@ -148,7 +148,7 @@ def elastic_network(
         device: torch.device,
         ranks: Ranks,
 ) -> tuple[nn.Module, nn.Module | None, bool]:
-    """The supernet of --elastic as its training starts.
+    """The supernet of --elastic at the start of its training.
 
     Returns:
         The network, the teacher of --kd-model base, and whether its head has been trained for these classes.

@@ -27,13 +27,12 @@ _logger = logging.getLogger('train')
 
 SETTINGS = (*settings_of(ShiftNASConfig), *settings_of(RunConfig))
 OF_A_TEACHER = ('task_loss_weight', 'distill_loss_weight', 'temperature')  # timm's script has these flags, too
-# What these flags are with --elastic, where neither the command line nor its YAML file gives them. Groups are few: a
-# shift measures all of them.
+# Defaults of these flags with --elastic. Groups are few, because a shift measures each of them.
 ELASTIC_DEFAULTS: dict[str, Any] = dict(
     model='elastic_supernet', shift_interval=20, shift_lr=0.1, shift_warmup_epochs=0., generator_interval=0,
     num_groups=8)
 NOT_TYPED = object()  # stands for a flag that is not on the command line
-# What a model card leaves out: files and names of this machine, and what the command on the card does not need.
+# Flags left out of the model card: paths and names of this machine, and flags that its command does not need.
 PRIVATE = {
     'data', 'data_dir', 'output', 'experiment', 'config', 'resume', 'num_classes', 'lr', 'traceback', 'push_to_hub',
     'hub_private', 'hub_revision', 'initial_checkpoint', 'pretrained_path', 'class_map', 'kd_model_path', 'log_wandb',
@@ -70,8 +69,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     for name, only in TIMM_ONLY.items():
         flag = name if name == 'local_rank' else name.replace('_', '-')  # as torch's launchers spell it
         parser.add_argument(f'--{flag}', action=OnlyDefault, only=only)
-    # decided when the data is open: on where images can be held out, for from scratch it is as good as an even P, and
-    # from a pretrained network better (docs/results.md)
+    # decided when the data is open, see `default_shift`: on if images can be held out, because from scratch it is as
+    # good as an even P, and from a pretrained network better (docs/results.md)
     parser.set_defaults(shift=None)
     return parser
 
@@ -193,7 +192,7 @@ def find_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def reset_supernet_flags(args: argparse.Namespace) -> None:
-    """Reset the flags that mean nothing to a single network to their defaults, and say so."""
+    """Reset the flags that a single network does not use to their defaults, and log them."""
     defaults = {dest_of(each): each.default for each in SETTINGS
                 if each.flag is not None and each.name not in OF_A_TEACHER}
     defaults.update({names.lstrip('-').replace('-', '_'): default for names, _, default, _ in FLAGS['ShiftNAS']})
@@ -248,13 +247,13 @@ def _as_arguments(action: argparse.Action, value: Any, where: str) -> list[str]:
     """A value of a YAML file as command-line arguments.
 
     Raises:
-        ValueError: If a value of this kind cannot be one of the flag.
+        ValueError: If the flag takes no value of this kind.
     """
     flag, switch, keywords = max(action.option_strings, key=len), action.nargs == 0, isinstance(action, Keywords)
     fits = {bool: switch or action.nargs == '?', dict: keywords, list: not switch and action.nargs and not keywords}
     if not fits.get(type(value), not switch and not keywords):
         wanted = 'true or false' if switch else 'NAME: VALUE pairs' if keywords else 'a value' if action.nargs else (
-            'one value, in quotes if YAML takes it for another')
+            'one value, in quotes if YAML reads it as another type')
         raise ValueError(f'{where} must be {wanted}, not {value!r}')
     if isinstance(value, bool):
         return [flag] * value
@@ -269,7 +268,7 @@ def _as_arguments(action: argparse.Action, value: Any, where: str) -> list[str]:
 
 
 def training_facts(args: argparse.Namespace, processes: int = 1) -> dict[str, Any]:
-    """What a model card says about a run: command, dataset, versions. Paths of this machine are left out."""
+    """Facts about a run for its model card: command, dataset, versions. Paths of this machine are left out."""
     parser = build_parser()
     words = ['python train.py' if processes == 1 else f'torchrun --nproc-per-node={processes} train.py']
     for action in parser._actions:

@@ -36,13 +36,13 @@ class RunFolder:
             temporary.write_text(self.flags, encoding='utf-8')
 
     def restore(self) -> None:
-        """Create the folder again if somebody has removed it."""
+        """Create the folder again if another program has removed it."""
         if not self.lock.held:
-            _logger.warning(f'somebody has removed the folder {self.path}: creating it again')
+            _logger.warning(f'another program has removed the folder {self.path}: creating it again')
             self.create()
 
     def remove_temporaries(self, *names: str) -> None:
-        """Remove what a killed run has left unfinished: temporary files of `atomic_write`, and those of these names."""
+        """Remove unfinished files of a killed run: temporary files of `atomic_write`, and files of these names."""
         for path in (*self.path.glob('.*.tmp'), *(self.path / name for name in names)):
             with suppress(OSError):
                 path.unlink()

@@ -17,14 +17,14 @@ _logger = logging.getLogger('train')
 
 
 class Progress:
-    """Loss, learning rate, speed and time left: a bar on a terminal, otherwise a line now and then.
+    """Loss, learning rate, speed and time left: a bar on a terminal, otherwise a line every `interval` batches.
 
     Args:
         title: Of the epoch.
         start: Where the epoch starts or resumes.
         total: Batches of the epoch.
         interval: Batches between two lines.
-        processes: How many train together.
+        processes: Number of processes that train together.
         tracker: Gets the figures of every line; processes without one show nothing.
     """
 
@@ -49,7 +49,7 @@ class Progress:
         """Show how far the epoch has come.
 
         Args:
-            position: Where it stands.
+            position: The current position.
             update: Updates since the start of the run.
             lr: Learning rate.
         """

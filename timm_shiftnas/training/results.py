@@ -56,7 +56,7 @@ class Results:
         self.args, self.task, self.loaders, self.output = run.args, run.task, run.loaders, run.output
 
     def evaluate(self, last: bool) -> dict[str, float]:
-        """Evaluate, and write what belongs to it.
+        """Evaluate, and write the files of the evaluation.
 
         Args:
             last: Whether this is the last evaluation, whose files must not be missing.
@@ -97,7 +97,7 @@ class Results:
             **options: As for `evaluate_budgets`.
 
         Returns:
-            The budget table, and what else `write` needs.
+            The budget table, and the further arguments of `write`.
         """
         args, task = self.args, self.task
         if self.loaders.calibration is not None:
@@ -163,7 +163,7 @@ class Results:
             devices=self.measured(space))
 
     def measured(self, space: SearchSpace) -> list[Device]:
-        """The devices that the model directory of an earlier epoch was measured on meanwhile."""
+        """Devices whose latencies were added to the model directory during the run."""
         directory = self.output / MODEL
         if not directory.exists():
             return []
@@ -204,12 +204,12 @@ class Results:
 
     @property
     def resource(self) -> Resource:
-        """What the budgets of the run bound."""
+        """The resource that the budgets of the run bound."""
         return self.task.groups.resource
 
     @contextmanager
     def tolerate_errors(self, what: str, place: str = '', unless: bool = False) -> Iterator[None]:
-        """Log a failed write to a place (default: the folder of the run) and go on, unless it must not be missing."""
+        """Log a failed write to a place (default: the folder of the run) and continue; raise the error if `unless`."""
         try:
             with name_disk_errors(place or self.output):
                 self.folder.restore()

@@ -1,4 +1,4 @@
-"""What a run is made of, created from its flags: processes, model, task, optimizer, precision."""
+"""Creation of a run from its flags: processes, model, task, optimizer, precision."""
 from __future__ import annotations
 
 import argparse
@@ -60,10 +60,10 @@ class LossScaler(torch.amp.GradScaler):
 
 @dataclass
 class Run:
-    """What a run is made of.
+    """All parts of a run.
 
     Args:
-        args: The flags, with what they leave open: number of classes, learning rate, checkpoint to resume from.
+        args: The flags, completed by derived values: number of classes, learning rate, checkpoint to resume from.
         output: Folder of the run.
         supernet: Whether a supernet is trained, or one network.
         starts_trained: Whether the largest subnet knows these classes before training.
@@ -392,7 +392,7 @@ def criterion_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare_task(
         args: argparse.Namespace, task: ShiftNASTask | NetworkTask, device: torch.device, ranks: Ranks) -> None:
-    """Averaged weights, compilation and DDP, around weights that are loaded already."""
+    """Set up averaged weights, compilation and DDP for a task whose weights are loaded already."""
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)

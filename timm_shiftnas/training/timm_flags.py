@@ -1,4 +1,4 @@
-"""The flags of timm's training script that `train.py` has, and a few of its own, as a table.
+"""The flags of timm's training script that `train.py` has, and a few more, as a table.
 
 Those that it does not have are in `TIMM_ONLY`. A row is (names, kind, default, help). A kind holds the arguments of
 `ArgumentParser.add_argument` that say what a value is: its type, its range, how many there are.
@@ -73,7 +73,7 @@ def several(kind: Kind, count: int | str = '+') -> Kind:
 
 
 def known(check: Callable[[str], str], metavar: str) -> Kind:
-    """Words that timm, torch or PIL must know."""
+    """A name that timm, torch or PIL checks."""
     return dict(type=check, metavar=metavar)
 
 
@@ -125,7 +125,8 @@ def saved_at(name: str) -> str | None:
 
 def pooling(name: str) -> str:
     if not name:
-        raise argparse.ArgumentTypeError("'' leaves a logit at every place of the image; leave it out, or give avg")
+        raise argparse.ArgumentTypeError(
+            "'' does not pool, so there is one logit per position; leave it out, or give avg")
     return name
 
 

@@ -15,14 +15,14 @@ from ..utils.text import one_line
 __all__ = ['Tracker']
 
 _logger = logging.getLogger('train')
-MIN_FREE = 2 ** 20  # bytes; every attempt leaves a file behind
+MIN_FREE = 2 ** 20  # bytes; with less free space, no other event file is opened, because each attempt leaves one behind
 
 
 class Tracker:
     """Writes metrics to TensorBoard (event files in the folder of the run), to Weights & Biases, to both or to none.
 
-    Logging failures never stop training. On a full disk, metrics are dropped and one error is logged; there is a new
-    event file once the disk has room, or once a folder that was removed is there again.
+    Logging failures never stop training. On a full disk, metrics are dropped and one error is logged; a new event file
+    is opened once the disk has room, or once a removed folder exists again.
 
     Args:
         folder: The folder of the run; its name is the name of the run.

@@ -56,8 +56,8 @@ class Trainer:
         args: The flags, as `parse_args` returns them.
 
     Attributes:
-        run: What was created from the flags; `run.args` holds what they leave open, too.
-        position: How far the run has come.
+        run: All parts of the run, created from the flags; `run.args` also holds derived values.
+        position: Position of the run.
         update: Trains on the micro-batches of an update.
         results: Evaluates, and writes files.
         folder, checkpoints, tracker: Only in the first process.
@@ -124,8 +124,8 @@ class Trainer:
         return epoch + 1 == self.epochs or (epoch + 1) % self.args.val_interval == 0
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Evaluate, with a checkpoint that survives a kill meanwhile."""
-        # written ahead if asked for, or if another process may be killed alone
+        """Evaluate, with a checkpoint in case the run is killed meanwhile."""
+        # save first if --recovery-interval is set, or if another process could be killed alone
         if saved := self.args.recovery_interval or self.ranks.size > 1:
             self.save_recovery()
         try:
@@ -136,7 +136,7 @@ class Trainer:
             raise
 
     def end_epoch(self, epoch: int, metrics: dict[str, float], results: dict[str, float]) -> None:
-        """Move on to the next epoch, and write what belongs to this one.
+        """Advance to the next epoch, and write the metrics and the checkpoint of this one.
 
         Args:
             epoch: From 0.
@@ -157,7 +157,7 @@ class Trainer:
         self.checkpoints.save(epoch, metric)
 
     def finish(self) -> None:
-        """Remove what only a running run needs, and publish."""
+        """Remove the recovery files, and publish."""
         if not self.ranks.primary:
             return
         self.checkpoints.finish()
@@ -212,8 +212,8 @@ class Trainer:
         """Create the folder, its checkpoints and trackers, and write the flags to args.yaml.
 
         Args:
-            given: Flags as they were given. For a resumed run, --lr-base may be scaled to another number of processes;
-                for a longer one, the default of --shift may be another.
+            given: Flags as typed, because a resumed run may derive other values: --lr for another number of processes,
+                --shift for a longer run.
 
         Raises:
             OSError: If the folder cannot be created, or if another run writes to it.
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None, prog: str = 'train.py') -> int:
 
 
 def resume_hint(trainer: Trainer | None) -> str:
-    """How to continue an interrupted run: from its newest checkpoint, or from the one that it has resumed from."""
+    """Hint to continue an interrupted run: from its newest checkpoint, or from the one that it has resumed from."""
     if trainer is None or trainer.checkpoints is None:
         return ''
     newest = trainer.checkpoints.newest() or trainer.args.resume
@@ -291,7 +291,7 @@ def error_line(error: Exception, trainer: Trainer | None) -> str:
         return f'error: {one_line(error)} A worker that reads images has died, maybe out of memory; use fewer --workers'
     hint = '' if expected else f'{type(error).__name__} (--traceback shows where): '
     rank = f' (process {trainer.ranks.rank})' if trainer and trainer.ranks.size > 1 else ''
-    # gloo has no error class of its own
+    # gloo has no separate error class
     if rank and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and 'gloo/' in str(error)):
         hint = 'another process has ended, and its own line says why: '
     return f'error{rank}: {hint}{one_line(error)}'

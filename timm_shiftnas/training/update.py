@@ -122,7 +122,7 @@ class Update:
         dispatch_clip_grad(parameters, value=self.args.clip_grad, mode=self.args.clip_mode)
 
     def step_optimizer(self) -> None:
-        """Step, which the loss scaler leaves out if gradients overflow.
+        """Take a step, which the loss scaler skips if gradients overflow.
 
         Raises:
             ValueError: If gradients overflow at every scale of the loss.
