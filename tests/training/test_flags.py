@@ -106,7 +106,7 @@ def test_a_config_of_timms_script(tmp_path, capsys):
                         ('dist_bn: broadcast\n', "give timm's default, 'reduce'"),
                         ('tta: 3\n', '--tta: this flag of timm is not supported'),
                         ('split_bn: true\n', '--split-bn: this flag of timm is not supported'),
-                        ('epochs: [1, 2]\n', 'epochs must be one value, in quotes if YAML takes'),
+                        ('epochs: [1, 2]\n', 'epochs must be one value, in quotes if YAML reads'),
                         ('\udcff', '--config: cannot read')):
         path.write_text(text, errors='surrogateescape')
         with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def fingerprint(
         bn_images: int,
         autocast: Any,
 ) -> dict[str, Any]:
-    """All data that the accuracies of archs depend on, as short JSON data.
+    """The facts that the accuracies of archs depend on, as short JSON data.
 
     Of a loader it is the number of images, if that is known, and the first one: loaders have to give the same images
     every time. Training images count only where there is BatchNorm, and with the size of their batches: statistics are

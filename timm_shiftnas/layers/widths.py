@@ -12,8 +12,8 @@ Width = int | Tensor | None
 def masked(x: Tensor, mask: Width, dim: int = 1) -> Tensor:
     """Multiply a tensor by a mask along one dimension, or by a 0-d mask as a whole.
 
-    An int or `None` changes nothing: the layer before has computed that many channels. Masks of widths act here; kernel
-    sizes, shortcuts, active blocks and LayerNorm's mean also read masks in formulas of their layers.
+    An int or `None` changes nothing: the layer before has computed that many channels. Most masks act here; kernel
+    sizes, shortcuts and the moments of LayerNorm have masks in their own formulas.
     """
     if not isinstance(mask, Tensor):
         return x

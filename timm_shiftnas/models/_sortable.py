@@ -48,7 +48,7 @@ class SortableSupernet:
         raise NotImplementedError
 
     def layer_of(self, name: str) -> str | None:
-        """The label of the layer that a parameter belongs to, or `None` if it belongs to every arch."""
+        """The label of the layer that a parameter belongs to; `None` for parameters outside of layers."""
         raise NotImplementedError
 
     def split_masks(self, masks: Masks) -> dict[str, Tensor]:
