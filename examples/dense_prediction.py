@@ -31,9 +31,8 @@ def parse_args(description: str, output: str) -> argparse.Namespace:
 def create_backbone(name: str, size: int) -> nn.Module:
     """The elastic backbone of a supernet of the package, or of 'elastic:NAME', a pretrained network of timm."""
     kind, _, base = name.rpartition(':')
+    # tsn.sort_by_importance(net, loader) would put its most important channels first
     net = tsn.elastic(base, pretrained=True) if kind else timm.create_model(name)
-    if kind:
-        tsn.sort_by_importance(net)  # better with a loader of images
     strides = [info['reduction'] for info in net.feature_info]
     maps = [i for i, stride in enumerate(strides) if stride >= 4] if len({*strides}) > 1 else [-1]
     return tsn.ElasticBackbone(net, maps, norm=True, img_size=size)

@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     elastic.add_argument(
         '--generator-fit-steps', metavar='N', type=partial(_count, least=0), default=1000,
         help='steps in which the generator learns to meet budgets (default: 1000)')
-    _add_images(elastic, 'To sort units by the loss; without images they are sorted by their weights.')
+    _add_images(elastic, 'To sort units by their importance; without images they keep the order of BASE.')
 
     info = commands.add_parser('info', help='show what a model directory holds')
     info.add_argument('--json', action='store_true', help='print JSON')

@@ -310,6 +310,15 @@ def test_the_command_saves_an_untrained_one(weights, tmp_path, capsys):
     assert_same_function(net, create_base())
 
 
+def test_the_command_leaves_units_in_their_order_without_images(weights, tmp_path, capsys):
+    argv = ['elastic', 'test_vit', '--img-size', '16', '--model-kwargs', 'patch_size=4', '--pretrained-path',
+            weights[10], '--output', str(tmp_path / 'net'), '--generator-fit-steps', '2']
+    assert timm_shiftnas_cli.main(argv) == 0
+    assert 'keep their order' in capsys.readouterr().err
+    net, base = tsn.load_supernet(tmp_path / 'net')[0].state_dict(), create_base().state_dict()
+    assert all(torch.equal(net[name], base[name]) for name in base)
+
+
 @pytest.mark.parametrize('argv, words', [
     (['train', '--elastic', 'vit_smal_patch16_224', *DATA], ['vit_smal_patch16_224', 'did you mean']),
     (['train', '--elastic', 'resnet18', '--img-size', '64', *DATA], ['resnet18', 'not elastic']),

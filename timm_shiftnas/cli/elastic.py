@@ -12,13 +12,14 @@ from ..training.elastic import images_of, open_base
 from ..training.timm_flags import literal
 from ..utils.units import format_count
 from .images import Expected, training_batches
+from .shared import warn
 from .subnets import check_output
 
 __all__ = ['run_elastic']
 
 
 def run_elastic(args: argparse.Namespace) -> None:
-    """Save a network of timm as a supernet, its units sorted by importance."""
+    """Save a network of timm as a supernet; with images, its units are sorted by importance."""
     check_output(args.output, None, args.overwrite)
     model_args = dict(img_size=args.img_size, in_chans=args.in_chans) | {
         name: literal(value) for name, value in args.model_kwargs}
@@ -27,8 +28,10 @@ def run_elastic(args: argparse.Namespace) -> None:
         num_classes=args.num_classes, file=args.pretrained_path)
     expected = Expected(base.net.subnet_cfg(base.net.space.largest))
     # the predictions of the base stand for the labels: a folder of images may have others, or none
-    images = images_of(training_batches(expected, args)) if args.dataset or args.data_dir else None
-    sort_by_importance(base.net, images)
+    if args.dataset or args.data_dir:
+        sort_by_importance(base.net, images_of(training_batches(expected, args)))
+    else:
+        warn('without images (--data-dir, --dataset) the units of the base keep their order')
     net = base.replace_head()
     generator = ArchitectureGenerator(net.space)
     generator.fit(args.generator_fit_steps)

@@ -39,7 +39,8 @@ def sort_by_importance(
         net: A network of `elastic`, changed in place.
         loader: Batches of (images [B, C, H, W], class indices [B]), preprocessed as for the base. If the network does
             not know their classes, batches of images alone: its own predictions are then the labels. Units are scored
-            by `taylor_scores`; without a loader by `magnitude_scores`.
+            by `taylor_scores`; without a loader by `magnitude_scores`, which was worse than no sorting where we
+            measured it (docs/results.md).
         num_batches: Number of batches to score with.
         progress: Show a bar if the standard error stream is a terminal.
 
