@@ -6,9 +6,10 @@
 For every seed, a plain network of timm is trained on rendered letters, made elastic, and adapted in several ways.
 Seeds are paired: the same base, images and order of images. `pruned alone` takes the archs of the groups out of the
 sorted base, as people do today, and fine-tunes each alone: with as many steps as the whole adaptation has, and with
-those of one epoch. `--search` also takes the best of 25 archs for each group by held-out images, as uniform sampling
-always does, instead of the generator's proposals. Finished runs are kept, so that the series can be stopped and started
-again; so are the rows that the CSV in `--results` has from an earlier series.
+those of one epoch. `from scratch` trains the same supernet without a base, for as many epochs as base and adaptation
+have together. `--search` also takes the best of 25 archs for each group by held-out images, as uniform sampling always
+does, instead of the generator's proposals. Finished runs are kept, so that the series can be stopped and started again;
+so are the rows that the CSV in `--results` has from an earlier series.
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ BASES = dict(
 ELASTIC = dict(
     vit='--elastic test_vit --model-kwargs patch_size=8'.split(),
     cnn='--elastic test_efficientnet'.split())
+SCRATCH = {network: ['--model', 'elastic_supernet', *flags[2:]] for network, flags in BASES.items()}
 ADAPT = '--held-out 0.05 --num-groups 8 --shift-interval 20 --shift-lr 0.1 --shift-warmup-epochs 0'.split()
 LEARNED = '--shift hypergradient --generator-interval 0'.split()
 EVEN = '--shift none --generator-interval 0'.split()
@@ -51,6 +53,7 @@ METHODS = {
     'variation': '--shift variation --generator-interval 0'.split(),
     'uniform': UNIFORM,
     'trained generator': '--shift hypergradient --generator-interval 10'.split(),
+    'from scratch': LEARNED,
 }
 BASE_EPOCHS = 12
 ALONE_GROUPS = (1, 3, 8)  # whose archs are trained alone
@@ -88,9 +91,12 @@ def base(args: argparse.Namespace, seed: int) -> Job:
 
 def adaptation(args: argparse.Namespace, method: str, seed: int) -> Job:
     """An adaptation of the base of this seed."""
-    weights = base(args, seed).folder / 'model' / 'model.safetensors'
-    flags = (*ELASTIC[args.network], *ADAPT, *METHODS[method], '--lr', f'{args.lr:g}', '--pretrained-path',
-             str(weights), '--epochs', str(args.epochs), '--val-interval', str(args.epochs))
+    start, epochs = ELASTIC[args.network], args.epochs
+    weights = ['--pretrained-path', str(base(args, seed).folder / 'model' / 'model.safetensors')]
+    if method == 'from scratch':  # the same supernet, for as many epochs in all
+        start, weights, epochs = SCRATCH[args.network], [], args.epochs + BASE_EPOCHS
+    flags = (*start, *ADAPT, *METHODS[method], '--lr', f'{args.lr:g}', *weights, '--epochs', str(epochs),
+             '--val-interval', str(epochs))
     return Job(args.network, f'{args.epochs} epochs, lr {args.lr:g}/{method}', seed, flags, args.output)
 
 
