@@ -17,7 +17,10 @@ OPTIONS = {
     'plain': {}, 'layer_scale': dict(init_values=.5), 'registers': dict(reg_tokens=2, no_embed_class=True),
     'pre_norm': dict(pre_norm=True), 'qk_norm': dict(qk_norm=True), 'no_qkv_bias': dict(qkv_bias=False),
     'mean_pooling': dict(global_pool='avg', class_token=False), 'fc_norm': dict(global_pool='avg', fc_norm=True),
-    'attention_pooling': dict(global_pool='map', class_token=False), 'unpooled': dict(global_pool=''),
+    'attention_pooling': dict(global_pool='map', class_token=False),
+    'attention_pooling_of_patches': dict(global_pool='map', reg_tokens=2, final_norm=False),
+    'attention_pooling_of_all': dict(global_pool='map', pool_include_prefix=True),
+    'attention_pooling_fc_norm': dict(global_pool='map', class_token=False, fc_norm=True), 'unpooled': dict(global_pool=''),
     'no_positions': dict(pos_embed='none'), 'no_final_norm': dict(final_norm=False), 'narrow_heads': dict(num_heads=4),
     'no_proj_bias': dict(proj_bias=False), 'quick_gelu': dict(act_layer='quick_gelu'),
 }

@@ -110,13 +110,19 @@ class ElasticViT(TimmSupernet):
     def forward_head(
             self, x: Tensor, pre_logits: bool = False, *, arch: Arch | ShiftFormerMasks | None = None) -> Tensor:
         embed = arch.embed_dim.to(x) if isinstance(arch, ShiftFormerMasks) else None
-        x = self.pool(x) if self.attn_pool is None else self.attn_pool(x, width=embed)
+        x = self.pool(x) if self.attn_pool is None else self._attention_pool(x, embed)
         x = _norm(self.fc_norm, x, embed)
         normed = self.attn_pool is None and isinstance(self.norm, ElasticLayerNorm)
         if not normed and not isinstance(self.fc_norm, ElasticLayerNorm):
             x = masked(x, embed, -1)  # no norm has masked what the head reads
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+    def _attention_pool(self, x: Tensor, embed: Width) -> Tensor:
+        x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens:]
+        if not isinstance(self.norm, ElasticLayerNorm):
+            x = masked(x, embed, -1)  # no norm has masked what the pooling reads
+        return self.attn_pool(x, width=embed)
 
     def _widths(self, arch: Arch | ShiftFormerMasks | None) -> list[tuple[nn.Module, BlockWidths]]:
         """The blocks of an arch or of masks, first to last, and their widths."""
@@ -143,7 +149,7 @@ class ElasticViT(TimmSupernet):
         x = torch.cat([*prefix, x], dim=1) if prefix else x
         if position is not None and not self.no_embed_class:
             x = x + position
-        return self.pos_drop(x)
+        return x if position is None else self.pos_drop(x)  # as timm does
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)

@@ -126,6 +126,7 @@ def _geometry(net: Any) -> dict[str, Any]:
         num_classes=net.num_classes, global_pool=net.global_pool, prefix=net.num_prefix_tokens,
         head_dim=net.blocks[0].attn.head_dim, pool_inner=0 if pool is None else pool.q.out_features,
         pool_hidden=0 if pool is None else pool.mlp.fc1.out_features,
+        **(dict(pool_prefix=net.num_prefix_tokens) if pool is not None and net.pool_include_prefix else {}),
         **({} if vit_hiddens(net) == 2 else dict(hiddens=vit_hiddens(net))))
 
 
@@ -135,11 +136,11 @@ def _macs(space: SearchSpace, one_hots: OneHots, convention: str) -> torch.Tenso
     width, heads = sizes.width[..., None], sizes.heads * g['head_dim']
     (height, breadth), (patch_h, patch_w) = g['img_size'], g['patch_size']
     patches = (height // patch_h) * (breadth // patch_w)
-    tokens = patches + g['prefix']
+    tokens, pooled = patches + g['prefix'], patches + g.get('pool_prefix', 0)
     block = 4 * tokens * heads * width + 2 * tokens ** 2 * heads + 2 * tokens * width * sizes.hidden
     embed = patches * patch_h * patch_w * g['in_chans'] * sizes.width
     inner, hidden = g['pool_inner'], g['pool_hidden']
-    pool = 2 * ((tokens + 1) * inner + hidden) * sizes.width + 2 * tokens * inner
+    pool = 2 * ((pooled + 1) * inner + hidden) * sizes.width + 2 * pooled * inner
     classified = tokens if g['global_pool'] == '' else 1  # without pooling the head runs on every token
     return embed + (sizes.active * block).sum(-1) + pool + classified * g['num_classes'] * sizes.width
 
@@ -186,13 +187,13 @@ def _operators(space: SearchSpace, one_hots: OneHots) -> OperatorTable:
                    projected=held + tokens * (3 * width + (6 if normed else 4) * inner))
     # LayerScale and the norms of queries and keys; norms of the stream and biases are counted above
     table.add('scale', active, vectors=(g['block'] - 4 - 2 * g['mlp_bias']) * width + g['head_norm'])
-    pooled, hidden, classes = g['pool_inner'], g['pool_hidden'], g['num_classes']
-    if pooled:
-        matrix = (4 * pooled + 2 * hidden) * sizes.width
-        table.add('pool', macs=2 * ((tokens + 1) * pooled + hidden) * sizes.width + 2 * tokens * pooled,
-                  writes=2 * tokens * pooled,
-                  live=image + (tokens + 2) * sizes.width + (2 * tokens + 1) * pooled + g.get('hiddens', 2) * hidden,
-                  matrix=matrix, rows=3 * pooled + hidden + 2 * sizes.width,
+    inner, hidden, classes = g['pool_inner'], g['pool_hidden'], g['num_classes']
+    if inner:
+        matrix, pooled = (4 * inner + 2 * hidden) * sizes.width, patches + g.get('pool_prefix', 0)
+        table.add('pool', macs=2 * ((pooled + 1) * inner + hidden) * sizes.width + 2 * pooled * inner,
+                  writes=2 * pooled * inner,
+                  live=image + (tokens + 2) * sizes.width + (2 * pooled + 1) * inner + g.get('hiddens', 2) * hidden,
+                  matrix=matrix, rows=3 * inner + hidden + 2 * sizes.width,
                   vectors=g['pool'] * sizes.width - matrix + g['pool_fixed'])
     classified = tokens if g['global_pool'] == '' else 1
     table.add('head', macs=classified * classes * sizes.width, writes=classified * classes,
