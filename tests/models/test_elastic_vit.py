@@ -20,7 +20,8 @@ OPTIONS = {
     'attention_pooling': dict(global_pool='map', class_token=False),
     'attention_pooling_of_patches': dict(global_pool='map', reg_tokens=2, final_norm=False),
     'attention_pooling_of_all': dict(global_pool='map', pool_include_prefix=True),
-    'attention_pooling_fc_norm': dict(global_pool='map', class_token=False, fc_norm=True), 'unpooled': dict(global_pool=''),
+    'attention_pooling_fc_norm': dict(global_pool='map', class_token=False, fc_norm=True),
+    'unpooled': dict(global_pool=''),
     'no_positions': dict(pos_embed='none'), 'no_final_norm': dict(final_norm=False), 'narrow_heads': dict(num_heads=4),
     'no_proj_bias': dict(proj_bias=False), 'quick_gelu': dict(act_layer='quick_gelu'),
 }
@@ -162,8 +163,38 @@ def test_bases_that_are_not_elastic():
     space = tsn.elastic(base).space.unbind().to_dict()
     with pytest.raises(ValueError, match='embed_dim'):
         tsn.elastic(base, space=dict(space, embed_dim=[32, 128]))
-    with pytest.raises(ValueError, match='ResNet cannot be sorted'):
-        sort_by_importance(timm.create_model('resnet18'))
+    with pytest.raises(ValueError, match='depth'):
+        tsn.elastic(base, space=dict(space, depth=[4, 7]))
+    for wrong in (5, 'hf-hub:owner/name'):
+        with pytest.raises(ValueError, match=repr(wrong)):
+            timm.create_model('elastic_supernet', base=wrong)
+
+
+def test_networks_and_batches_that_cannot_be_sorted():
+    net, x, y = tsn.elastic(create_base()), images(4), torch.arange(4)
+    before = copy.deepcopy(net.state_dict())
+    for batch, named in (
+            (dict(image=x), 'dict'), ((x, y, y), 'tuple'), ((x * float('nan'), y), 'nan'), ((x, y + 7), 'from 7'),
+            ((x[:0], y[:0]), 'no batches')):
+        with pytest.raises(ValueError, match=named):
+            sort_by_importance(net, [batch], progress=False)
+    with pytest.raises(ValueError, match='num_batches=-1'):
+        sort_by_importance(net, [(x, y)], num_batches=-1)
+    assert all(torch.equal(net.state_dict()[name], weight) for name, weight in before.items())
+    for changed, named in (
+            (timm.create_model('resnet18'), 'ResNet'), (tsn.elastic(create_base(num_classes=0)), 'classifier'),
+            (tsn.elastic(create_base(global_pool='')), 'pooling'),
+            (timm.layers.convert_splitbn_model(tsn.elastic('test_efficientnet').double(), 2), 'aux_bn')):
+        with pytest.raises(ValueError, match=named):
+            sort_by_importance(changed, [(x, y)], progress=False)
+
+
+def test_scoring_leaves_the_mode_of_every_module():
+    net = tsn.elastic(create_base()).train()
+    net.blocks[0].eval()
+    modes = [module.training for module in net.modules()]
+    sort_by_importance(net, [(images(4), torch.arange(4, dtype=torch.int32))], progress=False)
+    assert [module.training for module in net.modules()] == modes
 
 
 @pytest.mark.exhaustive

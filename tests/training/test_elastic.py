@@ -331,6 +331,8 @@ def test_the_command_leaves_units_in_their_order_without_images(weights, tmp_pat
     (['train', '--elastic', 'test_vit', '--model', 'shiftformer_supernet', *DATA], ['leave one of them out']),
     (['train', '--kd-model', 'base', *DATA], ['--kd-model base', '--elastic NAME']),
     (['train', *BASE, '--sampler', 'uniform', '--elastic-warmup', '2', *DATA], ['--elastic-warmup 2']),
+    (['train', *BASE, *DATA, '--pretrained-path', 'FILE10', '--model-kwargs', 'patch_size=4', 'num_classes=4'],
+     ['num_classes=4', '--num-classes']),
     (['elastic', 'resnet18', '--output', 'OUT'], ['resnet18', 'not elastic']),
     (['elastic', 'test_vit', '--output', 'OUT'], ['test_vit', '--pretrained-path']),
     (['elastic', 'test_vit', '--output', 'OUT', '--model-kwargs', 'patch_size'], ['NAME=VALUE']),

@@ -35,6 +35,7 @@ from .elastic_vit import ELASTIC_VITS, make_vit_static
 __all__ = ['FAMILIES', 'NoWeights', 'build_from_base', 'elastic', 'make_elastic', 'why_not_elastic']
 
 FAMILIES = (ELASTIC_VITS, ELASTIC_CNNS)
+_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')  # of weights, in timm's configurations
 Make = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
@@ -70,7 +71,10 @@ def elastic(
     if isinstance(base, str) and ':' not in base:
         return create_model('elastic_supernet', pretrained=pretrained, base=base, space=space, **kwargs)
     if isinstance(base, str):  # a repository or a folder says itself which network it is
-        family, size = _family_of(create_on_meta(base)), {}
+        try:
+            family, size = _family_of(create_on_meta(base)), {}
+        except OSError as error:
+            raise NoWeights(f'{base} cannot be loaded: {one_line(error, 300)}') from error
         if family is not None and family.sized and 'img_size' in kwargs:
             size['img_size'] = kwargs.pop('img_size')
         return elastic(create_model(base, pretrained=pretrained, **kwargs), space=space, **size)
@@ -155,7 +159,12 @@ def make_elastic(
     family = _elastic_family_of(net, model_args['base'])
     size = model_args.get('img_size') or _square(net.pretrained_cfg['input_size'][1:]) if family.sized else None
     own = family.space(net, size)
-    space = own if space is None else space if isinstance(space, SearchSpace) else space_from_dict(space)
+    if space is None:
+        space = own
+    elif not isinstance(space, SearchSpace):
+        if isinstance(space, Mapping):  # an order of other layers would hide that the depth is another one
+            _check_space(space_from_dict({**space, 'layer_order': None}), own, model_args['base'])
+        space = space_from_dict(space)
     _check_space(space, own, model_args['base'])
     return family.make_elastic(net, space, model_args)
 
@@ -169,8 +178,8 @@ def _check_space(space: SearchSpace, own: SearchSpace, base: str) -> None:
     for name, values in own.fields:
         if _last(space.values(name)) != _last(values):
             raise ValueError(
-                f'{name}={space.values(name)} of the space must end with {_last(values)}, which is what {base} has: '
-                'the largest arch is the base')
+                f'{name}={space.values(name)} of the space must end with {_last(values)}, which is what {base} has'
+                f'{" for images of this size" if name == "resolution" else ""}: the largest arch is the base')
 
 
 def _last(values: Sequence[Any]) -> Any:
@@ -231,12 +240,13 @@ def _check_is_of(family: ElasticFamily, net: nn.Module, base: str) -> None:
 
 
 def _elastic_names_near(base: str) -> list[str]:
-    """Up to three names of elastic networks that resemble another name, from the same module of timm."""
-    name, family = base.partition('.')[0], _family_of_name(base)
-    modules = [module for module in family.modules if is_model_in_modules(name, [module])] if family else []
+    """Up to three names of elastic networks that resemble another name, if possible from the same module of timm."""
+    name = base.partition('.')[0]
+    every = [module for family in FAMILIES for module in family.modules]
+    modules = every if not is_model(name) else [module for module in every if is_model_in_modules(name, [module])]
     known = [other for module in modules for other in list_models(module=module)]
     near: list[str] = []
-    for other in difflib.get_close_matches(name, known, n=12, cutoff=.5):
+    for other in difflib.get_close_matches(name, known, n=12, cutoff=.5 if is_model(name) else .75):
         if len(near) < 3 and why_not_elastic(create_on_meta(other)) is None:
             near.append(other)
     return near or ['vit_small_patch16_224', 'efficientnet_b0', 'mobilenetv3_large_100']
@@ -265,9 +275,12 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     Raises:
         ValueError: If timm does not know the base, or its weights cannot be loaded.
     """
+    if not isinstance(base, str) or ':' in base:
+        raise ValueError(f'base={base!r} is no name of timm; timm_shiftnas.elastic(...) also takes networks and places')
     if not is_model(base):
-        near = difflib.get_close_matches(base.partition('.')[0], list_models(), 3) or ['vit_small_patch16_224']
-        raise ValueError(f'base={base!r} is not a model of this timm; did you mean {", ".join(near)}?')
+        hint = f'did you mean {", ".join(_elastic_names_near(base))}?' if pretrained_cfg is None else (
+            'the network was saved with another version: pip install --upgrade timm')
+        raise ValueError(f'base={base!r} is not a model of this timm; {hint}')
     published = f'{base.partition(".")[0]}.*'
     try:
         base_cfg = get_pretrained_cfg(base)
@@ -275,32 +288,36 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
         raise ValueError(f'base={base!r}: {error} Type one of {list_models(published, include_tags=True)}') from None
     if base_cfg is None:
         raise ValueError(f'base={base!r} is not a network of timm itself; type one such as vit_small_patch16_224')
-    own_weights = pretrained_cfg is not None or (kwargs.get('pretrained_cfg_overlay') or {}).get('file') is not None
-    if pretrained and not own_weights and not base_cfg.has_weights:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    saved = pretrained_cfg is not None  # its weights are those of the elastic network, all others of the base
+    if pretrained and not (saved or base_cfg.has_weights or any(overlay.get(name) for name in _SOURCES)):
         known = list_models(published, pretrained=True) or ['pretrained=False']
         raise NoWeights(f'timm has no weights of base={base!r}; type {", ".join(known)}')
     family = _family_of_name(base)
-    cfg = pretrained_cfg or _without_source(base_cfg.to_dict())
-    if isinstance(cfg, Mapping) and 'input_size' in cfg:
-        cfg = _config_of(cfg, variant, kwargs)
+    args_of_images = {name: kwargs.get(name) for name in ('in_chans', 'img_size')}
     size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
 
     def create(**args: Any) -> nn.Module:
-        net = _create_base(base, pretrained and not own_weights, args)
+        net = _create_base(base, pretrained and not saved, overlay if pretrained and not saved else {}, args)
         given = {name: value for name, value in args.items() if name not in ('device', 'dtype')}
         return make(net, dict(given, base=base) if size is None else dict(given, base=base, img_size=size))
 
     levels = kwargs.pop('out_indices', 3 if family is None else family.levels)
-    return build_model_with_cfg(
-        create, variant, pretrained and own_weights, pretrained_cfg=cfg,
+    cfg = pretrained_cfg or _config_of(_without_source(base_cfg.to_dict()), variant, args_of_images)
+    net = build_model_with_cfg(
+        create, variant, pretrained and saved, pretrained_cfg=cfg,
         pretrained_filter_fn=None if family is None else family.filter_fn,
         feature_cfg=dict(
             out_indices=levels, feature_cls=ElasticBackbone if variant == 'elastic_supernet' else 'getter'),
         **kwargs)
+    if saved:  # only now: while timm loads weights, the configuration has to say what they were saved with
+        for each in {net, getattr(net, 'model', net)}:
+            each.pretrained_cfg = each.default_cfg = _config_of(each.pretrained_cfg, variant, args_of_images)
+    return net
 
 
-def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    """A base, with its published weights if `pretrained`.
+def _create_base(base: str, pretrained: bool, overlay: Mapping[str, Any], args: dict[str, Any]) -> nn.Module:
+    """A base, if `pretrained` with its published weights, or those that an overlay of its configuration names.
 
     Raises:
         ValueError: If it is not elastic, or its weights cannot be loaded.
@@ -308,7 +325,7 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
     try:
         if pretrained:  # before anything is downloaded
             _elastic_family_of(create_on_meta(base, **args), base)
-        return create_model(base, pretrained=pretrained, **args)
+        return create_model(base, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args)
     except TypeError:  # an argument that it does not have; perhaps it is not elastic anyway
         if _family_of_name(base) is None:
             _elastic_family_of(create_on_meta(base), base)
@@ -321,8 +338,8 @@ def _create_base(base: str, pretrained: bool, args: dict[str, Any]) -> nn.Module
 
 def _without_source(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """timm's configuration of a base without the source of its weights."""
-    sources = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'tag')
-    return {name: value for name, value in cfg.items() if name not in sources}
+    others = ('hf_hub_filename', 'source', 'custom_load', 'tag')
+    return {name: value for name, value in cfg.items() if name not in (*_SOURCES, *others)}
 
 
 def _config_of(cfg: Mapping[str, Any], variant: str, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
 
     def unit_axes(self, name: str) -> tuple[UnitAxis | None, ...]:
         owner, _, leaf = name.rpartition('.')
-        weight = next(weight for weight in cnn_table(self.unbound_space).weights if weight.name == owner)
+        weight = self._entry_of(owner)
         labels: tuple[str | None, ...] = (weight.rows,)
         if leaf == 'num_batches_tracked':
             labels = ()
@@ -314,14 +314,24 @@ class ElasticPretrainedCnn(SortableSupernet, ElasticCnn):
             labels = (weight.rows, weight.columns, None, None)
         return tuple(UnitAxis(label) if self._are_units(label) else None for label in labels)
 
+    def _entry_of(self, owner: str) -> Any:
+        """The entry of a layer in the table of the space.
+
+        Raises:
+            ValueError: If the network had no such layer when it was created.
+        """
+        for weight in cnn_table(self.unbound_space).weights:
+            if weight.name == owner:
+                return weight
+        raise ValueError(f'{owner} is no layer of the network as it was created; sort it before layers are replaced')
+
     def _are_units(self, label: str | None) -> bool:
         """Whether the entries of a size may be permuted."""
         return (label or '').partition('.')[0] in ('width', 'mid', 'se') and (
             label not in cnn_table(self.unbound_space).frozen)
 
     def layer_of(self, name: str) -> str | None:
-        owner = name.rpartition('.')[0]
-        block = next(weight.block for weight in cnn_table(self.unbound_space).weights if weight.name == owner)
+        block = self._entry_of(name.rpartition('.')[0]).block
         return None if block is None else f'active.{block}'
 
     def split_masks(self, masks: CnnMasks) -> dict[str, Tensor]:

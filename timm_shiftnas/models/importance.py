@@ -48,11 +48,17 @@ def sort_by_importance(
         The network.
 
     Raises:
-        ValueError: If `net` is not an elastic pretrained network, or the loader is empty.
+        ValueError: If `net` is not an elastic pretrained network with a classifier, or has been changed, or the loader
+            has no batches or none that can score units.
     """
     inner = unwrap_model(net)
     if not isinstance(inner, SortableSupernet):
         raise ValueError(f'{type(inner).__name__} cannot be sorted; sort_by_importance takes a network of elastic(...)')
+    if not inner.num_classes:
+        raise ValueError(
+            'without a classifier, the channels that are sorted are the outputs; sort before reset_classifier(0)')
+    if num_batches < 1:
+        raise ValueError(f'num_batches={num_batches} has to be 1 or more')
     if loader is None:
         scores = magnitude_scores(inner)
     else:
@@ -81,36 +87,57 @@ def taylor_scores(net: Any, batches: Iterable[Any]) -> Masks:
     weight = next(net.parameters())
     masks = {label: mask.to(weight).requires_grad_() for label, mask in _largest_masks(net).items()}
     total = {label: torch.zeros_like(mask, requires_grad=False) for label, mask in masks.items()}
-    seen, training = 0, net.training
+    seen, modes = 0, {module: module.training for module in net.modules()}
     net.eval()
     try:
         for batch in batches:
             # clones, because tensors of inference mode have no part in gradients
-            images, *labels = [each.clone() for each in ([batch] if isinstance(batch, Tensor) else batch)]
+            images, *labels = [each.clone() for each in _pair(batch)]
+            if not len(images):
+                continue
             seen += len(images)
             loss = _loss(net(images.to(weight), net.join_masks(masks)), *labels)
+            if not loss.isfinite():
+                raise ValueError(f'the loss on {len(images)} of the images is {loss.item()}; look at the images')
             for label, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
                 total[label] += gradient.abs()
     finally:
-        net.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not seen:
         raise ValueError('the loader has no batches to score units with; give training images')
     return net.join_masks(total)
+
+
+def _pair(batch: Any) -> list[Tensor]:
+    """A batch as [images, class indices], or [images].
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    pair = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, (list, tuple)) else []
+    if len(pair) not in (1, 2) or not all(isinstance(each, Tensor) for each in pair):
+        raise ValueError(f'a batch has to be (images, class indices), or images alone; the loader gave {type(batch)}')
+    return pair
 
 
 def _loss(outputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """The loss by which units are scored: on the targets, or on the network's own predictions.
 
     Raises:
-        ValueError: If a target is none of its classes.
+        ValueError: If a target is none of its classes, or it has no class scores.
     """
+    if outputs.dim() != 2:
+        raise ValueError(
+            f'outputs of the shape {list(outputs.shape)} are no class scores; sort the network with a pooling '
+            '(reset_classifier(num_classes, global_pool))')
     if targets is None:
         targets = outputs.detach().argmax(-1)
     if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[-1]:
         raise ValueError(
             f'the labels go from {int(targets.min())} to {int(targets.max())}, and the network has {outputs.shape[-1]} '
             'classes; give a loader of images alone if they are of other classes')
-    return F.cross_entropy(outputs, targets.to(outputs.device))
+    return F.cross_entropy(outputs, targets.to(outputs.device).long())
 
 
 def magnitude_scores(net: Any) -> Masks:

@@ -83,6 +83,8 @@ def open_base(
     Raises:
         ValueError: If it is not elastic, or its weights cannot be loaded or do not fit.
     """
+    if 'num_classes' in model_args:
+        raise ValueError(f'--model-kwargs num_classes={model_args["num_classes"]}: give --num-classes')
     if file:
         classes = classes_of_weights(file, name)
         model_args = dict(
