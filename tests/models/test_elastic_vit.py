@@ -211,3 +211,30 @@ def test_vits_of_timm_at_full_depth():
             assert net.macs(net.space.largest) > 4 * net.macs(net.space.smallest), name
             elastic.append(name)
     assert len(elastic) >= 10
+
+
+@pytest.mark.slow
+def test_the_largest_arch_is_the_base_for_all_combinations_of_options_in_timm():
+    """Of every elastic name, a network with its options and tiny sizes; equal ones are compared once."""
+    found = {}
+    for name in [*timm.list_models(module='vision_transformer'), *timm.list_models(module='deit')]:
+        try:
+            base = timm.create_model(
+                name, depth=2, embed_dim=32, num_heads=2, patch_size=4, img_size=8, num_classes=3).double().eval()
+        except (AssertionError, TypeError):  # names that are not elastic fix some of these
+            continue
+        if why_vit_is_not_elastic(base) is None:
+            options = base.global_pool, base.no_embed_class, base.pool_include_prefix
+            found.setdefault((repr(base), *options), (name, base))
+    assert len(found) > 25
+    for name, base in found.values():
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=rng()) * .3)
+        net, x = tsn.elastic(base).eval(), torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=rng())
+        torch.testing.assert_close(net(x), base(x), rtol=0, atol=1e-12, msg=name)
+        for arch, network in ((net.space.largest, base), (net.space.smallest, tsn.extract(net, net.space.smallest))):
+            assert net.macs(arch) == counted_macs(network.requires_grad_(False), x), name
+            assert net.params(arch) == sum(weight.numel() for weight in network.parameters()), name
+            masks = arch_masks(net.space, net.space.one_hot(arch))
+            torch.testing.assert_close(net(x, masks), network(x), rtol=0, atol=1e-11, msg=name)
