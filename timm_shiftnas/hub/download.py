@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,12 @@ from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from ..utils.files import find_cause
 from ..utils.paths import expand_home
+from ..utils.text import one_line
 from .format import CONFIG, KEY
 
-__all__ = ['HubOptions', 'Retry', 'check_repo_id', 'download', 'with_hints']
+__all__ = ['HubOptions', 'Retry', 'check_repo_id', 'download', 'http_error']
 
 _logger = logging.getLogger(__name__)
 Result = TypeVar('Result')
@@ -44,13 +47,11 @@ class HubOptions:
 
 def check_repo_id(name: str | os.PathLike) -> None:
     """Raise a `ValueError` unless `name` can be a repository."""
-    try:
+    with suppress(errors.HFValidationError):  # for a path, too
         validate_repo_id(name)
-        valid = '/' in name
-    except errors.HFValidationError:  # for a path, too
-        valid = False
-    if not valid:
-        raise ValueError(f"{str(name)!r} is neither a directory nor a repository 'owner/name' on the Hugging Face Hub")
+        if '/' in name:
+            return
+    raise ValueError(f"{str(name)!r} is neither a directory nor a repository 'owner/name' on the Hugging Face Hub")
 
 
 def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[[int], None]) -> Path:
@@ -66,37 +67,28 @@ def download(retry: Retry, name: str, options: HubOptions, check_size: Callable[
         check_size: Called with the size of the file before it is downloaded; raises an error to prevent that.
     """
     repo_id, branch = retry.repo_id, options.revision or 'main'
-    with with_hints(repo_id, name):
-        cached = None if options.force_download else hf.try_to_load_from_cache(
-            repo_id, name, cache_dir=options.cache_dir, revision=options.revision)
-        path = Path(cached) if isinstance(cached, str) else None
-        if path and (is_commit(branch) or options.local_files_only):
-            return path
-        if name == CONFIG and not options.local_files_only:
-            try:
-                found = retry(
-                    lambda _: hf.get_hf_file_metadata(
-                        hf.hf_hub_url(repo_id, name, revision=branch), token=options.token, library_name=KEY,
-                        timeout=TIMEOUT),
-                    tries=1 if path else 3, check_size=check_size)
-                if path and found.commit_hash == path.parent.name:
-                    return path
-            except errors.OfflineModeIsEnabled:
-                pass  # hf_hub_download reads the cache
-            except Exception as error:
-                if not path or not _unanswered(error):
-                    raise
-                _logger.warning(
-                    f'{repo_id}: loading commit {path.parent.name} from the cache, but {branch!r} may have a newer '
-                    f'one: the Hub did not answer ({type(error).__name__}). {_hint(error, name)}')
+    cached = None if options.force_download else hf.try_to_load_from_cache(
+        repo_id, name, cache_dir=options.cache_dir, revision=branch)
+    path = Path(cached) if isinstance(cached, str) else None
+    if name == CONFIG and not options.local_files_only and not (path and is_commit(branch)):
+        try:
+            found = retry(
+                lambda _: hf.get_hf_file_metadata(
+                    hf.hf_hub_url(repo_id, name, revision=branch), token=options.token, library_name=KEY,
+                    timeout=TIMEOUT),
+                tries=1 if path else 3, check_size=check_size)
+            if path and found.commit_hash == path.parent.name:
                 return path
-        return Path(retry(hf.hf_hub_download, name, library_name=KEY, check_size=check_size, **vars(options)))
-
-
-def _unanswered(error: Exception) -> bool:
-    """Whether an error leaves open what the repository holds."""
-    missing = isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError))
-    return not missing and (isinstance(error, errors.HfHubHTTPError) or _from_http_library(error))
+        except errors.OfflineModeIsEnabled:
+            pass  # hf_hub_download reads the cache
+        except (errors.HfHubHTTPError, ConnectionError) as error:
+            if not path or isinstance(error, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError)):
+                raise
+            _logger.warning(
+                f'{repo_id}: loading commit {path.parent.name} from the cache, but {branch!r} may have a newer one: '
+                f'the Hub did not answer ({one_line(error)})')
+            return path
+    return Path(retry(hf.hf_hub_download, name, library_name=KEY, check_size=check_size, **vars(options)))
 
 
 def is_commit(revision: str | None) -> bool:
@@ -128,17 +120,28 @@ class Retry:
     def __call__(self, call: Callable[..., Result], *args: Any, tries: int = 3,
                  unless: Callable[[Exception], bool] = lambda error: False,
                  check_size: Callable[[int], None] | None = None, **kwargs: Any) -> Result:
-        """Call; do not try again `unless(error)`: if another try could do harm."""
-        for attempt in range(1, tries + 1):
+        """Call; do not try again `unless(error)`: if another try could do harm.
+
+        Raises:
+            ConnectionError: If there was no answer.
+            Exception: Any other error, the server's if there is one, with a hint in its last line.
+        """
+        for attempt in itertools.count(1):
             try:
                 with _responses(check_size):
                     return call(self.repo_id, *args, **kwargs)
-            except Exception as error:
-                wait = max(3 ** (attempt - 1), _asked_wait(error))
-                if attempt == tries or wait > self.left or not is_transient(error) or unless(error):
-                    raise
+            except Exception as raised:
+                error = http_error(raised) or raised
+                status, wait = status_of(error), max(3 ** (attempt - 1), _asked_wait(error))
+                unanswered = isinstance(error, errors.HTTPError) and not status
+                transient = unanswered or _busy(status) or 'Consistency check failed' in str(error)
+                if attempt == tries or wait > self.left or not transient or unless(error):
+                    if unanswered:
+                        raise ConnectionError(f'{self.repo_id}: {type(error).__name__}: {error}; the connection '
+                                              'failed: try again') from error
+                    append_line(error, _hint(error))
+                    raise error from None
                 self.left -= wait
-                status = status_of(_cause(error))
                 reason = f'the Hub answered with status {status}' if status else type(error).__name__
                 _logger.warning(f'{self.repo_id}: {reason}; trying again in {wait} s')
                 time.sleep(wait)
@@ -173,65 +176,45 @@ def _busy(status: int) -> bool:
     return status == 429 or status >= 500
 
 
-def _asked_wait(error: Exception) -> int:
-    """The seconds that a busy server asks to wait."""
-    headers = getattr(getattr(_cause(error), 'response', None), 'headers', {})
-    asked = headers.get('Retry-After', '') if headers else ''
-    return int(asked) if asked.isdecimal() else 0
+def http_error(error: Exception) -> Any:
+    """The error of the server or of the HTTP library that an error was raised on top of; `None` without one."""
+    return find_cause(error, errors.HTTPError)  # of httpx with huggingface_hub 1, of httpx2 with 2
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether another try may succeed: the server had a fault, or the connection was cut."""
-    error = _cause(error)
-    return _busy(status_of(error)) or _from_http_library(error) or 'Consistency check failed' in str(error)
-
-
-def status_of(error: BaseException) -> int:
+def status_of(error: Exception) -> int:
     """The HTTP status of an error, 0 without an answer."""
     return getattr(getattr(error, 'response', None), 'status_code', 0)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The server's error, where huggingface_hub reports a missing cache entry or a failed upload instead."""
-    answered = getattr(error, 'response', None) is not None
-    return error.__cause__ if not answered and isinstance(error.__cause__, errors.HfHubHTTPError) else error
+def path_of(error: Any) -> str:
+    """The path of the request that failed; '' if it is not known."""
+    with suppress(AttributeError, RuntimeError):
+        return getattr(error, 'response', error).request.url.path
+    return ''
 
 
-def _from_http_library(error: BaseException) -> bool:
-    """Whether the HTTP library raised an error: httpx with huggingface_hub 1, httpx2 with 2."""
-    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2')
+def _asked_wait(error: Exception) -> int:
+    """The seconds that a busy server asks to wait."""
+    asked = error.response.headers.get('Retry-After', '') if status_of(error) else ''
+    return int(asked) if asked.isdecimal() else 0
 
 
-@contextmanager
-def with_hints(repo_id: str, file: str = '') -> Iterator[None]:
-    """Append a hint to errors, such as one about `file`; raise those of the HTTP library as a `ConnectionError`."""
-    try:
-        yield
-    except Exception as error:
-        found = _cause(error)
-        if _from_http_library(found) and not isinstance(found, OSError):
-            raise ConnectionError(f'{repo_id}: {type(found).__name__}: {found}; {_hint(found, file)}') from error
-        append_line(found, _hint(found, file))
-        if found is error:
-            raise
-        raise found from None
-
-
-def append_line(error: BaseException, line: str) -> None:
+def append_line(error: Exception, line: str) -> None:
     """Extend the message of an error in place."""
     if error.args and line:
         error.args = (f'{error.args[0]}\n{line}', *error.args[1:])
 
 
-def _hint(error: BaseException, file: str) -> str:
+def _hint(error: Any) -> str:
     """What to do about an error, where huggingface_hub does not say it."""
     if isinstance(error, errors.RevisionNotFoundError):
         return 'check revision=: a branch, a tag or a commit to load; a branch or refs/pr/N to push'
     if isinstance(error, errors.RemoteEntryNotFoundError):
+        file = path_of(error).rpartition('/')[2]
         return ('the repository holds no model of timm_shiftnas; load others with timm.create_model' if file == CONFIG
                 else f'{file} was removed from the repository; give a revision= that has it')
     if isinstance(error, errors.RepositoryNotFoundError) or status_of(error) in (401, 403):
         return 'check the name and the access; give another token=, or log in again (hf auth login)'
     if _asked_wait(error) > MOST_WAIT:
         return f'the Hub asks to wait for {_asked_wait(error)} s, and at most {MOST_WAIT} s are waited: try again later'
-    return 'the connection failed: try again' if _from_http_library(error) else ''
+    return ''

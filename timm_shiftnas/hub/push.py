@@ -8,8 +8,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Collection
-from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +24,7 @@ from ..space.resources import MACS
 from ..utils.paths import expand_home
 from ..utils.run_files import ACCURACY, MODEL, REPORT, SHIFT, TABLE, run_of
 from .card import CARD, MARK, metric_of, model_card
-from .download import TIMEOUT, Retry, append_line, check_repo_id, is_commit, status_of, with_hints
+from .download import TIMEOUT, Retry, append_line, check_repo_id, http_error, is_commit, path_of, status_of
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
 from .report import model_report
@@ -36,29 +35,21 @@ __all__ = ['published_files', 'push_directory', 'push_to_hub']
 _logger = logging.getLogger(__name__)
 
 
-def push_to_hub(
-        repo_id: str,
-        net: nn.Module,
-        generator: ArchitectureGenerator | None = None,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        license: str | None = None,
-        **saved: Any,
-) -> str:
+def push_to_hub(repo_id: str, net: nn.Module, generator: ArchitectureGenerator | None = None, **options: Any) -> str:
     """Publish a supernet and its generator, or an extracted subnet, in one commit with a model card.
 
-    `net`, `generator` and `saved` are as for `save_pretrained`; the rest, the result and the errors are as for
-    `push_directory`.
+    Args:
+        repo_id: 'owner/name'; created if missing.
+        net, generator: As for `save_pretrained`.
+        **options: Those of `push_directory` (`private`, `revision`, ...); all others are those of `save_pretrained`.
+
+    Returns:
+        As `push_directory`, which also raises the same errors.
     """
+    of_push = {name: options.pop(name) for name in signature(push_directory).parameters if name in options}
     with TemporaryDirectory() as folder:
-        save_pretrained(Path(folder, MODEL), net, generator, **saved)
-        return push_directory(
-            folder, repo_id, private=private, revision=revision, token=token, create_pr=create_pr,
-            commit_message=commit_message, license=license)
+        save_pretrained(Path(folder, MODEL), net, generator, **options)
+        return push_directory(folder, repo_id, **of_push)
 
 
 def push_directory(
@@ -103,112 +94,113 @@ def push_directory(
     directory = Path(expand_home(directory)).resolve()
     if not directory.is_dir():
         raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
-    model = directory if (directory / CONFIG).exists() else directory / MODEL
-    saved = SavedModel(model)
-    files = published_files(saved, repo_id, run_of(model), license)
-    api, retry = HfApi(token=token, library_name=KEY), Retry(repo_id)
-    parent: str | None = None
-    created: list[str] = []
+    saved = SavedModel(directory if (directory / CONFIG).exists() else directory / MODEL)
+    files = published_files(saved, repo_id, run_of(Path(saved.name)), license)
+    push = _Push(HfApi(token=token, library_name=KEY), Retry(repo_id), revision, create_pr)
     try:
-        with with_hints(repo_id):
-            info = _ensure_repo(api, retry, revision, private, create_pr, created)
-            present = {file.rfilename for file in info.siblings or ()}
-            if CARD in present and MARK not in _content(api, retry, info, CARD):
-                _logger.warning(f'{repo_id} has its own {CARD}, which stays')
-                del files[CARD]
-            operations = [CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()]
-            operations += [CommitOperationDelete(name) for name in _stale_files(api, retry, info, present, files)]
-            # on top of this commit alone: two pushes at once must not mix their files
-            retry.repo_id, parent = info.id, info.sha
-            commit = retry(
-                api.create_commit, operations, revision=revision, create_pr=create_pr, parent_commit=parent,
-                commit_message=commit_message or f'{saved.config["architecture"]} by {KEY}', unless=_may_exist)
-            return commit.pr_url or commit.commit_url
+        return push.commit(files, private, commit_message or f'{saved.config["architecture"]} by {KEY}')
     except Exception as error:
-        in_doubt = parent is not None and _may_exist(error)
-        address = _find_commit(api, retry, revision, parent, files) if in_doubt and not create_pr else ''
+        address = push.find_commit(files) if push.parent and _may_exist(error) else ''
         if not address:
             first = '; another commit came first: push again' if status_of(error) == 412 else ''
-            outcome = _outcome(created, create_pr, unknown=in_doubt and (create_pr or address is None))
-            append_line(error, f'{repo_id}: {outcome}{first}')
+            append_line(error, f'{repo_id}: {push.outcome(unknown=address is None)}{first}')
             raise
         _logger.warning(f'the answer of the Hub was lost ({type(error).__name__}), but the commit exists: {address}')
         return address
 
 
-def _outcome(created: list[str], create_pr: bool, unknown: bool) -> str:
-    """What a push that failed has left behind."""
-    if unknown:
-        return f'whether the {"pull request" if create_pr else "commit"} exists is unknown: see its page'
-    outcome = 'no commit and no pull request was created' if create_pr else 'no commit was created'
-    return '; '.join([outcome, *created]) if created else f'it is unchanged: {outcome}'
-
-
-def _ensure_repo(api: HfApi, retry: Retry, revision: str | None, private: bool | None, create_pr: bool,
-                 created: list[str]) -> ModelInfo:
-    """Return the repository state to commit on.
-
-    Creates the repository and branch if missing, and lists them in `created`.
-    """
-    try:
-        info = retry(api.repo_info, timeout=TIMEOUT)
-    except errors.RepositoryNotFoundError as error:
-        if create_pr or isinstance(error, errors.GatedRepoError):
-            raise
-        retry(api.create_repo, private=private, exist_ok=True)
-        created.append('the repository is new and empty: push again, or delete it')
-        try:
-            info = retry(api.repo_info, timeout=TIMEOUT)
-        except errors.RepositoryNotFoundError:  # it existed, but is hidden from this token
-            created.clear()
-            raise
-    if private and not info.private:
-        raise ValueError(f'{retry.repo_id} is public already: make it private on its page, or publish without private')
-    if revision in (None, 'main'):
-        return info
-    try:
-        return retry(api.repo_info, revision=revision, timeout=TIMEOUT)
-    except errors.RevisionNotFoundError:
-        if revision.startswith('refs/'):
-            raise
-        retry(api.create_branch, branch=revision, exist_ok=True)
-        created.append(f'its branch {revision!r} is new, with the content of main')
-        return retry(api.repo_info, revision=revision, timeout=TIMEOUT)
-
-
-def _content(api: HfApi, retry: Retry, info: ModelInfo, name: str) -> str:
-    path = retry(api.hf_hub_download, name, revision=info.sha)
-    return Path(path).read_text(encoding='utf-8', errors='replace')
-
-
-def _stale_files(
-        api: HfApi, retry: Retry, info: ModelInfo, present: Collection[str], files: Collection[str]) -> list[str]:
-    """Files to delete: those of an earlier model of this package that the new one lacks."""
-    ours = CONFIG in present and f'"{KEY}"' in _content(api, retry, info, CONFIG)
-    own = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT, REPORT, *(name for name in present if device_name(name))}
-    return sorted(own & set(present) - set(files)) if ours else []
-
-
 def _may_exist(error: Exception) -> bool:
     """Whether the commit may exist after an error: not if the Hub refused it, or an earlier request failed."""
-    if 0 < status_of(error) < 500:
-        return False
-    for found in (error, error.__cause__):
-        with suppress(AttributeError, RuntimeError):  # its request is not known
-            return '/commit/' in found.request.url.path
-    return True
+    error = http_error(error)
+    return not 0 < status_of(error) < 500 and (path_of(error) == '' or '/commit/' in path_of(error))
 
 
-def _find_commit(api: HfApi, retry: Retry, revision: str | None, parent: str, files: dict[str, bytes]) -> str | None:
-    """After a push without an answer: the address of its commit, '' if there is none, `None` if unknown."""
-    try:
-        head = retry(api.repo_info, revision=revision, files_metadata=True, timeout=TIMEOUT)
-    except Exception:  # the error of the push is raised instead
-        return None
-    found = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in head.siblings or ()}
-    same = all(
-        found.get(name) in (git_hash(content), hashlib.sha256(content).hexdigest()) for name, content in files.items())
-    return '' if head.sha == parent else f'{api.endpoint}/{retry.repo_id}/commit/{head.sha}' if same else None
+class _Push:
+    """A push of some files.
+
+    Attributes:
+        created: What of the repository was created so far, for an error message.
+        parent: The commit that the new one builds on, once it is known.
+    """
+
+    def __init__(self, api: HfApi, retry: Retry, revision: str | None, create_pr: bool) -> None:
+        self.api, self.retry, self.revision, self.create_pr = api, retry, revision, create_pr
+        self.created: list[str] = []
+        self.parent: str | None = None
+
+    def commit(self, files: dict[str, bytes], private: bool | None, message: str) -> str:
+        """Commit files, and return the address; a README.md of others is kept, and left out of `files`."""
+        info = self.ensure_repo(private)
+        present = {file.rfilename for file in info.siblings or ()}
+        if CARD in present and MARK not in self.content(CARD, info.sha):
+            _logger.warning(f'{info.id} has its own {CARD}, which stays')
+            del files[CARD]
+        ours = CONFIG in present and f'"{KEY}"' in self.content(CONFIG, info.sha)
+        own = {GENERATOR, BN_STATS, TABLE, ACCURACY, SHIFT, REPORT, *(name for name in present if device_name(name))}
+        operations = [
+            *(CommitOperationAdd(name, io.BytesIO(content)) for name, content in files.items()),
+            *(CommitOperationDelete(name) for name in sorted(own & present - {*files}) if ours)]
+        # on top of this commit alone: two pushes at once must not mix their files
+        self.retry.repo_id, self.parent = info.id, info.sha
+        commit = self.retry(
+            self.api.create_commit, operations, revision=self.revision, create_pr=self.create_pr,
+            parent_commit=self.parent, commit_message=message, unless=_may_exist)
+        return commit.pr_url or commit.commit_url
+
+    def ensure_repo(self, private: bool | None) -> ModelInfo:
+        """The repository state to commit on; a missing repository or branch is created, and listed in `created`."""
+        try:
+            info = self.info()
+        except errors.RepositoryNotFoundError as error:
+            if self.create_pr or isinstance(error, errors.GatedRepoError):
+                raise
+            self.retry(self.api.create_repo, private=private, exist_ok=True)
+            self.created.append('the repository is new and empty: push again, or delete it')
+            try:
+                info = self.info()
+            except errors.RepositoryNotFoundError:  # it existed, but is hidden from this token
+                self.created.clear()
+                raise
+        if private and not info.private:
+            raise ValueError(
+                f'{self.retry.repo_id} is public already: make it private on its page, or publish without private')
+        if self.revision in (None, 'main'):
+            return info
+        try:
+            return self.info(revision=self.revision)
+        except errors.RevisionNotFoundError:
+            if self.revision.startswith('refs/'):
+                raise
+            self.retry(self.api.create_branch, branch=self.revision, exist_ok=True)
+            self.created.append(f'its branch {self.revision!r} is new, with the content of main')
+            return self.info(revision=self.revision)
+
+    def info(self, **options: Any) -> ModelInfo:
+        return self.retry(self.api.repo_info, timeout=TIMEOUT, **options)
+
+    def content(self, name: str, commit: str | None) -> str:
+        path = self.retry(self.api.hf_hub_download, name, revision=commit)
+        return Path(path).read_text(encoding='utf-8', errors='replace')
+
+    def find_commit(self, files: dict[str, bytes]) -> str | None:
+        """After a push without an answer: the address of its commit, '' if there is none, `None` if unknown."""
+        if self.create_pr:
+            return None
+        try:
+            head = self.info(revision=self.revision, files_metadata=True)
+        except Exception:  # the error of the push is raised instead
+            return None
+        found = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in head.siblings or ()}
+        same = all(found.get(name) in (git_hash(content), hashlib.sha256(content).hexdigest())
+                   for name, content in files.items())
+        return '' if head.sha == self.parent else f'{self.api.endpoint}/{head.id}/commit/{head.sha}' if same else None
+
+    def outcome(self, unknown: bool) -> str:
+        """What a push that failed has left behind."""
+        if unknown:
+            return f'whether the {"pull request" if self.create_pr else "commit"} exists is unknown: see its page'
+        outcome = 'no commit and no pull request was created' if self.create_pr else 'no commit was created'
+        return '; '.join([outcome, *self.created]) if self.created else f'it is unchanged: {outcome}'
 
 
 def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: str | None) -> dict[str, bytes]:
