@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.modes import default_mode
 from ..evaluation.tables import format_table
+from ..hub.format import KEY
 from ..hub.load import SavedModel
 from ..space import complexity
 from ..space.resources import LATENCY, RESOURCES
@@ -28,7 +29,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     Raises:
         ValueError: If a file has changed since it was saved, or the config does not describe a network.
     """
-    ours = saved.record.to_dict()
+    ours = saved.config[KEY]
     for name in ours['files']:
         saved.read(name)
     net, space, counts = saved.skeleton(), saved.space, dict(macs=complexity.macs, params=complexity.params)

@@ -80,7 +80,7 @@ def search_images(saved: SavedModel, num_classes: int, args: argparse.Namespace)
             f'{args.data_dir} has no training images to hold some out of; give --split NAME, of images '
             'that no accuracy is reported on')
     images, part = labelled_images(saved, num_classes, args, train_split)
-    known = (saved.record.training or {}).get('held_out')
+    known = saved.record.training.get('held_out')
     share, seed = (known['share'], known['seed']) if known else (default_share(images), 0)
     if args.held_out is not None:
         share = args.held_out

@@ -41,13 +41,13 @@ def run_extract(args: argparse.Namespace) -> None:
     if args.push is not None:
         check_repo_id(args.push)
     net = load_subnet(saved, args)
-    rows = [row for row in saved.record.results or () if saved.space.from_dict(row['arch']) == net.arch]
+    rows = [row for row in saved.record.results if saved.space.from_dict(row['arch']) == net.arch]
     if saved.record.resource is not None:  # the budget is of a resource that a saved subnet does not know
         rows = [dict(row, budget=None) for row in rows]
     with TemporaryDirectory() as folder:  # an ONNX file that cannot be written leaves no directory behind
         file = Path(folder) / ONNX
         about = write_onnx(saved, copy.deepcopy(net), file, args) if args.onnx else ''
-        save_pretrained(args.output, net, results=rows[:1] or None, training=saved.record.training)
+        save_pretrained(args.output, net, results=rows[:1], training=saved.record.training)
         if args.onnx:
             with atomic_write(args.output / ONNX) as temporary:
                 shutil.copyfile(file, temporary)

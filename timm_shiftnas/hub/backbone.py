@@ -25,18 +25,14 @@ def describe_backbone(net: nn.Module, network: nn.Module) -> Backbone:
         net: An `ElasticModel` or an `ElasticBackbone`, or one of their subnets.
         network: The same; of an `ElasticModel`, the network inside.
     """
-    (path, found), head = backbone_of(network), dict[str, Any]()
-    backbone: Any = found
-    if network is not backbone:
-        geometry = (net.space if is_supernet(net) else net.static_space).geometry  # type: ignore[union-attr, operator]
-        head = {name: list(geometry[name]) for name in HeadCounts._fields}
+    path, backbone = backbone_of(network)
+    geometry = (net.space if is_supernet(net) else net.static_space).geometry  # type: ignore[union-attr, operator]
     # layers of a ViT count from the last one, which archs of every depth have
-    stages = list((backbone.space if is_supernet(backbone) else backbone.static_space).geometry['features'])
-    indices = stages if stages[-1] < 0 else list(backbone.out_indices)
+    stages = list(geometry['features'])
     return Backbone(
-        out_indices=indices, norm=backbone.norm, path=path,
+        out_indices=stages if stages[-1] < 0 else list(backbone.out_indices), norm=backbone.norm, path=path,
         network=None if network is backbone else type(network).__name__,
-        **{name: head.get(name) for name in HeadCounts._fields})  # type: ignore[typeddict-item]
+        **{name: list(geometry[name]) if name in geometry else None for name in HeadCounts._fields})
 
 
 def build_backbone(
@@ -55,7 +51,7 @@ def build_backbone(
         backbone: Any = (ElasticBackbone if is_supernet(net) else StaticBackbone)(
             net, about['out_indices'], norm=about['norm'])
         space = backbone.space if is_supernet(net) else backbone.static_space
-        head = {name: numbers for name in HeadCounts._fields if (numbers := about.get(name)) is not None}
+        head = {name: about[name] for name in HeadCounts._fields if about.get(name) is not None}
         space = space.bind(**space.geometry, **head)
         complexity.macs(space, space.smallest), complexity.params(space, space.smallest)
     except Exception as error:  # timm and torch raise many types; the record is always the cause
@@ -64,23 +60,22 @@ def build_backbone(
     return backbone, space
 
 
-def build_around(
-        backbone: ElasticBackbone | StaticBackbone, about: Backbone, build: Build | None, name: str) -> nn.Module:
-    """The network of a record around its backbone; `ready` completes it when it has its weights.
+def build_around(net: nn.Module, about: Backbone | None, build: Build | None, name: str) -> nn.Module:
+    """The network of a record around its backbone `net`; `ready` completes it when it has its weights.
 
     Raises:
         ValueError: If `build` is missing or needless, or builds no such network.
     """
-    if about['network'] is None:
+    if about is None or about['network'] is None:
         if build is not None:
-            raise ValueError(f'{name} holds a backbone without a network around it; leave out network=')
-        return backbone
+            raise ValueError(f'{name} holds no network around a backbone; leave out network=')
+        return net
     if build is None:
         raise ValueError(
             f'{name} holds a {about["network"]} around a backbone, and its code is not saved; give the function that '
             f'builds it: network=lambda backbone: {about["network"]}(backbone, ...)')
-    network = build(backbone)
-    if backbone_of(network) != (about['path'], backbone):
+    network = build(net)
+    if backbone_of(network) != (about['path'], net):
         raise ValueError(
             f'network= must build a {about["network"]} whose {about["path"]!r} is the backbone that it is given, and '
             f'it returns a {type(network).__name__} with {backbone_of(network)[0]!r}')

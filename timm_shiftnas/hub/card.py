@@ -3,20 +3,20 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.tables import score_columns
-from ..space.resources import MACS, PARAMS, Resource
+from ..space.resources import MACS, PARAMS
 from ..utils.run_files import ACCURACY, REPORT, SHIFT
 from ..utils.text import one_line
 from ..utils.units import format_count
 from .format import KEY, ModelRecord, Training
 from .load import SavedModel
 
-__all__ = ['MARK', 'model_card']
+__all__ = ['MARK', 'loading_call', 'model_card']
 
 CARD = 'README.md'
 MARK = f'<!-- written by {KEY}: replaced when the model is published again -->'
@@ -39,57 +39,46 @@ def model_card(saved: SavedModel, repo_id: str, files: Collection[str] = (), lic
         files: Names of the files beside the card; the card shows the pictures among them.
         license: One of the Hub's names.
     """
-    name, results, training = saved.config['architecture'], saved.record.results or [], saved.record.training or {}
-    source, _, dataset = training.get('dataset', '').partition('/')
-    around = saved.record.backbone
-    task = 'image-classification' if around is None else training.get('task', 'image-feature-extraction')
+    name, record, results = saved.config['architecture'], saved.record, saved.record.results
+    source, _, dataset = record.training.get('dataset', '').partition('/')
+    classifier = record.backbone is None
+    task = 'image-classification' if classifier else record.training.get('task', 'image-feature-extraction')
     data = ModelCardData(
-        library_name='timm' if around is None else KEY, pipeline_tag=task,
-        license=license,
+        library_name='timm' if classifier else KEY, pipeline_tag=task, license=license,
         tags=['timm', KEY, 'neural-architecture-search', task],
         datasets=[dataset] if source == 'hfds' else None,  # only those are on the Hub
-        model_name=name, eval_results=_eval_results(results, training, task, metric_of(saved.record)) or None)
+        model_name=name, eval_results=_eval_results(record, task) or None)
     parts = [f'---\n{data.to_yaml()}\n---', MARK, f'# {name}', _introduction(saved)]
     if results:
-        title = '## Subnets' if saved.kind == 'supernet' else '## Accuracy'
-        parts += [title, _table(saved, results, training)]
+        parts += ['## Subnets' if saved.kind == 'supernet' else '## Accuracy', _table(saved)]
         if ACCURACY in files:
-            what = 'top-1' if around is None else _plain(metric_of(saved.record))
             drawn = dict.fromkeys(each.label for each in (saved.resource, MACS, *saved.latencies(saved.space)))
+            what = 'top-1' if classifier else _plain(record.metric)
             parts.append(f'![{what} against {_plain(" and ".join(drawn))}]({ACCURACY})')
         if REPORT in files:
             parts.append(f'[{REPORT}]({REPORT}) shows each of them layer by layer, with what it needs and what to type '
                          'for it: download it, and open it in a browser.')
     if SHIFT in files:
         parts.append(f'![probability of each budget group over training]({SHIFT})')
-    parts += ['## Use', _usage(saved, repo_id), '## Training', _training(training), '## Citation', CITATION]
+    parts += ['## Use', _usage(saved, repo_id), '## Training', _training(record.training), '## Citation', CITATION]
     return ModelCard('\n\n'.join(parts) + '\n', ignore_metadata_errors=False)
 
 
-def metric_of(record: ModelRecord) -> str:
-    """What the first percentage of the results is."""
-    return 'top-1 accuracy' if record.backbone is None else (record.training or {}).get('metric', 'score')
-
-
-def _eval_results(results: Sequence[Any], training: Training, task: str, metric: str) -> list[EvalResult]:
-    dataset, key = training.get('dataset') or 'unknown', score_columns(results)[0]
-    kind, name = ('accuracy', 'top-1') if key == 'top1' else (metric, metric)
+def _eval_results(record: ModelRecord, task: str) -> list[EvalResult]:
+    dataset, key = record.training.get('dataset') or 'unknown', score_columns(record.results)[0]
+    kind, name = ('accuracy', 'top-1') if key == 'top1' else (record.metric, record.metric)
     return [EvalResult(
         task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=kind,
         metric_name=f'{name}, {row["name"]}, {format_count(row["macs"])} MACs', metric_value=round(row[key], 3))
-        for row in results]
+        for row in record.results]
 
 
 def _introduction(saved: SavedModel) -> str:
     """What a model is; of a network around a backbone, that loading it needs its code."""
-    space, about, code = saved.space, saved.record.backbone, ''
-    if about is None:
-        what = f'An image classifier for {saved.skeleton().num_classes} classes'
-    elif about['network'] is None:
-        what = 'A backbone'
-    else:
-        what = f'`{_plain(about["network"])}`: a network around a backbone'
-        code = ' Its code is not in this repository: loading takes the function that builds it.'
+    space, network = saved.space, saved.record.network
+    what = f'An image classifier for {saved.skeleton().num_classes} classes' if saved.record.backbone is None else (
+        f'`{_plain(network)}`: a network around a backbone' if network else 'A backbone')
+    code = ' Its code is not in this repository: loading takes the function that builds it.' if network else ''
     trained = 'that was trained with [ShiftNAS](https://arxiv.org/abs/2307.08300).'
     low, high = map(format_count, MACS.range(space))
     if saved.kind == 'subnet':
@@ -99,24 +88,24 @@ def _introduction(saved: SavedModel) -> str:
             f'one for your budget, with its weights: no search, no retraining.{code}')
 
 
-def _table(saved: SavedModel, rows: Sequence[Any], training: Training) -> str:
+def _table(saved: SavedModel) -> str:
     """The results, with what budgets bound and the latency on every device beside MACs."""
-    scores, metric, resource, space = score_columns(rows), metric_of(saved.record), saved.resource, saved.space
-    titles = [dict(top1='top-1', top5='top-5', score=_plain(metric))[name] for name in scores]
+    space, resource, rows = saved.space, saved.resource, saved.record.results
+    scores, metric, dataset = score_columns(rows), _plain(saved.record.metric), saved.record.training.get('dataset')
     latencies = saved.latencies(space)
     further = [each for each in dict.fromkeys([resource, *latencies]) if each not in (MACS, PARAMS)]
-    columns = ['budget', 'MACs', 'params', *(_plain(each.label) for each in further), *titles]
-    lines = [f'| subnet | {" | ".join(columns)} |', f'| --- | {" | ".join(["---:"] * len(columns))} |']
-    archs = [space.from_dict(row['arch']) for row in rows]
-    counted = [[each.format(count) for count in each.count(space, archs).tolist()] for each in further]
-    for i, row in enumerate(rows):
-        budget = '' if row['budget'] is None else (
-            _digits(row['budget']) if resource.kind == 'count' else resource.format(row['budget']))
-        cells = [_digits(row['macs']), _digits(row['params']), *(column[i] for column in counted),
-                 *(f'{row[name]:.2f}' for name in scores)]
-        lines.append(f'| {_plain(row["name"])} | {budget} | {" | ".join(cells)} |')
-    where = f' on the validation images ({_plain(training["dataset"])})' if training.get('dataset') else ''
-    what = 'accuracy' if scores[0] == 'top1' else _plain(metric)
+    titles = [dict(top1='top-1', top5='top-5', score=metric)[name] for name in scores]
+    table = [['subnet', 'budget', 'MACs', 'params', *(_plain(each.label) for each in further), *titles]]
+    table.append(['---', *['---:'] * (len(table[0]) - 1)])
+    write = _digits if resource.kind == 'count' else resource.format
+    counts = [[each.format(n) for n in each.count(space, saved.archs('results', space)).tolist()] for each in further]
+    for row, *own in zip(rows, *counts):
+        budget = '' if row['budget'] is None else write(row['budget'])
+        table.append([_plain(row['name']), budget, _digits(row['macs']), _digits(row['params']), *own,
+                      *(f'{row[name]:.2f}' for name in scores)])
+    lines = [f'| {" | ".join(cells)} |' for cells in table]
+    where = f' on the validation images ({_plain(dataset)})' if dataset else ''
+    what = 'accuracy' if scores[0] == 'top1' else metric
     notes = ' '.join([f'MACs are multiply-accumulates per image; {what} in percent{where}.',
                       *(_plain(each.device.note) for each in latencies)])
     return '\n'.join(lines) + f'\n\n{notes}'
@@ -135,33 +124,31 @@ def _plain(text: Any) -> str:
 
 def _usage(saved: SavedModel, repo_id: str) -> str:
     """Code that loads a model; if it is a classifier, timm loads it too."""
-    arguments, build, network = [f"'{repo_id}'"], [], (saved.record.backbone or {}).get('network')
-    examples: list[str] = []
-    if saved.kind == 'supernet':
-        space, resource = saved.space, saved.resource
-        budgets = [row['budget'] for row in saved.record.results or () if row['budget'] is not None] or [
-            sum(resource.range(space)) / 2]
-        budget = _arguments(resource, budgets[len(budgets) // 2])
-        arguments.append(budget if saved.has_generator else f'arch={space.smallest.to_dict()}')
-        if saved.has_generator:  # of every device, but the one whose latency all budgets bound
-            examples = [_arguments(each, sum(each.range(space)) / 2)
-                        for each in saved.latencies(space) if each != resource]
+    record, network, chosen = saved.record, saved.record.network, [{}]
+    if saved.kind == 'supernet' and not saved.has_generator:
+        chosen = [dict(arch=saved.space.smallest.to_dict())]
+    elif saved.kind == 'supernet':
+        resource, given = saved.resource, [row['budget'] for row in record.results if row['budget'] is not None]
+        budgets = {each: sum(each.range(saved.space)) / 2 for each in (resource, *saved.latencies(saved.space))}
+        if given:
+            budgets[resource] = given[len(given) // 2]
+        chosen = [each.arguments(each.format(budget)) for each, budget in budgets.items()]
+    lines = [f'net = timm_shiftnas.{loading_call(saved, repo_id, arguments)}' for arguments in chosen]
+    lines[0] += '  # a plain, static network'
     if network:
-        arguments.append('network=build')
-        build = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
-    lines = [*build, f'net = timm_shiftnas.from_pretrained({", ".join(arguments)})  # a plain, static network']
-    lines += [f"net = timm_shiftnas.from_pretrained('{repo_id}', {each})" for each in examples]
-    if saved.record.backbone is None:
+        lines[:0] = [f'def build(backbone): return {_plain(network)}(backbone, ...)  # as it was trained', '']
+    if record.backbone is None:
         name = 'supernet' if saved.kind == 'supernet' else 'the_same'
         lines.append(f"{name} = timm.create_model('hf-hub:{repo_id}', pretrained=True)")
     code = '\n'.join(['```python', 'import timm, timm_shiftnas', '', *lines, '```'])
-    mode = saved.record.image_mode
+    mode = record.image_mode
     return f"{code}\n\nImages are PIL images of mode {mode}: `image.convert('{mode}')`." if mode else code
 
 
-def _arguments(resource: Resource, budget: float) -> str:
-    """A budget as the arguments of a call."""
-    return ', '.join(f'{name}={value!r}' for name, value in resource.arguments(resource.format(budget)).items())
+def loading_call(saved: SavedModel, name: str, arguments: Mapping[str, Any]) -> str:
+    """The call that loads a model, as text; `build` is the function that builds the network around a backbone."""
+    typed = [repr(name), *(f'{key}={value!r}' for key, value in arguments.items())]
+    return f'from_pretrained({", ".join([*typed, "network=build"] if saved.record.network else typed)})'
 
 
 def _training(training: Training) -> str:

@@ -102,9 +102,8 @@ def matches_etag(path: Path, content: bytes) -> bool:
     a large one, and a plain sha1 on some mirrors. Without links (on Windows), nothing is known.
     """
     etag = Path(os.readlink(path)).name if path.is_symlink() else ''
-    if is_commit(etag):
-        return etag in (git_hash(content), hashlib.sha1(content).hexdigest())
-    return not re.fullmatch('[0-9a-f]{64}', etag) or etag == hashlib.sha256(content).hexdigest()
+    hashes = git_hash(content), hashlib.sha1(content).hexdigest(), hashlib.sha256(content).hexdigest()
+    return etag in hashes or not re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', etag)
 
 
 class Retry:

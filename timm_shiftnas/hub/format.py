@@ -10,9 +10,8 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -24,14 +23,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..data.modes import MODES, default_mode
 from ..models._meta import create_on_meta
 from ..space import families, is_supernet
-from ..space.core import Arch, SearchSpace
 from ..space.resources import LATENCY, MACS, NAMES, PARAMS
 from ..utils.json_types import fits, types_of
 from ..utils.text import one_line
 
 __all__ = [
-    'Backbone', 'ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'fits', 'read_archs',
-    'saved_class_names',
+    'Backbone', 'ModelRecord', 'build_network', 'check_tensors', 'device_file', 'device_name', 'saved_class_names',
 ]
 
 KEY, FORMAT = 'timm_shiftnas', 1
@@ -83,34 +80,33 @@ Files = Annotated[dict[str, SavedFile], lambda files: {WEIGHTS} <= {
     name for name in files if device_name(name) is None} <= FILES]
 
 
-class Row(TypedDict):
+class _Row(TypedDict):
     """An evaluated subnet: a row of `evaluation.tables`."""
     name: str
     budget: float | None
     macs: float
     params: float
+    arch: Any
+
+
+class Row(_Row):
+    """One of a classifier."""
     top1: float
     top5: float
-    arch: Any
 
 
-class Score(TypedDict):
-    """An evaluated subnet of another task: the score, in percent, is what `training` calls `metric`."""
-    name: str
-    budget: float | None
-    macs: float
-    params: float
+class Score(_Row):
+    """One of another task: the score, in percent, is what `training` calls `metric`."""
     score: float
-    arch: Any
 
 
-class Split(TypedDict):
+class _Split(TypedDict):
     """Arguments of `split_held_out`."""
     share: float
     seed: int
 
 
-class HeldOut(Split, total=False):
+class HeldOut(_Split, total=False):
     """The part of the training images that was not trained on, and the number of all of them."""
     images: int
 
@@ -148,21 +144,24 @@ class Backbone(_Sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """The entry `timm_shiftnas` of `config.json`: what timm does not know of a saved model."""
-    format: Literal[1] = FORMAT
+    """The entry `timm_shiftnas` of `config.json`: what timm does not know of a saved model.
+
+    Empty values are not written.
+    """
+    format: Literal[1]
     kind: Literal['supernet', 'subnet']
     groups: Edges | None = None  # of the K budget groups, in MACs or the unit of `resource`
     resource: Name | None = None  # what the budgets of groups and generator bound, if it is not MACs
     device: str | None = None  # the device of a latency
     probabilities: Probabilities | None = None  # P, one for each group
-    results: list[Row | Score] | None = None
-    training: Training | None = None
-    searched: list[Any] | None = None  # archs that a search on images found, the least accurate first
-    searched_limits: Limits | None = None  # the limits of that search, if it had any
+    results: list[Row | Score] = field(default_factory=list)
+    training: Training = field(default_factory=dict)  # type: ignore[assignment]
+    searched: list[Any] = field(default_factory=list)  # archs that a search on images found, the least accurate first
+    searched_limits: Limits = field(default_factory=dict)  # the limits of that search, if it had any
     generator: Generator | None = None
     stock: Any = None  # how timm builds a subnet without this package
     backbone: Backbone | None = None  # of detectors, segmenters, ...
-    bn_archs: list[Any] | None = None  # archs whose BatchNorm statistics were saved
+    bn_archs: Annotated[list[Any], len] = field(default_factory=list)  # archs whose BatchNorm statistics were saved
     image_mode: Mode | None = None  # of the PIL images, if it is not timm's default
     upright: bool | None = None  # False: photographs are left as their pixels are stored
     files: Files
@@ -177,8 +176,15 @@ class ModelRecord:
         _refuse(_problems(config), where)
         return cls(**config[KEY])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    @property
+    def network(self) -> str | None:
+        """The class of a network around a backbone, if it is one; whoever loads it gives its code."""
+        return self.backbone and self.backbone['network']
+
+    @property
+    def metric(self) -> str:
+        """What the first percentage of the results is."""
+        return 'top-1 accuracy' if self.backbone is None else self.training.get('metric', 'score')
 
 
 def _refuse(problems: Iterator[str], where: str) -> None:
@@ -198,20 +204,22 @@ def _problems(config: Any) -> Iterator[str]:
                'upgrade it: pip install -U timm_shiftnas')
     for name in sorted(set(ours) - set(types)):
         yield f'has an unknown entry {KEY}.{name}; this timm_shiftnas writes no such entry'
-    for name in [name for name, kind in types.items() if not fits(ours.get(name), kind)] or _contradictions(**ours):
+    present = {'format', 'kind', 'files', *ours}
+    wrong = [name for name, kind in types.items() if name in present and not fits(ours.get(name), kind)]
+    for name in wrong or _contradictions(ModelRecord(**ours)):
         yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
     yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
 
 
-def _contradictions(files: Files, groups=None, probabilities=None, generator=None, bn_archs=None, resource=None,
-                    device=None, **_) -> list[str]:
+def _contradictions(record: ModelRecord) -> list[str]:
     """Names of entries that do not agree with the others."""
+    files = record.files
     wrong = dict(
-        probabilities=probabilities is not None and len(probabilities) + 1 != len(groups or ()),
-        generator=GENERATOR in files and generator is None,
-        device=(device is not None) != (resource == LATENCY.name) or (
-            device is not None and f'device_{device}.json' not in files),
-        bn_archs=(BN_STATS in files) != (bn_archs is not None))
+        probabilities=record.probabilities is not None and len(record.probabilities) + 1 != len(record.groups or ()),
+        generator=GENERATOR in files and record.generator is None,
+        device=(record.device is not None) != (record.resource == LATENCY.name) or (
+            record.device is not None and f'device_{record.device}.json' not in files),
+        bn_archs=(BN_STATS in files) != bool(record.bn_archs))
     return [name for name in wrong if wrong[name]]
 
 
@@ -270,7 +278,7 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     labels = {name: config[name] for name in ('num_classes', 'label_names', 'label_descriptions') if name in config}
     cfg = dict(config['pretrained_cfg'], **labels) if 'pretrained_cfg' in config else None
     try:
-        with _few_modules():
+        with register_module_module_registration_hook(_at_most_modules()):
             net = create_on_meta(config['architecture'], pretrained_cfg=cfg, **config['model_args'])
         problem = next(_contents_problems(net, config), None)
     except Exception as error:  # timm raises many types; the config is always the cause
@@ -283,39 +291,28 @@ def build_network(config: Mapping[str, Any], where: str) -> nn.Module:
     return net
 
 
-@contextmanager
-def _few_modules() -> Iterator[None]:
-    """Refuse to build a network of more than `MAX_MODULES` modules, whatever the name of the argument that asks so."""
+def _at_most_modules() -> Callable[..., None]:
+    """A hook that refuses `MAX_MODULES` modules, whatever the name of the argument that asks for so many."""
     count = itertools.count(1)
 
     def refuse(*_: Any) -> None:
         if next(count) > MAX_MODULES:
             raise ValueError(f'it has more than {MAX_MODULES:,} modules')
 
-    handle = register_module_module_registration_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return refuse
 
 
 def _contents_problems(net: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
     """The faults of a network that was built."""
     found = 'supernet' if is_supernet(net) else 'subnet'
-    kind = config[KEY]['kind'] if KEY in config else found
-    if kind != found or found == 'subnet' and not hasattr(net, 'arch'):
-        yield f'has the kind {kind}, but {config["architecture"]!r} is not a {kind}'
-    values = [len(choice.values) for choice in net.space.choices] if kind == 'supernet' else [1]
+    saved = config.get(KEY, dict(kind=found, files={}))
+    if saved['kind'] != found or found == 'subnet' and not hasattr(net, 'arch'):
+        yield f'has the kind {saved["kind"]}, but {config["architecture"]!r} is not a {saved["kind"]}'
+    if found == 'subnet' and (others := {GENERATOR, BN_STATS} & {*saved['files']}):
+        yield f'lists {others.pop()}, a file of supernets, and {config["architecture"]!r} is a subnet'
+    values = [len(choice.values) for choice in net.space.choices] if found == 'supernet' else [1]
     if len(values) * max(values) > MAX_TABLE:
         yield f'describes {len(values):,} choices of up to {max(values):,} values: too many'
-
-
-def read_archs(archs: Any, space: SearchSpace, name: str, where: str = 'save_pretrained') -> list[Arch]:
-    """The archs of an entry; raises a `ValueError` unless all are in the space."""
-    try:
-        return [space.from_dict(arch) for arch in archs or ()]
-    except ValueError as error:
-        raise ValueError(f'{where} has an unusable entry {KEY}.{name}: {error}') from None
 
 
 def saved_class_names(config: Mapping[str, Any], num_classes: int, where: str) -> dict[int, str]:

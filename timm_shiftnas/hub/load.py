@@ -26,17 +26,18 @@ from ..method.proposals import check_limits
 from ..models import static_space
 from ..models.calibration import bn_statistics, calibrate_bn, has_batch_norm
 from ..models.subnet import bound_space, extract
-from ..space import complexity, family_of
+from ..space import family_of
 from ..space.core import Arch, SearchSpace
 from ..space.latency import Device, read_device
 from ..space.resources import LATENCY, MACS, MEMORY, PARAMS, RESOURCES, SIZES, Resource
 from ..utils.paths import expand_home
 from .backbone import Build, build_around, build_backbone, ready
-from .download import HubOptions, Retry, check_repo_id, download, is_commit, matches_etag
+from .download import HubOptions, Retry, check_repo_id, download, matches_etag
 from .format import (
     BN_STATS,
     CONFIG,
     GENERATOR,
+    KEY,
     MAX_CONFIG,
     MAX_SIZE,
     WEIGHTS,
@@ -44,7 +45,7 @@ from .format import (
     build_network,
     check_tensors,
     device_name,
-    read_archs,
+    saved_class_names,
 )
 
 __all__ = ['SavedModel', 'from_pretrained', 'load_supernet']
@@ -66,11 +67,7 @@ def from_pretrained(
         loader: Iterable[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        **hub: Any,
 ) -> nn.Module:
     """Load a static network: the subnet of a saved supernet for a budget or an arch, or a saved subnet.
 
@@ -92,7 +89,7 @@ def from_pretrained(
             `calibrate_bn`. Without it, loading such a subnet warns.
         device: Where to put the network; default is the CPU.
         dtype: Type of its weights; default is the saved one.
-        revision, token, cache_dir, force_download, local_files_only: As for `huggingface_hub.hf_hub_download`.
+        **hub: As for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, force_download, local_files_only.
 
     Returns:
         A network in eval mode, with its `arch` as an attribute.
@@ -103,22 +100,20 @@ def from_pretrained(
     Raises:
         ValueError: If no valid model is saved there, or no subnet satisfies the budgets or the arch.
     """
-    budgets = dict(flops=flops, params=params, size=size, memory=memory, latency=latency)
-    budgets = {name: value for name, value in budgets.items() if value is not None}
-    if budgets and arch is not None:
-        raise ValueError(f'give budgets or an arch, not {" and ".join(budgets)} and arch')
     if precision not in SIZES:
         raise ValueError(f'precision={precision!r} is unknown; choose one of {", ".join(SIZES)}')
-    for name, value, budget in (('precision', precision, 'size'), ('device_file', device_file, 'latency')):
-        if value not in (None, 'fp32') and budget not in budgets:
-            raise ValueError(f'{name}={str(value)!r} says how {budget} is counted: give {budget}=, or leave {name} out')
-    resources = dict(flops=MACS, params=PARAMS, size=SIZES[precision], memory=MEMORY, latency=LATENCY)
-    for name, value in budgets.items():
-        resources[name].parse(value)  # before anything is downloaded
+    values = {MACS: flops, PARAMS: params, SIZES[precision]: size, MEMORY: memory, LATENCY: latency}
+    budgets = {resource: value for resource, value in values.items() if value is not None}
+    if budgets and arch is not None:
+        raise ValueError(f'give budgets or an arch, not {" and ".join(each.keyword for each in budgets)} and arch')
+    for name, option, resource in (('precision', precision, SIZES[precision]), ('device_file', device_file, LATENCY)):
+        if option not in (None, 'fp32') and resource not in budgets:
+            raise ValueError(f'{name}={str(option)!r} says how {resource.keyword} is counted: give '
+                             f'{resource.keyword}=, or leave {name} out')
+    for resource, value in budgets.items():
+        resource.parse(value)  # before anything is downloaded
     wanted = arch.to_dict() if isinstance(arch, Arch) else arch
-    saved = SavedModel(
-        directory_or_repo, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
-        local_files_only=local_files_only)
+    saved = SavedModel(directory_or_repo, **hub)
     if saved.kind == 'supernet' and not budgets and arch is None:
         raise ValueError(
             f"{saved} holds a supernet: choose a subnet, with flops='1.4G' (MACs), params='6M', size='5MB', "
@@ -127,12 +122,11 @@ def from_pretrained(
     space = net.space if saved.kind == 'supernet' else bound_space(net)
     if latency is not None:
         family_of(space).check_classifier(space, 'latency')
-        resources['latency'] = saved.find_device(device_file).resource(space)
-    limits = {resources[name]: value for name, value in budgets.items()}
+        budgets[saved.find_device(device_file).resource(space)] = budgets.pop(LATENCY)
     if saved.kind == 'subnet':
-        _check_subnet(net, limits, wanted)
+        _check_subnet(net, budgets, wanted)
         return net.to(device=device, dtype=dtype).eval()
-    net = extract(net, arch_for_budgets(saved, space, limits) if wanted is None else space.from_dict(wanted))
+    net = extract(net, arch_for_budgets(saved, space, budgets) if wanted is None else space.from_dict(wanted))
     stored = saved.bn_statistics(net, space)
     net.load_state_dict(stored, strict=False)
     net = net.to(device=device, dtype=dtype).eval()
@@ -140,8 +134,8 @@ def from_pretrained(
         return net
     if loader is not None:
         return calibrate_bn(net, loader)
-    budgets = sorted({complexity.macs(space, arch) for arch in saved.archs('bn_archs', space)})
-    hint = f', or choose a budget that has statistics (flops={", ".join(map(str, budgets))})' if budgets else ''
+    known = sorted({MACS.count(space, arch) for arch in saved.archs('bn_archs', space)})
+    hint = f', or choose a budget that has statistics (flops={", ".join(map(str, known))})' if known else ''
     warnings.warn(
         f'{saved} holds no BatchNorm statistics of this subnet, which will not be accurate: give '
         f'loader= of training images, call calibrate_bn{hint}', stacklevel=2)
@@ -178,7 +172,9 @@ def load_supernet(
 class SavedModel:
     """A saved model: its checked `config.json`, and its files, which are checked when they are read.
 
-    The arguments are as for `load_supernet`.
+    Args:
+        directory_or_repo, **hub: As for `load_supernet`.
+        new: Contents by name of files that are to be written to the directory; they take the place of those in it.
 
     Attributes:
         config: The content of `config.json`.
@@ -189,13 +185,18 @@ class SavedModel:
         ValueError: If no valid model is saved there, or one of a newer format.
     """
 
-    def __init__(self, directory_or_repo: str | os.PathLike, **hub: Any) -> None:
-        self.name, self._hub = expand_home(directory_or_repo), HubOptions(**hub)
-        self._is_local = bool(self.name) and Path(self.name).is_dir()
+    def __init__(
+            self, directory_or_repo: str | os.PathLike, *, new: Mapping[str, bytes] | None = None, **hub: Any) -> None:
+        self.name, self._new, self._hub = expand_home(directory_or_repo), new or {}, HubOptions(**hub)
+        self._is_local = bool(new) or os.path.isdir(self.name)
         if not self._is_local:
             check_repo_id(self.name)
         self._retry = Retry(self.name)
-        self.config = self._read_config()
+        content = self._content(CONFIG)
+        try:
+            self.config = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise self._damage(CONFIG, f'is not JSON ({error})') from None
         self.record = ModelRecord.of_config(self.config, self.where(CONFIG))
         self.kind = self.record.kind
 
@@ -208,6 +209,8 @@ class SavedModel:
 
     def _damage(self, name: str, what: str) -> ValueError:
         remedy = 'copy or save the model again' if self._is_local else 'force_download=True fetches it again'
+        if name in self._new:
+            remedy = 'save less of results, training and model_config'
         return ValueError(f'{self.where(name)} {what}; {remedy}')
 
     def _content(self, name: str, size: int | None = None) -> bytes:
@@ -218,25 +221,21 @@ class SavedModel:
             if size is not None and found != size:
                 raise self._damage(name, f'is not the file that was saved: it has {found} bytes instead of {size}')
 
+        if name in self._new:
+            check_size(len(self._new[name]))
+            return self._new[name]
         path = Path(self.name, name) if self._is_local else download(self._retry, name, self._hub, check_size)
         if not path.exists():
             raise self._damage(name, 'is missing: this is not a model directory, or saving was interrupted')
-        if is_commit(path.parent.name):
-            self._hub.revision = path.parent.name  # of all further files, even if the branch moves on
         check_size(path.stat().st_size)
         with open(path, 'rb') as file:
             content = file.read((MAX_CONFIG if size is None else size) + 1)
         check_size(len(content))  # of a FIFO, too
-        if name == CONFIG and not self._is_local and not matches_etag(path, content):
-            raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
+        if not self._is_local:
+            self._hub.revision = path.parent.name  # the commit of all further files, even if the branch moves on
+            if name == CONFIG and not matches_etag(path, content):
+                raise self._damage(CONFIG, 'is not the file that was published: its hash differs')
         return content
-
-    def _read_config(self) -> Any:
-        content = self._content(CONFIG)
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise self._damage(CONFIG, f'is not JSON ({error})') from None
 
     def read(self, name: str) -> bytes:
         """The content of a file that `config.json` lists: exactly the bytes that were checked."""
@@ -253,17 +252,43 @@ class SavedModel:
         except SafetensorError as error:
             raise self._damage(name, f'is not a safetensors file ({error})') from None
 
+    def check(self) -> None:
+        """Raise the `ValueError` that loading any part of the model would raise.
+
+        Of a network around a backbone, whose code is not saved, the backbone is checked.
+        """
+        net = self.skeleton()
+        saved_class_names(self.config, net.num_classes, self.where(CONFIG))
+        net, space = self._with_space(net)
+        path = (self.record.backbone or {}).get('path')
+        prefix = f'{path}.' if path else ''
+
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+        check_tensors(net.state_dict(), own(self.tensors(WEIGHTS)), self.where(WEIGHTS))
+        for name in ('searched', 'results'):
+            self.archs(name, space)
+        for arch, stats in self.all_bn_statistics(space).items():
+            check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), own(stats), self.where(BN_STATS))
+        self.latencies(space)
+        if self.has_generator:
+            self.generator(space)
+
     def skeleton(self) -> nn.Module:
-        """The network on the meta device, without weights."""
+        """The network on the meta device, without weights; of a network around a backbone, what timm creates of it."""
         return build_network(self.config, self.where(CONFIG))
+
+    def _with_space(self, net: Any) -> tuple[nn.Module, SearchSpace]:
+        """The skeleton, or the backbone that it becomes, and its bound space."""
+        if self.record.backbone is not None:
+            return build_backbone(self.record.backbone, net, self.where(CONFIG))
+        return net, net.space if self.kind == 'supernet' else bound_space(net)
 
     @cached_property
     def space(self) -> SearchSpace:
         """The bound space of a supernet; of a subnet, that of its own values."""
-        net: Any = self.skeleton()
-        if self.record.backbone is None:
-            return net.space if self.kind == 'supernet' else bound_space(net)
-        return build_backbone(self.record.backbone, net, self.where(CONFIG))[1]
+        return self._with_space(self.skeleton())[1]
 
     def network(self, num_classes: int | None = None, build: Build | None = None) -> nn.Module:
         """The supernet or the subnet, with its weights; another number of classes gives a new head.
@@ -272,19 +297,15 @@ class SavedModel:
         """
         if num_classes is not None and (not isinstance(num_classes, int) or not 0 <= num_classes <= MAX_SIZE):
             raise ValueError(f'num_classes={num_classes!r} must be an int from 0 to {MAX_SIZE:,}')
-        net, about = self.skeleton(), self.record.backbone
-        if about is not None:
-            net = build_around(build_backbone(about, net, self.where(CONFIG))[0], about, build, str(self))
-        elif build is not None:
-            raise ValueError(f'{self} holds no network around a backbone; leave out network=')
+        if num_classes is not None and self.record.backbone is not None:
+            raise ValueError('num_classes is of image classifiers; build the network with another head')
+        net: Any = build_around(self._with_space(self.skeleton())[0], self.record.backbone, build, str(self))
         tensors = self.tensors(WEIGHTS)
         check_tensors(net.state_dict(), tensors, self.where(WEIGHTS))
         net.load_state_dict(tensors, strict=True, assign=True)
-        if about is not None:
-            if num_classes is not None:
-                raise ValueError('num_classes is of image classifiers; build the network with another head')
+        if self.record.backbone is not None:
             return ready(net)
-        if num_classes is not None and num_classes != net.num_classes:
+        if num_classes not in (None, net.num_classes):
             net.reset_classifier(num_classes)
         return net
 
@@ -337,8 +358,12 @@ class SavedModel:
         return next(iter(devices.values()))
 
     def archs(self, name: str, space: SearchSpace) -> list[Arch]:
-        """A saved list of archs: 'searched', or 'bn_archs' (those whose BatchNorm statistics were saved)."""
-        return read_archs(getattr(self.record, name), space, name, self.where(CONFIG))
+        """The archs of an entry: 'searched', 'results', or 'bn_archs' (their BatchNorm statistics were saved)."""
+        saved = getattr(self.record, name)
+        try:
+            return [space.from_dict(each['arch'] if name == 'results' else each) for each in saved]
+        except ValueError as error:
+            raise ValueError(f'{self.where(CONFIG)} has an unusable entry {KEY}.{name}: {error}') from None
 
     def bn_statistics(self, subnet: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
         """The saved BatchNorm statistics of an extracted subnet; empty if none were saved."""
@@ -350,12 +375,10 @@ class SavedModel:
 
     def all_bn_statistics(self, space: SearchSpace) -> dict[Arch, dict[str, Tensor]]:
         """All saved BatchNorm statistics, by arch; they are not checked against a network."""
-        stored: list[dict[str, Tensor]] = [{} for _ in self.record.bn_archs or ()]
-        for name, tensor in (self.tensors(BN_STATS) if stored else {}).items():
-            number, _, own_name = name.partition('.')
-            if number.isdecimal() and int(number) < len(stored):
-                stored[int(number)][own_name] = tensor
-        return dict(zip(self.archs('bn_archs', space), stored))
+        tensors = self.tensors(BN_STATS) if self.record.bn_archs else {}
+        return {
+            arch: {name.removeprefix(f'{i}.'): x for name, x in tensors.items() if name.startswith(f'{i}.')}
+            for i, arch in enumerate(self.archs('bn_archs', space))}
 
 
 def arch_for_budgets(

@@ -23,7 +23,7 @@ from ..method.generator import ArchitectureGenerator
 from ..space.resources import MACS
 from ..utils.paths import expand_home
 from ..utils.run_files import ACCURACY, MODEL, REPORT, SHIFT, TABLE, run_of
-from .card import CARD, MARK, metric_of, model_card
+from .card import CARD, MARK, model_card
 from .download import TIMEOUT, Retry, append_line, check_repo_id, http_error, is_commit, path_of, status_of
 from .format import BN_STATS, CONFIG, GENERATOR, KEY, device_name
 from .load import SavedModel
@@ -212,20 +212,15 @@ def published_files(saved: SavedModel, repo_id: str, run: Path | None, license: 
     for path in (model, *(model / name for name in (CONFIG, *saved.record.files)), *pictures):
         if path.is_symlink():  # it could lead to any file of the user
             raise ValueError(f'{path} is a link, and what it leads to is not published; copy it to its place')
-    files = {name: saved.read(name) for name in saved.record.files}
-    for name in files:
-        if device_name(name) is None:
-            saved.tensors(name)  # raises if it is not a safetensors file
-    space = saved.space
-    latencies = saved.latencies(space)  # raises if one is not a device file, or of another model
-    files[CONFIG] = (model / CONFIG).read_bytes()
+    saved.check()
+    files = {CONFIG: (model / CONFIG).read_bytes(), **{name: saved.read(name) for name in saved.record.files}}
     if results := saved.record.results:
         with TemporaryDirectory() as folder:
             write_budgets_csv(Path(folder, TABLE), results)
             if saved.kind == 'supernet':
                 plot_accuracy(
-                    Path(folder, ACCURACY), results, resource=saved.resource, metric=metric_of(saved.record),
-                    beside=[MACS, *latencies], space=space)
+                    Path(folder, ACCURACY), results, resource=saved.resource, metric=saved.record.metric,
+                    beside=[MACS, *saved.latencies(saved.space)], space=saved.space)
             files |= {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
         files[REPORT] = model_report(saved, repo_id=repo_id).encode()
     files |= {path.name: path.read_bytes() for path in pictures if path.is_file()}

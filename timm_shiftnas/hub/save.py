@@ -18,33 +18,17 @@ from torch import Tensor, nn
 from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
 from ..models import ElasticModel, backbone_of, plain_state_dict, present_args, static_space, stock_description
-from ..models.calibration import bn_statistics
+from ..models.calibration import has_batch_norm
 from ..models.subnet import LABELS
 from ..space import is_supernet
-from ..space.core import Arch, SearchSpace
+from ..space.core import Arch
 from ..space.latency import Device
 from ..space.resources import MACS
 from ..utils.files import atomic_write
 from ..utils.paths import expand_home
-from .backbone import build_backbone, describe_backbone
-from .format import (
-    BN_STATS,
-    CONFIG,
-    DEVICES,
-    FILES,
-    GENERATOR,
-    KEY,
-    MAX_CONFIG,
-    ONNX,
-    WEIGHTS,
-    ModelRecord,
-    build_network,
-    check_tensors,
-    device_file,
-    device_name,
-    read_archs,
-    saved_class_names,
-)
+from .backbone import describe_backbone
+from .format import BN_STATS, CONFIG, DEVICES, FILES, FORMAT, GENERATOR, KEY, ONNX, WEIGHTS, device_file, device_name
+from .load import SavedModel
 
 __all__ = ['save_pretrained']
 
@@ -96,45 +80,44 @@ def save_pretrained(
     """
     directory = Path(expand_home(directory))
     net, bn_stats = unwrap_model(net), dict(bn_stats or {})
-    kind = 'supernet' if is_supernet(net) else 'subnet'
-    backbone = backbone_of(net)[1]
+    elastic, backbone = is_supernet(net), backbone_of(net)[1]
     timm_net = net if backbone is None else backbone.model
     _check_parts(net, timm_net, generator, bn_stats)
-    space = net.space if kind == 'supernet' else static_space(net)
+    space = net.space if elastic else static_space(net)
     stored = net.network if isinstance(net, ElasticModel) else net
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        WEIGHTS: {**plain_state_dict(stored), **bn_stats.get(space.largest, {})}}
+    bn_archs = [space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
+    if bn_stats and not has_batch_norm(net):
+        raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
+    files = {WEIGHTS: as_file({**plain_state_dict(stored), **bn_stats.get(space.largest, {})})}
     if generator is not None:
-        tensors[GENERATOR] = generator.state_dict()
+        files[GENERATOR] = as_file(generator.state_dict())
     if bn_stats:
-        tensors[BN_STATS] = number_statistics(bn_stats)
-    files = {name: as_file(state) for name, state in tensors.items()}
+        files[BN_STATS] = statistics_file(bn_stats)
     resource = MACS if generator is None else generator.resource
     for device in (*devices, *([] if resource.device is None else [resource.device])):
-        device.check_space(space)
         files[device_file(device.name)] = device.to_json().encode()
     mode = getattr(timm_net, 'image_mode', None)
-    record = ModelRecord(
-        kind=kind,
+    entries = dict(
+        format=FORMAT,
+        kind='supernet' if elastic else 'subnet',
         groups=groups,
         resource=None if resource == MACS else resource.name,
         device=None if resource.device is None else resource.device.name,
         probabilities=probabilities,
         results=results,
         training=training,
-        searched=None if searched is None else [arch.to_dict() for arch in searched],
-        searched_limits=searched_limits or None,
+        searched=[arch.to_dict() for arch in searched or ()],
+        searched_limits=searched_limits,
         generator=None if generator is None else dict(hidden_size=generator.hidden_size),
-        stock=stock_description(timm_net) if kind == 'subnet' else None,
+        stock=None if elastic else stock_description(timm_net),
         backbone=None if backbone is None else describe_backbone(net, stored),
-        bn_archs=[space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats] or None,
+        bn_archs=bn_archs,
         image_mode=None if mode == default_mode(getattr(timm_net, 'in_chans', 3)) else mode,
-        upright=None if getattr(timm_net, 'upright', True) else False,
-        files={name: describe_file(data) for name, data in files.items()})
-    config = _timm_config(timm_net, record, data_config, model_config)
-    _refuse_unloadable(config, tensors, space)
+        upright=None if getattr(timm_net, 'upright', True) else False)
+    files = with_config(_timm_config(timm_net, data_config, model_config), entries, files)
+    SavedModel(directory, new=files).check()
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
-    write_files(directory, {CONFIG: config_content(config), **files}, replaced=FILES | {ONNX} | others)
+    write_files(directory, files, replaced=FILES | {ONNX} | others)
 
 
 def _check_parts(
@@ -157,34 +140,12 @@ def _check_parts(
             'a subnet has its BatchNorm statistics in its own weights, and no generator; save it without them')
     if generator is not None and generator.space.unbind() != net.space.unbind():
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
-    for arch, stats in bn_stats.items():
-        expected = bn_statistics(net.build_subnet(arch, device='meta'))
-        if not expected:
-            raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
-        check_tensors(expected, stats, f'bn_stats[{arch}]')
 
 
-def _refuse_unloadable(
-        config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], space: SearchSpace) -> None:
-    """Raise the `ValueError` that loading these files would raise."""
-    record = ModelRecord.of_config(config, CONFIG)
-    read_archs(record.searched, space, 'searched')
-    read_archs([row['arch'] for row in record.results or ()], space, 'results')
-    skeleton: Any = build_network(config, CONFIG)
-    saved_class_names(config, skeleton.num_classes, CONFIG)
-    weights = tensors[WEIGHTS]
-    if record.backbone is not None:  # the rest of the network is the user's code
-        skeleton = build_backbone(record.backbone, skeleton, CONFIG)[0]
-        prefix = record.backbone['path'] and f'{record.backbone["path"]}.'
-        weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
-    check_tensors(skeleton.state_dict(), weights, WEIGHTS)
-    generator = tensors.get(GENERATOR, {})
-    check_tensors(generator, generator, GENERATOR)  # finite numbers
-
-
-def number_statistics(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """BatchNorm statistics of several archs as one dict of tensors, whose names start with the arch's number."""
-    return {f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()}
+def statistics_file(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> bytes:
+    """BatchNorm statistics of several archs as one safetensors file; names start with the number of the arch."""
+    return as_file(
+        {f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
 
 
 def as_file(tensors: Mapping[str, Tensor]) -> bytes:
@@ -195,32 +156,30 @@ def as_file(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(copies, metadata={'format': 'pt'})
 
 
-def describe_file(content: bytes) -> dict[str, Any]:
-    """What `config.json` says of a file."""
-    return dict(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+def with_config(config: Mapping[str, Any], entries: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of a model, and before them the `config.json` that lists them.
+
+    Args:
+        config: timm's entries of `config.json`.
+        entries: Those of `ModelRecord`, as JSON data, tensors and arrays; `files` among them lists further files.
+        files: Contents by name.
+    """
+    listed = {name: dict(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    ours = json.loads(json.dumps(
+        {**entries, 'files': {**entries.get('files', {}), **listed}},
+        default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
+    ours = {name: value for name, value in ours.items() if value not in (None, [], {})}
+    return {CONFIG: json.dumps({**config, KEY: ours}, indent=2).encode(), **files}
 
 
-def config_content(config: Mapping[str, Any]) -> bytes:
-    """The content of `config.json`."""
-    content = json.dumps(config, indent=2).encode()
-    if len(content) > MAX_CONFIG:
-        raise ValueError(f'{CONFIG} would have {len(content):,} bytes, and at most {MAX_CONFIG:,} are loaded again; '
-                         'give shorter results, training or model_config')
-    return content
-
-
-def _timm_config(
-        net: nn.Module, record: ModelRecord, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
-    """The content of `config.json`: timm's entries and ours."""
+def _timm_config(net: nn.Module, data_config: dict | None, model_config: dict | None) -> dict[str, Any]:
+    """timm's entries of `config.json`."""
     # drop rates belong to a training, not to the weights: timm omits them too
     args = {name: value for name, value in present_args(net).items()
             if not name.endswith(('drop_rate', 'drop_path_rate'))}
-    if record.kind == 'supernet':
-        args['space'] = net.space.unbind().to_dict()
-    else:
-        args['arch'] = net.arch.to_dict()
-    model_config = {**(model_config or {}), KEY: _json_data(record.to_dict())}
+    args |= dict(space=net.space.unbind().to_dict()) if is_supernet(net) else dict(arch=net.arch.to_dict())
     # the tag of a registered supernet says 'untrained'
+    model_config = {**(model_config or {})}
     model_config['pretrained_cfg'] = {'tag': None, **model_config.get('pretrained_cfg', {})}
     with TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
@@ -230,11 +189,6 @@ def _timm_config(
         if label := config['pretrained_cfg'].pop(name, None):
             config.setdefault(name, label)
     return config
-
-
-def _json_data(value: Any) -> Any:
-    """JSON data of tensors, arrays, tuples and mappings."""
-    return json.loads(json.dumps(value, default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
 
 
 def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:

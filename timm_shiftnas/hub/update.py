@@ -1,7 +1,6 @@
 """What is added to the directory of a saved supernet later: the archs of a search, and device files."""
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.calibration import bn_statistics
-from ..space.core import Arch, SearchSpace
+from ..space.core import Arch
 from ..space.latency import Device
 from ..utils.paths import expand_home
-from .format import BN_STATS, CONFIG, KEY, WEIGHTS, ModelRecord, check_tensors, device_file
+from .format import BN_STATS, KEY, WEIGHTS, device_file
 from .load import SavedModel
-from .save import as_file, config_content, describe_file, number_statistics, write_files
+from .save import statistics_file, with_config, write_files
 
 __all__ = ['add_device', 'save_searched']
 
@@ -42,16 +40,14 @@ def save_searched(
     now = SavedModel(saved.name)
     if now.record.files[WEIGHTS] != saved.record.files[WEIGHTS]:
         raise ValueError(f'{saved} holds other weights than those that were searched; search again')
-    net = now.skeleton()
-    statistics = {**_kept_statistics(now, now.space), **(bn_stats or {})}
-    files = {}
-    if statistics:
-        for arch, stats in statistics.items():
-            check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, BN_STATS)
-        files[BN_STATS] = as_file(number_statistics(statistics))
+    # without those of archs that only an earlier search had found
+    dropped = {*now.archs('searched', now.space)} - {*now.archs('results', now.space)}
+    kept = {arch: stats for arch, stats in now.all_bn_statistics(now.space).items() if arch not in dropped}
+    statistics = {**kept, **(bn_stats or {})}
     _update(
-        now, files, searched=[arch.to_dict() for arch in archs], searched_limits=dict(limits or {}) or None,
-        bn_archs=[arch.to_dict() for arch in statistics] or None)
+        now, {BN_STATS: statistics_file(statistics)} if statistics else {},
+        searched=[arch.to_dict() for arch in archs], searched_limits=limits,
+        bn_archs=[arch.to_dict() for arch in statistics])
 
 
 def add_device(directory: str | os.PathLike, device: Device) -> Path:
@@ -66,7 +62,6 @@ def add_device(directory: str | os.PathLike, device: Device) -> Path:
     saved, name, content = SavedModel(directory), device_file(device.name), device.to_json().encode()
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; device files are of supernets')
-    device.check_space(saved.space)
     if saved.record.device == device.name and saved.read(name) != content:
         raise ValueError(
             f'the generator of {saved} was trained with the device file {name}; give another name, with --name')
@@ -76,21 +71,11 @@ def add_device(directory: str | os.PathLike, device: Device) -> Path:
 
 def _update(saved: SavedModel, files: Mapping[str, bytes], **entries: Any) -> None:
     """Replace files and entries of a saved model; after an error or Ctrl-C, the directory is as it was."""
-    described = {name: describe_file(content) for name, content in files.items()}
-    record = dataclasses.replace(saved.record, **entries, files={**saved.record.files, **described})
-    config = {**saved.config, KEY: record.to_dict()}
-    ModelRecord.of_config(config, CONFIG)  # refuses what could not be loaded
-    directory, content = Path(saved.name), config_content(config)
-    before = {name: (directory / name).read_bytes() for name in (CONFIG, *files) if (directory / name).exists()}
+    directory, files = Path(saved.name), with_config(saved.config, {**saved.config[KEY], **entries}, files)
+    SavedModel(directory, new=files).check()
+    before = {name: (directory / name).read_bytes() for name in files if (directory / name).exists()}
     try:
-        write_files(directory, {CONFIG: content, **files}, replaced={*files})
+        write_files(directory, files, replaced={*files})
     except BaseException:
         write_files(directory, before, replaced={*files})
         raise
-
-
-def _kept_statistics(saved: SavedModel, space: SearchSpace) -> dict[Arch, dict[str, Tensor]]:
-    """The saved BatchNorm statistics of all archs but those that only an earlier search had found."""
-    in_results = {space.from_dict(row['arch']) for row in saved.record.results or ()}
-    dropped = {*saved.archs('searched', space)} - in_results
-    return {arch: stats for arch, stats in saved.all_bn_statistics(space).items() if arch not in dropped}
