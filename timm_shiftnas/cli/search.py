@@ -31,7 +31,7 @@ def run_search(args: argparse.Namespace) -> None:
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')
     refuse_backbone(saved)
     net = saved.network().to(device).eval()
-    generator, edges = saved.generator(net.space) if saved.has_generator else None, saved.record.groups
+    generator, edges = saved.generator(net.space), saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)
     expected = Expected.by(saved)
     output = args.output or args.directory / SEARCH

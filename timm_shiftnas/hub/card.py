@@ -125,7 +125,7 @@ def _plain(text: Any) -> str:
 def _usage(saved: SavedModel, repo_id: str) -> str:
     """Code that loads a model; if it is a classifier, timm loads it too."""
     record, network, chosen = saved.record, saved.record.network, [{}]
-    if saved.kind == 'supernet' and not saved.has_generator:
+    if saved.kind == 'supernet' and record.generator is None:
         chosen = [dict(arch=saved.space.smallest.to_dict())]
     elif saved.kind == 'supernet':
         resource, given = saved.resource, [row['budget'] for row in record.results if row['budget'] is not None]

@@ -216,7 +216,7 @@ def _contradictions(record: ModelRecord) -> list[str]:
     files = record.files
     wrong = dict(
         probabilities=record.probabilities is not None and len(record.probabilities) + 1 != len(record.groups or ()),
-        generator=GENERATOR in files and record.generator is None,
+        generator=(GENERATOR in files) != (record.generator is not None),
         device=(record.device is not None) != (record.resource == LATENCY.name) or (
             record.device is not None and f'device_{record.device}.json' not in files),
         bn_archs=(BN_STATS in files) != bool(record.bn_archs))

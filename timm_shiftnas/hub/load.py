@@ -166,7 +166,7 @@ def load_supernet(
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet, not a supernet; load it with from_pretrained')
     net: Any = saved.network(num_classes, network).to(device=device, dtype=dtype).eval()
-    return net, saved.generator(net.space) if saved.has_generator else None
+    return net, saved.generator(net.space)
 
 
 class SavedModel:
@@ -272,8 +272,7 @@ class SavedModel:
         for arch, stats in self.all_bn_statistics(space).items():
             check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), own(stats), self.where(BN_STATS))
         self.latencies(space)
-        if self.has_generator:
-            self.generator(space)
+        self.generator(space)
 
     def skeleton(self) -> nn.Module:
         """The network on the meta device, without weights; of a network around a backbone, what timm creates of it."""
@@ -309,14 +308,10 @@ class SavedModel:
             net.reset_classifier(num_classes)
         return net
 
-    @property
-    def has_generator(self) -> bool:
-        return GENERATOR in self.record.files
-
-    def generator(self, space: SearchSpace) -> ArchitectureGenerator:
-        """The generator that was saved with a supernet, for the bound space of that supernet."""
-        if not self.has_generator:
-            raise ValueError(f'{self} was saved without a generator, which finds the subnet for a budget; give arch=')
+    def generator(self, space: SearchSpace) -> ArchitectureGenerator | None:
+        """The generator that was saved with a supernet, for the bound space of that supernet; `None` without one."""
+        if GENERATOR not in self.record.files:
+            return None
         tensors = self.tensors(GENERATOR)
         generator = ArchitectureGenerator(
             space, hidden_size=self.record.generator['hidden_size'], resource=self._resource(space))
@@ -400,7 +395,10 @@ def arch_for_budgets(
     covered = all(given.get(name, math.inf) <= limit for name, limit in (saved.record.searched_limits or {}).items())
     if covered and (fitting := [arch for arch in saved.archs('searched', space) if fits(arch)]):
         return fitting[-1]
-    proposed = (generator or saved.generator(space)).propose_within(limits)
+    generator = generator or saved.generator(space)
+    if generator is None:
+        raise ValueError(f'{saved} was saved without a generator, which finds the subnet for a budget; give arch=')
+    proposed = generator.propose_within(limits)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
     stored = [arch for arch in saved.archs('bn_archs', space) if fits(arch, .99)]
     return proposed if not stored or proposed in stored else max(stored, key=lambda arch: MACS.count(space, arch))

@@ -45,8 +45,7 @@ def model_report(saved: SavedModel, front: Sequence[Row] = (), repo_id: str | No
         repo_id: The repository that is named in what to type; default is the directory.
     """
     space, record = saved.space, saved.record
-    resource, searched = saved.resource, saved.archs('searched', space)
-    generator = saved.generator(space) if saved.has_generator else None
+    resource, searched, generator = saved.resource, saved.archs('searched', space), saved.generator(space)
     shown: list[tuple[Any, str]] = [(row, 'results') for row in record.results]
     if not shown:
         ends = {'subnet': space.largest} if saved.kind == 'subnet' else {
@@ -87,7 +86,7 @@ def _choice(saved: SavedModel, arch: Arch, row: Mapping[str, Any], resource: Res
     rounded = float(f'{budget:.12g}')
     value = resource.least(budget) if resource.kind == 'seconds' else int(rounded) if rounded.is_integer() else rounded
     with suppress(ValueError):  # a table may hold budgets that no arch meets
-        if generator is not None and arch_for_budgets(saved, saved.space, {resource: value}, generator) == arch:
+        if arch_for_budgets(saved, saved.space, {resource: value}, generator) == arch:
             return resource.arguments(value)
     return dict(arch=arch.to_dict())
 
