@@ -11,8 +11,7 @@ from support.networks import tiny_supernet
 
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
 from timm_shiftnas.hub.push import published_files
-from timm_shiftnas.hub.save import save_pretrained
-from timm_shiftnas.hub.update import add_device
+from timm_shiftnas.hub.save import add_device, save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.method.proposals import BudgetWarning
 from timm_shiftnas.models import extract, static_counts

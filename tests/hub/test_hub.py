@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 
 from timm_shiftnas import Arch, Subnet, extract, shiftformer_space
 from timm_shiftnas.hub.load import SavedModel, from_pretrained, load_supernet
-from timm_shiftnas.hub.push import push_directory
+from timm_shiftnas.hub.push import published_files, push_directory
 from timm_shiftnas.hub.save import save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.method.config import ShiftNASConfig
@@ -491,6 +491,7 @@ def test_invalid_arguments_save_nothing(tmp_path, net, generator, mixed, edges):
             ((extract(net, mixed),), dict(results=[dict(row('x', None, 1), arch=foreign.to_dict())]), 'results'),
             ((broken,), {}, 'head.bias'),
             ((copy.deepcopy(net).to(torch.float8_e4m3fn),), {}, 'float8_e4m3fn'),
+            ((net,), dict(training=dict(command='x' * 10_000_000)), 'at most 10,000,000'),
             ((net,), dict(data_config=dict(input_size=(3, 64, 64))), '64')):
         with pytest.raises(ValueError, match=re.escape(named)):
             save_pretrained(tmp_path / 'new', *args, **kwargs)
@@ -793,6 +794,24 @@ def test_kind_of_another_network(folder, saved_subnet):
     edit(other, lambda config, ours: ours.update(kind='supernet'))
     with pytest.raises(ValueError, match='supernet.*shiftformer_subnet'):
         load_supernet(other)
+
+
+def test_a_subnet_has_no_files_of_a_supernet(folder, saved_subnet):
+    other = shutil.copytree(saved_subnet, folder.parent / 'subnet')
+    shutil.copy(folder / GENERATOR, other / GENERATOR)
+    accept(other, GENERATOR)
+    edit(other, lambda config, ours: ours.update(generator=dict(hidden_size=64)))
+    with pytest.raises(ValueError, match=f'{GENERATOR}.*shiftformer_subnet'):
+        from_pretrained(other)
+
+
+def test_what_cannot_be_loaded_is_not_published(folder):
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    tensors['head.bias'][3] = math.nan
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    accept(folder, WEIGHTS)
+    with pytest.raises(ValueError, match='head.bias'):
+        published_files(SavedModel(folder), 'org/nan', None, None)
 
 
 # -- saving over a directory, and interruptions ------------------------------------------------------------------------

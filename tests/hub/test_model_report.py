@@ -22,7 +22,7 @@ from timm_shiftnas.evaluation.report import MARK
 from timm_shiftnas.hub.load import SavedModel
 from timm_shiftnas.hub.push import published_files
 from timm_shiftnas.hub.report import model_report
-from timm_shiftnas.hub.update import save_searched
+from timm_shiftnas.hub.save import save_searched
 from timm_shiftnas.models import static_counts
 from timm_shiftnas.space import MACS, SIZES
 from timm_shiftnas.utils.units import format_count, format_quantity

@@ -10,8 +10,7 @@ from support.networks import tiny_supernet
 from timm_shiftnas.evaluation.backends import OnnxNetwork
 from timm_shiftnas.evaluation.latency import archs_to_measure
 from timm_shiftnas.hub.load import SavedModel
-from timm_shiftnas.hub.save import save_pretrained
-from timm_shiftnas.hub.update import add_device
+from timm_shiftnas.hub.save import add_device, save_pretrained
 from timm_shiftnas.method import ArchitectureGenerator
 from timm_shiftnas.models import extract
 from timm_shiftnas.space.latency import fingerprint

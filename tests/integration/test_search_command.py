@@ -14,7 +14,7 @@ import timm_shiftnas as tsn
 from timm_shiftnas.cli.search import search_images
 from timm_shiftnas.data import StepBatches, create_dataset, split_held_out
 from timm_shiftnas.hub.load import SavedModel
-from timm_shiftnas.hub.update import save_searched
+from timm_shiftnas.hub.save import save_searched
 from timm_shiftnas.layers.conv import resize
 from timm_shiftnas.models import static_counts
 from timm_shiftnas.models.calibration import bn_statistics

@@ -29,7 +29,7 @@ from timm.loss import PolyCrossEntropy
 import timm_shiftnas as tsn
 from timm_shiftnas.data import StepBatches, create_dataset
 from timm_shiftnas.hub.load import SavedModel
-from timm_shiftnas.hub.update import add_device
+from timm_shiftnas.hub.save import add_device
 from timm_shiftnas.training.data import create_loaders, open_data, without_useless_shift
 from timm_shiftnas.training.setup import create_network, scaled_lr
 from timm_shiftnas_cli import main as cli

@@ -21,7 +21,7 @@ from ..evaluation.latency import (
 )
 from ..hub.format import device_file
 from ..hub.load import SavedModel
-from ..hub.update import add_device
+from ..hub.save import add_device
 from ..space.latency import Device, operator_features
 from ..utils.units import format_quantity
 

@@ -12,7 +12,7 @@ from ..evaluation.plots import plot_front
 from ..evaluation.search import COSTS, search
 from ..evaluation.tables import format_table, write_budgets_csv
 from ..hub.load import SavedModel
-from ..hub.update import save_searched
+from ..hub.save import save_searched
 from ..method import BudgetGroups
 from ..models.calibration import has_batch_norm
 from ..utils.files import FolderLock

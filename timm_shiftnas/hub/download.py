@@ -19,7 +19,6 @@ from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ..utils.files import find_cause
 from ..utils.paths import expand_home
 from ..utils.text import one_line
 from .format import CONFIG, KEY
@@ -176,8 +175,11 @@ def _busy(status: int) -> bool:
 
 
 def http_error(error: Exception) -> Any:
-    """The error of the server or of the HTTP library that an error was raised on top of; `None` without one."""
-    return find_cause(error, errors.HTTPError)  # of httpx with huggingface_hub 1, of httpx2 with 2
+    """An error, or that among its causes, of the server or of the HTTP library; `None` if there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, errors.HTTPError):  # httpx's, or httpx2's in huggingface_hub 2
+        found = found.__cause__
+    return found
 
 
 def status_of(error: Exception) -> int:

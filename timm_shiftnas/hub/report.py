@@ -23,12 +23,7 @@ __all__ = ['model_report', 'write_report']
 
 
 def write_report(path: str | os.PathLike, saved: SavedModel, front: Sequence[Row] = ()) -> None:
-    """Write the report of a saved model.
-
-    Args:
-        path: The file; it is replaced.
-        saved, front: As for `model_report`.
-    """
+    """Write a `model_report` to a file, which is replaced."""
     with atomic_write(path) as temporary:
         temporary.write_text(model_report(saved, front), encoding='utf-8')
 

@@ -1,4 +1,4 @@
-"""Saving a model as a directory that timm can load too. Nothing is pickled."""
+"""Saving a model as a directory that timm can load too, and adding to it. Nothing is pickled."""
 from __future__ import annotations
 
 import hashlib
@@ -30,7 +30,7 @@ from .backbone import describe_backbone
 from .format import BN_STATS, CONFIG, DEVICES, FILES, FORMAT, GENERATOR, KEY, ONNX, WEIGHTS, device_file, device_name
 from .load import SavedModel
 
-__all__ = ['save_pretrained']
+__all__ = ['add_device', 'save_pretrained', 'save_searched']
 
 
 def save_pretrained(
@@ -88,13 +88,13 @@ def save_pretrained(
     bn_archs = [space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
     if bn_stats and not has_batch_norm(net):
         raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
-    files = {WEIGHTS: as_file({**plain_state_dict(stored), **bn_stats.get(space.largest, {})})}
+    files = {WEIGHTS: _as_file({**plain_state_dict(stored), **bn_stats.get(space.largest, {})})}
     if generator is not None:
-        files[GENERATOR] = as_file(generator.state_dict())
+        files[GENERATOR] = _as_file(generator.state_dict())
     if bn_stats:
-        files[BN_STATS] = statistics_file(bn_stats)
+        files[BN_STATS] = _statistics_file(bn_stats)
     resource = MACS if generator is None else generator.resource
-    for device in (*devices, *([] if resource.device is None else [resource.device])):
+    for device in filter(None, (*devices, resource.device)):
         files[device_file(device.name)] = device.to_json().encode()
     mode = getattr(timm_net, 'image_mode', None)
     entries = dict(
@@ -114,22 +114,67 @@ def save_pretrained(
         bn_archs=bn_archs,
         image_mode=None if mode == default_mode(getattr(timm_net, 'in_chans', 3)) else mode,
         upright=None if getattr(timm_net, 'upright', True) else False)
-    files = with_config(_timm_config(timm_net, data_config, model_config), entries, files)
+    files = _with_config(_timm_config(timm_net, data_config, model_config), entries, files)
     SavedModel(directory, new=files).check()
     others = {path.name for path in directory.glob(DEVICES) if device_name(path.name)}
-    write_files(directory, files, replaced=FILES | {ONNX} | others)
+    _write_files(directory, files, replaced=FILES | {ONNX} | others)
+
+
+def save_searched(
+        saved: SavedModel,
+        archs: Sequence[Arch],
+        bn_stats: Mapping[Arch, Mapping[str, Tensor]] | None = None,
+        limits: Mapping[str, float] | None = None,
+) -> None:
+    """Store the archs of a search in the directory of its supernet, so that `from_pretrained` loads them.
+
+    They replace those of an earlier search. After an error or Ctrl-C the directory is as it was.
+
+    Args:
+        saved: The supernet that was searched, opened before the search.
+        archs: The archs, the least accurate first.
+        bn_stats: Their BatchNorm statistics.
+        limits: As `searched_limits` of `save_pretrained`.
+
+    Raises:
+        ValueError: If the directory holds other weights by now.
+    """
+    now = SavedModel(saved.name)
+    if now.record.files[WEIGHTS] != saved.record.files[WEIGHTS]:
+        raise ValueError(f'{saved} holds other weights than those that were searched; search again')
+    # without those of archs that only an earlier search had found
+    dropped = {*now.archs('searched', now.space)} - {*now.archs('results', now.space)}
+    kept = {arch: stats for arch, stats in now.all_bn_statistics(now.space).items() if arch not in dropped}
+    statistics = {**kept, **(bn_stats or {})}
+    _update(
+        now, {BN_STATS: _statistics_file(statistics)} if statistics else {},
+        searched=[arch.to_dict() for arch in archs], searched_limits=limits,
+        bn_archs=[arch.to_dict() for arch in statistics])
+
+
+def add_device(directory: str | os.PathLike, device: Device) -> Path:
+    """Add a device file to the saved supernet in a directory, or replace the one of the same name; returns its path.
+
+    Raises:
+        ValueError: If no supernet is saved there, or the device file is of another one, or would replace that which
+            the generator was trained with.
+    """
+    if not Path(expand_home(directory)).is_dir():
+        raise ValueError(f'{directory} is not a directory; give one that save_pretrained or train.py wrote')
+    saved, name, content = SavedModel(directory), device_file(device.name), device.to_json().encode()
+    if saved.kind != 'supernet':
+        raise ValueError(f'{saved} holds a subnet; device files are of supernets')
+    if saved.record.device == device.name and saved.read(name) != content:
+        raise ValueError(
+            f'the generator of {saved} was trained with the device file {name}; give another name, with --name')
+    _update(saved, {name: content})
+    return Path(saved.name, name)
 
 
 def _check_parts(
         net: nn.Module, timm_net: nn.Module, generator: ArchitectureGenerator | None, bn_stats: Mapping[Arch, Any],
 ) -> None:
-    """Raise a `ValueError` if a network cannot be saved, or not with this generator or these statistics.
-
-    Args:
-        net: The network.
-        timm_net: What of it timm creates.
-        generator, bn_stats: As for `save_pretrained`.
-    """
+    """Raise a `ValueError` if a network, of which timm creates `timm_net`, cannot be saved with these parts."""
     single = not is_supernet(net)
     if single and not isinstance(getattr(net, 'arch', None), Arch):
         raise ValueError(f'{type(net).__name__} is neither a supernet nor an extracted subnet; save it with timm')
@@ -142,13 +187,13 @@ def _check_parts(
         raise ValueError('the generator belongs to another search space than the network; create it with net.space')
 
 
-def statistics_file(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> bytes:
+def _statistics_file(bn_stats: Mapping[Arch, Mapping[str, Tensor]]) -> bytes:
     """BatchNorm statistics of several archs as one safetensors file; names start with the number of the arch."""
-    return as_file(
+    return _as_file(
         {f'{i}.{name}': buffer for i, stats in enumerate(bn_stats.values()) for name, buffer in stats.items()})
 
 
-def as_file(tensors: Mapping[str, Tensor]) -> bytes:
+def _as_file(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as a safetensors file: copies, for the format takes none that share memory or are not contiguous."""
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError('the network has no weights (it is on the meta device); load them before saving')
@@ -156,7 +201,7 @@ def as_file(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(copies, metadata={'format': 'pt'})
 
 
-def with_config(config: Mapping[str, Any], entries: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
+def _with_config(config: Mapping[str, Any], entries: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Files of a model, and before them the `config.json` that lists them.
 
     Args:
@@ -179,8 +224,8 @@ def _timm_config(net: nn.Module, data_config: dict | None, model_config: dict | 
             if not name.endswith(('drop_rate', 'drop_path_rate'))}
     args |= dict(space=net.space.unbind().to_dict()) if is_supernet(net) else dict(arch=net.arch.to_dict())
     # the tag of a registered supernet says 'untrained'
-    model_config = {**(model_config or {})}
-    model_config['pretrained_cfg'] = {'tag': None, **model_config.get('pretrained_cfg', {})}
+    model_config = {'pretrained_cfg': {}, **(model_config or {})}
+    model_config['pretrained_cfg'] = {'tag': None, **model_config['pretrained_cfg']}
     with TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save_config_for_hf(net, path, model_config=model_config, model_args=args, data_config=data_config)
@@ -191,7 +236,7 @@ def _timm_config(net: nn.Module, data_config: dict | None, model_config: dict | 
     return config
 
 
-def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:
+def _write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str]) -> None:
     """Write the files of a model, `config.json` first.
 
     All are written under temporary names, which the stack renames in reverse order. If other files are replaced, the
@@ -217,3 +262,15 @@ def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collectio
         if WEIGHTS in files or any((directory / name).exists() for name in {*files, *replaced} - {CONFIG}):
             for name in {CONFIG, *stale}:
                 (directory / name).unlink(missing_ok=True)
+
+
+def _update(saved: SavedModel, files: Mapping[str, bytes], **entries: Any) -> None:
+    """Replace files and entries of a saved model; after an error or Ctrl-C, the directory is as it was."""
+    directory, files = Path(saved.name), _with_config(saved.config, {**saved.config[KEY], **entries}, files)
+    SavedModel(directory, new=files).check()
+    before = {name: (directory / name).read_bytes() for name in files if (directory / name).exists()}
+    try:
+        _write_files(directory, files, replaced={*files})
+    except BaseException:
+        _write_files(directory, before, replaced={*files})
+        raise
