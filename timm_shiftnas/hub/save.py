@@ -85,7 +85,7 @@ def save_pretrained(
     _check_parts(net, timm_net, generator, bn_stats)
     space = net.space if elastic else static_space(net)
     stored = net.network if isinstance(net, ElasticModel) else net
-    bn_archs = [space.from_dict(arch.to_dict()).to_dict() for arch in bn_stats]
+    bn_archs = [space.from_dict(arch.to_dict() if isinstance(arch, Arch) else arch).to_dict() for arch in bn_stats]
     if bn_stats and not has_batch_norm(net):
         raise ValueError('bn_stats are for networks with BatchNorm, which this one has not; leave them out')
     files = {WEIGHTS: _as_file({**plain_state_dict(stored), **bn_stats.get(space.largest, {})})}
