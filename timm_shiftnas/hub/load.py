@@ -67,7 +67,11 @@ def from_pretrained(
         loader: Iterable[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **hub: Any,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
 ) -> nn.Module:
     """Load a static network: the subnet of a saved supernet for a budget or an arch, or a saved subnet.
 
@@ -89,7 +93,7 @@ def from_pretrained(
             `calibrate_bn`. Without it, loading such a subnet warns.
         device: Where to put the network; default is the CPU.
         dtype: Type of its weights; default is the saved one.
-        **hub: As for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, force_download, local_files_only.
+        revision, token, cache_dir, force_download, local_files_only: As for `huggingface_hub.hf_hub_download`.
 
     Returns:
         A network in eval mode, with its `arch` as an attribute.
@@ -113,7 +117,9 @@ def from_pretrained(
     for resource, value in budgets.items():
         resource.parse(value)  # before anything is downloaded
     wanted = arch.to_dict() if isinstance(arch, Arch) else arch
-    saved = SavedModel(directory_or_repo, **hub)
+    saved = SavedModel(
+        directory_or_repo, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+        local_files_only=local_files_only)
     if saved.kind == 'supernet' and not budgets and arch is None:
         raise ValueError(
             f"{saved} holds a supernet: choose a subnet, with flops='1.4G' (MACs), params='6M', size='5MB', "

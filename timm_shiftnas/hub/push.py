@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import os
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,21 +34,29 @@ __all__ = ['published_files', 'push_directory', 'push_to_hub']
 _logger = logging.getLogger(__name__)
 
 
-def push_to_hub(repo_id: str, net: nn.Module, generator: ArchitectureGenerator | None = None, **options: Any) -> str:
+def push_to_hub(
+        repo_id: str,
+        net: nn.Module,
+        generator: ArchitectureGenerator | None = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        license: str | None = None,
+        **saved: Any,
+) -> str:
     """Publish a supernet and its generator, or an extracted subnet, in one commit with a model card.
 
-    Args:
-        repo_id: 'owner/name'; created if missing.
-        net, generator: As for `save_pretrained`.
-        **options: Those of `push_directory` (`private`, `revision`, ...); all others are those of `save_pretrained`.
-
-    Returns:
-        As `push_directory`, which also raises the same errors.
+    `net`, `generator` and `saved` are as for `save_pretrained`; the rest, the result and the errors are as for
+    `push_directory`.
     """
-    of_push = {name: options.pop(name) for name in signature(push_directory).parameters if name in options}
     with TemporaryDirectory() as folder:
-        save_pretrained(Path(folder, MODEL), net, generator, **options)
-        return push_directory(folder, repo_id, **of_push)
+        save_pretrained(Path(folder, MODEL), net, generator, **saved)
+        return push_directory(
+            folder, repo_id, private=private, revision=revision, token=token, create_pr=create_pr,
+            commit_message=commit_message, license=license)
 
 
 def push_directory(
