@@ -34,7 +34,7 @@ if run.wait() or alone.wait():
     sys.exit(1)
 adapted, before = (read_budgets_csv(folder / f'{name}.csv') for name in ('budgets', 'before'))
 pruned = [dict(row, name=f'group {row["group"]}') for row in json.loads((base / 'alone.json').read_text())]
-plot_accuracy(folder / 'accuracy.png', adapted, {'before (the largest: the base)': before, 'pruned, each alone': pruned})
+plot_accuracy(folder / 'accuracy.png', adapted, {'before (largest: the base)': before, 'pruned, each alone': pruned})
 print(f'the base: {before[-1]["top1"]:.1f}', 'MACs      before  adapted  alone', sep='\n')
 for was, row, other in zip(before[1:-1], adapted[1:-1], pruned, strict=True):
     print(f'{row["macs"]:9,} {was["top1"]:6.1f} {row["top1"]:8.1f} {other["top1"]:6.1f}')
