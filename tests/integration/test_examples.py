@@ -28,6 +28,7 @@ def test_quickstart(tmp_path):
     assert [line.split(' MACs: top-1')[0] for line in lines[-3:]] == ['2M', '4M', '8M']
 
 
+@pytest.mark.exhaustive  # .ci/run has it
 @pytest.mark.process
 @pytest.mark.slow
 def test_quickstart_elastic(tmp_path):
