@@ -52,7 +52,7 @@ def train_alone(run: Run, archs: list[dict], args: argparse.Namespace) -> list[d
     source, jobs, files = run.folder(args.output).resolve(), [], {}
     for seed in range(args.alone_seeds):
         command = Run(run.name, run.task, run.flags, seed, run.epochs).command()
-        for part in range(PARTS):
+        for part in range(min(PARTS, len(archs))):
             folder = source.parent / f'ranking-{len(archs)}' / f'seed{seed}-{part}'
             runs.write(folder / 'archs.json', json.dumps(archs[part::PARTS]))
             files[seed, part] = folder / 'subnets.json'
@@ -62,7 +62,7 @@ def train_alone(run: Run, archs: list[dict], args: argparse.Namespace) -> list[d
     runs.execute(jobs, args.jobs)
     rows = []
     for seed in range(args.alone_seeds):
-        parts = [json.loads(files[seed, part].read_text()) for part in range(PARTS)]
+        parts = [json.loads(files[seed, part].read_text()) for part in range(min(PARTS, len(archs)))]
         rows += [dict(method=ALONE, seed=seed, **{name: row[name] for name in ('macs', 'top1', 'arch')})
                  for row in (parts[number % PARTS][number // PARTS] for number in range(len(archs)))]
     return rows

@@ -33,7 +33,7 @@ import timm_shiftnas
 from timm_shiftnas.evaluation.accuracy import evaluate
 from timm_shiftnas.method import ArchitectureGenerator, BudgetGroups
 from timm_shiftnas.models.calibration import ResizedInput
-from timm_shiftnas.training.data import Loaders, create_loaders, open_data
+from timm_shiftnas.training.data import Loaders, create_loaders, open_data, without_useless_shift
 from timm_shiftnas.training.elastic import elastic_network
 from timm_shiftnas.training.flags import parse_args
 from timm_shiftnas.training.setup import choose_num_classes, create_network, model_args, scaled_lr
@@ -79,7 +79,8 @@ def main() -> None:
     if ignored:
         parser.error(f'a subnet is trained without --{ignored[0].replace("_", "-")}; leave it out')
     timm.utils.setup_default_logging()
-    device, data = torch.device(args.device), open_data(args)
+    device, shift_by_default = torch.device(args.device), args.shift is None
+    data = open_data(args)
     if own.supernet is not None:
         net, generator = timm_shiftnas.load_supernet(own.supernet)
     elif args.elastic is not None:
@@ -90,10 +91,12 @@ def main() -> None:
     else:
         parser.error('there is no network: give --supernet DIR or --elastic BASE')
     space, args.num_classes = net.space, net.num_classes
+    groups = BudgetGroups.of_space(space, count=args.num_groups)
+    if shift_by_default and args.shift != 'none':
+        data = without_useless_shift(args, data, len(groups))
     if own.archs:
         targets = [(None, None, space.from_dict(arch)) for arch in json.loads(own.archs.read_text())]
     else:
-        groups = BudgetGroups.of_space(space, count=args.num_groups)
         archs = generator.propose_many(groups.budgets)
         targets = [(k + 1, budget, arch) for k, (budget, arch) in enumerate(zip(groups.budgets, archs))]
     results = json.loads(own.results_file.read_text()) if own.results_file.exists() else []

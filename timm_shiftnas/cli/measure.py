@@ -31,6 +31,7 @@ __all__ = ['run_measure']
 def run_measure(args: argparse.Namespace) -> None:
     """Measure latencies of subnets on this machine, or on another one by ONNX files, and write a device file."""
     saved = SavedModel(args.directory)
+    saved.check()  # what could not be stored in the end is refused now
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; latencies of many subnets are measured: give a supernet')
     net = saved.network()

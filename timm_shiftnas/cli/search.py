@@ -30,6 +30,7 @@ def run_search(args: argparse.Namespace) -> None:
     if saved.kind != 'supernet':
         raise ValueError(f'{saved} holds a subnet; search needs a supernet')
     refuse_backbone(saved)
+    saved.check()  # what could not be stored in the end is refused now
     net = saved.network().to(device).eval()
     generator, edges = saved.generator(net.space), saved.record.groups
     images, train_images, which = search_images(saved, net.num_classes, args)
@@ -55,8 +56,8 @@ def run_search(args: argparse.Namespace) -> None:
         with suppress(OSError):
             output.rmdir()  # nothing was measured
     if len(found.rows) < args.evaluations:
-        warn(f'only {len(found.rows)} of {args.evaluations} archs were measured: the search has found no others within '
-             'its limits')
+        where = ' within its limits' if args.flops or args.params else ''
+        warn(f'only {len(found.rows)} of {args.evaluations} archs were measured: the search has found no others{where}')
     print(format_table(found.front))
     print(f'{len(found.rows)} archs measured; the {len(found.front)} of the front are stored in {saved}, the table in '
           f'{output / "front.csv"}')

@@ -403,7 +403,10 @@ def arch_for_budgets(
         return fitting[-1]
     generator = generator or saved.generator(space)
     if generator is None:
-        raise ValueError(f'{saved} was saved without a generator, which finds the subnet for a budget; give arch=')
+        within = ', '.join(f'{name}={limit:g}' for name, limit in (saved.record.searched_limits or {}).items())
+        hint = f', or budgets within all limits of its search: {within}' if within else ''
+        raise ValueError(
+            f'{saved} was saved without a generator, which finds the subnet for a budget; give arch={hint}')
     proposed = generator.propose_within(limits)
     # prefer an arch with saved BatchNorm statistics, if it uses as much of the budget as proposals do
     stored = [arch for arch in saved.archs('bn_archs', space) if fits(arch, .99)]

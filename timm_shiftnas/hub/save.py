@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.modes import default_mode
 from ..method.generator import ArchitectureGenerator
 from ..models import ElasticModel, backbone_of, plain_state_dict, present_args, static_space, stock_description
-from ..models.calibration import has_batch_norm
+from ..models.calibration import bn_statistics, has_batch_norm
 from ..models.subnet import LABELS
 from ..space import is_supernet
 from ..space.core import Arch
@@ -27,7 +27,20 @@ from ..space.resources import MACS
 from ..utils.files import atomic_write
 from ..utils.paths import expand_home
 from .backbone import describe_backbone
-from .format import BN_STATS, CONFIG, DEVICES, FILES, FORMAT, GENERATOR, KEY, ONNX, WEIGHTS, device_file, device_name
+from .format import (
+    BN_STATS,
+    CONFIG,
+    DEVICES,
+    FILES,
+    FORMAT,
+    GENERATOR,
+    KEY,
+    ONNX,
+    WEIGHTS,
+    check_tensors,
+    device_file,
+    device_name,
+)
 from .load import SavedModel
 
 __all__ = ['add_device', 'save_pretrained', 'save_searched']
@@ -91,6 +104,8 @@ def save_pretrained(
     files = {WEIGHTS: _as_file({**plain_state_dict(stored), **bn_stats.get(space.largest, {})})}
     if generator is not None:
         files[GENERATOR] = _as_file(generator.state_dict())
+    for arch, stats in bn_stats.items() if backbone is not None else ():  # `check` sees the backbone alone
+        check_tensors(bn_statistics(net.build_subnet(arch, device='meta')), stats, BN_STATS)
     if bn_stats:
         files[BN_STATS] = _statistics_file(bn_stats)
     resource = MACS if generator is None else generator.resource

@@ -162,7 +162,7 @@ def make_elastic(
     if space is None:
         space = own
     elif not isinstance(space, SearchSpace):
-        if isinstance(space, Mapping):  # an order of other layers would hide that the depth is another one
+        if isinstance(space, Mapping) and 'layer_order' in space:  # of other layers, it would hide another depth
             _check_space(space_from_dict({**space, 'layer_order': None}), own, model_args['base'])
         space = space_from_dict(space)
     _check_space(space, own, model_args['base'])
@@ -332,7 +332,8 @@ def _create_base(base: str, pretrained: bool, overlay: Mapping[str, Any], args: 
         raise
     except OSError as error:
         raise NoWeights(
-            f'the weights of base={base!r} cannot be loaded: {one_line(error)}; connect to the internet, or create the '
+            f'the weights of base={base!r} cannot be loaded: {one_line(error) or overlay.get("file")}; '
+            f'connect to the internet, or create the '
             'base from a file: timm.create_model(NAME, checkpoint_path=FILE)') from error
 
 

@@ -137,7 +137,8 @@ def _loss(outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         raise ValueError(
             f'the labels go from {int(targets.min())} to {int(targets.max())}, and the network has {outputs.shape[-1]} '
             'classes; give a loader of images alone if they are of other classes')
-    return F.cross_entropy(outputs, targets.to(outputs.device).long())
+    targets = targets.to(outputs.device)
+    return F.cross_entropy(outputs, targets.long() if targets.dim() == 1 else targets)  # or probabilities
 
 
 def magnitude_scores(net: Any) -> Masks:

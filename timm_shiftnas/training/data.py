@@ -87,6 +87,7 @@ def open_data(args: argparse.Namespace) -> Data:
     if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
+    shift_by_default = args.shift is None
     if args.shift is None:
         args.shift = default_shift(args, train)
     if args.held_out is not None or SAMPLERS[args.sampler].searches or args.shift != 'none':
@@ -97,10 +98,13 @@ def open_data(args: argparse.Namespace) -> Data:
         train = train if isinstance(train, DatasetView) else DatasetView(train, torch.arange(len(train)))
         calibration = train.with_transform(None)
     processes = Ranks.current().size
-    if len(train) < args.batch_size * processes:
+    images = len(train)
+    if held_out is not None and shift_by_default and args.held_out is None:  # `without_useless_shift` gives them back
+        images += len(held_out)
+    if images < args.batch_size * processes:
         times = f' in each of {processes} processes' if processes > 1 else ''
         raise ValueError(
-            f'--batch-size {args.batch_size}{times} is more than the {len(train)} training images; lower it')
+            f'--batch-size {args.batch_size}{times} is more than the {images} training images; lower it')
     return Data(train, held_out, validation, calibration, num_classes, names)
 
 
