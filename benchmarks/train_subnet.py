@@ -79,8 +79,7 @@ def main() -> None:
     if ignored:
         parser.error(f'a subnet is trained without --{ignored[0].replace("_", "-")}; leave it out')
     timm.utils.setup_default_logging()
-    device, shift_by_default = torch.device(args.device), args.shift is None
-    data = open_data(args)
+    device, data = torch.device(args.device), open_data(args)
     if own.supernet is not None:
         net, generator = timm_shiftnas.load_supernet(own.supernet)
     elif args.elastic is not None:
@@ -92,8 +91,7 @@ def main() -> None:
         parser.error('there is no network: give --supernet DIR or --elastic BASE')
     space, args.num_classes = net.space, net.num_classes
     groups = BudgetGroups.of_space(space, count=args.num_groups)
-    if shift_by_default and args.shift != 'none':
-        data = without_useless_shift(args, data, len(groups))
+    data = without_useless_shift(args, data, len(groups))
     if own.archs:
         targets = [(None, None, space.from_dict(arch)) for arch in json.loads(own.archs.read_text())]
     else:

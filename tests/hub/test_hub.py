@@ -482,6 +482,7 @@ def test_invalid_arguments_save_nothing(tmp_path, net, generator, mixed, edges):
             ((net,), dict(groups=edges, probabilities=[.5, .5]), 'timm_shiftnas.probabilities'),
             ((net,), dict(probabilities=[1.]), 'timm_shiftnas.probabilities'),
             ((net,), dict(groups=edges[::-1]), 'timm_shiftnas.groups'),
+            ((net,), dict(groups=[]), 'timm_shiftnas.groups'),
             ((net,), dict(groups=edges, probabilities=[.1, .2, .3, math.nan]), 'timm_shiftnas.probabilities'),
             ((net,), dict(results=[dict(name='x')]), 'timm_shiftnas.results'),
             ((net,), dict(results=[dict(row('x', None, 1), arch=foreign.to_dict())]), 'timm_shiftnas.results'),
@@ -625,6 +626,12 @@ def test_unusable_entry(folder, entry, values):
     for value in values:
         edit(folder, lambda config, ours, value=value: ours.update({entry: value}))
         refused(folder, CONFIG, f'timm_shiftnas.{entry}')
+
+
+def test_null_is_as_good_as_no_entry(folder):
+    names = 'results', 'training', 'searched', 'searched_limits', 'bn_archs', 'upright'
+    edit(folder, lambda config, ours: ours.update(dict.fromkeys(names)))
+    assert from_pretrained(folder, flops='2M') and SavedModel(folder).record.searched == []
 
 
 def test_unusable_arch(folder):

@@ -33,7 +33,7 @@ __all__ = ['COSTS', 'STRATEGIES', 'SearchResult', 'pareto_front', 'search', 'sea
 STRATEGIES = ('generator', 'evolutionary', 'random')
 COSTS = {resource.keyword: resource for resource in (MACS, PARAMS)}  # what a search limits and weighs
 DRAWS = 100  # uniform draws for each arch that is wanted within limits
-DRAWN_AT_ONCE = 1000
+DRAWN_AT_ONCE = 1000  # of these
 STALE = 20  # generations in a row without a new arch that end a search
 
 
@@ -131,7 +131,7 @@ def search(
     stale = 0
     with tqdm(total=evaluations, desc='searching', unit='arch', disable=None if progress else True) as bar:
         while len(found) < evaluations and stale < STALE and (generation := next(archs, None)) is not None:
-            new = [arch for arch in dict.fromkeys(generation) if arch not in found and limits.hold(arch)]
+            new = limits.within(arch for arch in dict.fromkeys(generation) if arch not in found)
             stale = 0 if new else stale + 1
             for part in parts(net, new[:evaluations - len(found)]):
                 found |= zip(part, accuracy(part))
@@ -191,14 +191,12 @@ class Limits:
         counts = self.counts(arch) if self.limits else {}
         return [counts[name] / limit - 1 for name, limit in self.limits.items()]
 
-    def hold(self, arch: Arch) -> bool:
-        return all(violation <= 0 for violation in self.violations(arch))
-
-    def within(self, archs: Sequence[Arch]) -> list[Arch]:
+    def within(self, archs: Iterable[Arch]) -> list[Arch]:
         """Those of some archs that are within all limits. They are counted together, which is far cheaper."""
-        for name, limit in self.limits.items():
-            archs = [arch for arch, count in zip(archs, COSTS[name].count(self.space, archs)) if count <= limit]
-        return list(archs)
+        left = list(archs)
+        for name, limit in self.limits.items() if left else ():
+            left = [arch for arch, count in zip(left, COSTS[name].count(self.space, left).tolist()) if count <= limit]
+        return left
 
 
 def _check_arguments(
@@ -283,7 +281,7 @@ def _generated(
     proposed += generator.propose_many([budget for budget in groups.budgets if budget <= most])
     sampled = generator.sample(torch.linspace(low, most, 2 * count, dtype=torch.float64), noise)
     every_second_first = [*sampled[::2], *sampled[1::2]]  # so that a part of them is spread over all budgets
-    return [arch for arch in dict.fromkeys([*proposed, *every_second_first]) if limits.hold(arch)]
+    return limits.within(dict.fromkeys([*proposed, *every_second_first]))
 
 
 # -- the best of some sampled archs for each group ---------------------------------------------------------------------

@@ -174,7 +174,7 @@ class ModelRecord:
             ValueError: If `save_pretrained` cannot have written the config.
         """
         _refuse(_problems(config), where)
-        return cls(**config[KEY])
+        return cls(**_given(config[KEY]))
 
     @property
     def network(self) -> str | None:
@@ -193,6 +193,11 @@ def _refuse(problems: Iterator[str], where: str) -> None:
         raise ValueError(f'{where} {problem}')
 
 
+def _given(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries without those that are null, which are as good as missing."""
+    return {name: value for name, value in entries.items() if value is not None}
+
+
 def _problems(config: Any) -> Iterator[str]:
     """The faults of a config. Each check relies on those before it, so only the first fault is of use."""
     if not isinstance(config, dict) or not isinstance(config.get(KEY), dict):
@@ -204,9 +209,9 @@ def _problems(config: Any) -> Iterator[str]:
                'upgrade it: pip install -U timm_shiftnas')
     for name in sorted(set(ours) - set(types)):
         yield f'has an unknown entry {KEY}.{name}; this timm_shiftnas writes no such entry'
-    present = {'format', 'kind', 'files', *ours}
+    present = {'format', 'kind', 'files', *_given(ours)}
     wrong = [name for name, kind in types.items() if name in present and not fits(ours.get(name), kind)]
-    for name in wrong or _contradictions(ModelRecord(**ours)):
+    for name in wrong or _contradictions(ModelRecord(**_given(ours))):
         yield f'has an unusable entry {KEY}.{name}: {short(ours.get(name))}'
     yield from _network_problems({'model_args': None, 'pretrained_cfg': None, **config})
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import MISSING, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,7 @@ from .format import (
     KEY,
     ONNX,
     WEIGHTS,
+    ModelRecord,
     check_tensors,
     device_file,
     device_name,
@@ -228,7 +230,8 @@ def _with_config(config: Mapping[str, Any], entries: Mapping[str, Any], files: M
     ours = json.loads(json.dumps(
         {**entries, 'files': {**entries.get('files', {}), **listed}},
         default=lambda x: dict(x) if isinstance(x, Mapping) else x.tolist()))
-    ours = {name: value for name, value in ours.items() if value not in (None, [], {})}
+    empty = {each.name: each.default_factory() for each in fields(ModelRecord) if each.default_factory is not MISSING}
+    ours = {name: value for name, value in ours.items() if value is not None and value != empty.get(name)}
     return {CONFIG: json.dumps({**config, KEY: ours}, indent=2).encode(), **files}
 
 

@@ -298,7 +298,7 @@ def build_from_base(make: Make, variant: str, pretrained: bool, base: str, pretr
     size = _square(kwargs.pop('img_size', None)) if family is not None and family.sized else None
 
     def create(**args: Any) -> nn.Module:
-        net = _create_base(base, pretrained and not saved, overlay if pretrained and not saved else {}, args)
+        net = _create_base(base, pretrained and not saved, overlay, args)
         given = {name: value for name, value in args.items() if name not in ('device', 'dtype')}
         return make(net, dict(given, base=base) if size is None else dict(given, base=base, img_size=size))
 
@@ -325,7 +325,8 @@ def _create_base(base: str, pretrained: bool, overlay: Mapping[str, Any], args: 
     try:
         if pretrained:  # before anything is downloaded
             _elastic_family_of(create_on_meta(base, **args), base)
-        return create_model(base, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) or None, **args)
+            args = dict(args, pretrained_cfg_overlay=dict(overlay) or None)
+        return create_model(base, pretrained=pretrained, **args)
     except TypeError:  # an argument that it does not have; perhaps it is not elastic anyway
         if _family_of_name(base) is None:
             _elastic_family_of(create_on_meta(base), base)

@@ -52,6 +52,7 @@ class Data:
         calibration: Training images without augmentation, for BatchNorm statistics.
         num_classes: Number of classes, if the training data tells.
         class_names: Their names, by index, as far as the training data tells.
+        shift_by_default: Whether the shift is on although no flag asks for it.
     """
     train: Dataset
     held_out: DatasetView | None
@@ -59,6 +60,7 @@ class Data:
     calibration: Dataset
     num_classes: int | None
     class_names: dict[int, str]
+    shift_by_default: bool = False
 
 
 def open_data(args: argparse.Namespace) -> Data:
@@ -87,9 +89,9 @@ def open_data(args: argparse.Namespace) -> Data:
     if names and others and (odd := sorted({*names.values()} ^ {*others.values()})):
         raise ValueError(f'training and validation images have different classes: {odd[0]!r} is in one of them only')
     num_classes, held_out = count_classes(train), None
-    shift_by_default = args.shift is None
+    shift_by_default = args.shift is None and shifts_by_default(args, train)
     if args.shift is None:
-        args.shift = default_shift(args, train)
+        args.shift = 'hypergradient' if shift_by_default else 'none'
     if args.held_out is not None or SAMPLERS[args.sampler].searches or args.shift != 'none':
         train, held_out = split_held_out(train, share_to_hold_out(args, train), args.seed)
     if isinstance(train, IterableDataset):
@@ -99,35 +101,35 @@ def open_data(args: argparse.Namespace) -> Data:
         calibration = train.with_transform(None)
     processes = Ranks.current().size
     images = len(train)
-    if held_out is not None and shift_by_default and args.held_out is None:  # `without_useless_shift` gives them back
+    if shift_by_default and args.held_out is None:  # `without_useless_shift` may give the others back
         images += len(held_out)
     if images < args.batch_size * processes:
         times = f' in each of {processes} processes' if processes > 1 else ''
         raise ValueError(
             f'--batch-size {args.batch_size}{times} is more than the {images} training images; lower it')
-    return Data(train, held_out, validation, calibration, num_classes, names)
+    return Data(train, held_out, validation, calibration, num_classes, names, shift_by_default)
 
 
 def share_to_hold_out(args: argparse.Namespace, train: Dataset) -> float:
     return default_share(train) if args.held_out is None else args.held_out
 
 
-def default_shift(args: argparse.Namespace, train: Dataset) -> str:
-    """The signal of the probability shift where no flag gives it.
+def shifts_by_default(args: argparse.Namespace, train: Dataset) -> bool:
+    """Whether the probability shift is on where no flag says it.
 
-    'none' where P is fixed, and where nothing or too little can be held out; see also `without_useless_shift`.
+    It is off where P is fixed, and where nothing or too little can be held out; see also `without_useless_shift`.
     """
     if args.sampler != 'shiftnas' or args.group_weights is not None:
-        return 'none'
+        return False
     if isinstance(train, IterableDataset):
         _logger.info('the probability shift is off: no images of a stream can be held out for it')
-        return 'none'
+        return False
     held_out = round(len(train) * share_to_hold_out(args, train))
     if held_out < args.shift_batch_size:
         _logger.info(f'the probability shift is off: {held_out} images would be held out, and it needs '
                      f'{args.shift_batch_size} (--held-out, --shift-batch-size)')
-        return 'none'
-    return 'hypergradient'
+        return False
+    return True
 
 
 def without_useless_shift(args: argparse.Namespace, data: Data, groups: int) -> Data:
@@ -136,10 +138,12 @@ def without_useless_shift(args: argparse.Namespace, data: Data, groups: int) -> 
     The first shift only measures the noise, so a run has to have three. How many updates lie between two depends on
     the number of groups, which is known after the network is created.
     """
+    if not data.shift_by_default:
+        return data
     held_out = cast(DatasetView, data.held_out)
     batches = len(cast(DatasetView, data.train)) // (args.batch_size * Ranks.current().size)
-    updates, interval = args.epochs * -(-batches // args.grad_accum_steps), args.shift_interval or (
-        default_interval(groups))
+    updates = args.epochs * -(-batches // args.grad_accum_steps)
+    interval = args.shift_interval or default_interval(groups)
     if updates >= 3 * interval:
         return data
     _logger.info(f'the probability shift is off: P would hardly move in {updates:,} updates, with {interval:,} between '

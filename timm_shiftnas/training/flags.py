@@ -69,8 +69,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     for name, only in TIMM_ONLY.items():
         flag = name if name == 'local_rank' else name.replace('_', '-')  # as torch's launchers spell it
         parser.add_argument(f'--{flag}', action=OnlyDefault, only=only)
-    # decided when the data is open, see `default_shift`: on if images can be held out, because from scratch it is as
-    # good as an even P, and from a pretrained network better (docs/results.md)
+    # decided when the data is open, see `shifts_by_default`: on if images can be held out, because from scratch it is
+    # as good as an even P, and from a pretrained network better (docs/results.md)
     parser.set_defaults(shift=None)
     return parser
 

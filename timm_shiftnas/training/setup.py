@@ -117,7 +117,6 @@ def create_run(flags: argparse.Namespace) -> Run:
         reset_supernet_flags(args)
     elif args.shift is None and args.resume:  # runs of earlier versions had another default
         args.shift = read_checkpoint(args.resume)['task_state'].get('shift', {}).get('signal')
-    shift_by_default = args.shift is None
     data = open_data(args)
     args.num_classes = choose_num_classes(args, data)
     if args.elastic is None:
@@ -125,7 +124,7 @@ def create_run(flags: argparse.Namespace) -> Run:
     else:
         net, teacher, knows_classes = create_elastic(args, data, device, ranks)
     groups = BudgetGroups.of_settings(net.space, args, '--group-width') if supernet else None
-    if groups is not None and shift_by_default and args.shift != 'none':
+    if groups is not None:
         data = without_useless_shift(args, data, len(groups))
     describe_images(net, data.class_names, image_mode(args), not args.ignore_exif_orientation)
     held_norms = freeze(args, net)
